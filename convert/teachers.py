@@ -1,0 +1,271 @@
+"""Teacher families: which tensors of a pretrained transformer are its attention heads, norms and MLP."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+Read = Callable[[str], torch.Tensor]
+"""Gives the tensor of a name in the teacher's checkpoint, as memory of the caller's own."""
+
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass
+class TeacherAttention:
+    """Attention weights of one layer, by head: `H` query heads, `G` KV heads, head size `d`, hidden size `D`."""
+
+    q: torch.Tensor  # [H, d, D]
+    k: torch.Tensor  # [G, d, D]
+    v: torch.Tensor  # [G, d, D]
+    o: torch.Tensor  # [D, H * d]
+    q_bias: torch.Tensor | None = None  # [H, d]
+    k_bias: torch.Tensor | None = None  # [G, d]
+    v_bias: torch.Tensor | None = None  # [G, d]
+    o_bias: torch.Tensor | None = None  # [D]
+    q_norm: torch.Tensor | None = None  # [d]
+    k_norm: torch.Tensor | None = None  # [d]
+
+
+class TeacherAdapter:
+    """
+    What a family of decoders shares with a HydraHead student, and where its checkpoint differs.
+
+    The base class describes the Llama layout: RMSNorm before attention and MLP, separate q, k, v and o projections,
+    SwiGLU, rotary embedding over the whole head. A family is a subclass that says what is different.
+    """
+
+    model_type: ClassVar[str]
+    qk_norm: ClassVar[bool] = False
+
+    def __init__(self, config: PreTrainedConfig):
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads or config.num_attention_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.num_layers = config.num_hidden_layers
+        self.check()
+
+    def check(self) -> None:
+        """Raise a one-line `ValueError` that names what a HydraHead student cannot represent."""
+        rotary = (self.config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if rotary != 1.0:
+            raise ValueError(f"{self.model_type}: partial rotary embedding ({rotary}) is not supported, only 1.0")
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and self.uses_sliding_window() and window < self.config.max_position_embeddings:
+            raise ValueError(
+                f"{self.model_type}: sliding-window attention ({window} of "
+                f"{self.config.max_position_embeddings} positions) is not supported, only full attention"
+            )
+        if getattr(self.config, "mlp_bias", False):
+            raise ValueError(f"{self.model_type}: a bias in the MLP (mlp_bias) is not supported")
+
+    def uses_sliding_window(self) -> bool:
+        """Whether a `sliding_window` in the config is in use."""
+        return True
+
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether q, k and v have a bias, and whether o has."""
+        bias = bool(getattr(self.config, "attention_bias", False))
+        return bias, bias
+
+    def student_fields(self) -> dict:
+        """The fields of a `HydraHeadConfig` that the teacher decides."""
+        config = self.config
+        bias, output_bias = self.attention_biases()
+        names = [
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_act",
+            "rms_norm_eps",
+            "max_position_embeddings",
+            "initializer_range",
+            "tie_word_embeddings",
+            "attention_dropout",
+            "use_cache",
+            "pad_token_id",
+            "bos_token_id",
+            "eos_token_id",
+        ]
+        return {name: getattr(config, name) for name in names} | {
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope_parameters": dict(config.rope_parameters),
+            "qk_norm": self.qk_norm,
+            "attention_bias": bias,
+            "attention_output_bias": output_bias,
+        }
+
+    def attention(self, read: Read, layer: int) -> TeacherAttention:
+        """Attention weights of layer `layer`."""
+        prefix = f"model.layers.{layer}.self_attn."
+        bias, output_bias = self.attention_biases()
+        rows = {}
+        for name in ("q", "k", "v"):
+            rows[name] = read(f"{prefix}{name}_proj.weight").unflatten(0, (-1, self.head_dim))
+            if bias:
+                rows[f"{name}_bias"] = read(f"{prefix}{name}_proj.bias").unflatten(0, (-1, self.head_dim))
+        if output_bias:
+            rows["o_bias"] = read(f"{prefix}o_proj.bias")
+        if self.qk_norm:
+            rows |= {name: read(f"{prefix}{name}.weight") for name in ("q_norm", "k_norm")}
+        return TeacherAttention(o=read(f"{prefix}o_proj.weight"), **rows)
+
+    def rest(self, read: Read, layer: int) -> dict[str, torch.Tensor]:
+        """Norms and MLP of layer `layer`, under the student's names."""
+        prefix = f"model.layers.{layer}."
+        names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
+        names += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+        return {prefix + name: read(prefix + name) for name in names}
+
+    def ends(self, read: Read) -> dict[str, torch.Tensor]:
+        """Embedding, final norm and, unless tied, the language-model head, under the student's names."""
+        names = ["model.embed_tokens.weight", "model.norm.weight"]
+        names += [] if self.config.tie_word_embeddings else ["lm_head.weight"]
+        return {name: read(name) for name in names}
+
+
+class LlamaTeacher(TeacherAdapter):
+    """Llama 3.x and its descendants; the rope scaling travels in `rope_parameters`."""
+
+    model_type = "llama"
+
+
+class MistralTeacher(TeacherAdapter):
+    model_type = "mistral"
+
+    def attention_biases(self) -> tuple[bool, bool]:
+        return False, False
+
+
+class Qwen2Teacher(TeacherAdapter):
+    """Qwen2 and Qwen2.5: a bias on q, k and v."""
+
+    model_type = "qwen2"
+
+    def uses_sliding_window(self) -> bool:
+        return "sliding_attention" in self.config.layer_types
+
+    def attention_biases(self) -> tuple[bool, bool]:
+        return True, False
+
+
+class Qwen3Teacher(TeacherAdapter):
+    """Qwen3, dense: q and k normalised per head."""
+
+    model_type = "qwen3"
+    qk_norm = True
+
+    def uses_sliding_window(self) -> bool:
+        return "sliding_attention" in self.config.layer_types
+
+
+class Phi3Teacher(TeacherAdapter):
+    """Phi-3 and Phi-3.5: q, k and v in one matrix, gate and up in another."""
+
+    model_type = "phi3"
+
+    def attention_biases(self) -> tuple[bool, bool]:
+        return False, False
+
+    def student_fields(self) -> dict:
+        fields = super().student_fields()
+        original = self.config.original_max_position_embeddings
+        fields["rope_parameters"].setdefault("original_max_position_embeddings", original)
+        return fields
+
+    def attention(self, read: Read, layer: int) -> TeacherAttention:
+        prefix = f"model.layers.{layer}.self_attn."
+        heads = read(f"{prefix}qkv_proj.weight").unflatten(0, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads])
+        return TeacherAttention(q=q, k=k, v=v, o=read(f"{prefix}o_proj.weight"))
+
+    def rest(self, read: Read, layer: int) -> dict[str, torch.Tensor]:
+        prefix = f"model.layers.{layer}."
+        gate, up = read(f"{prefix}mlp.gate_up_proj.weight").chunk(2)
+        names = ["input_layernorm.weight", "post_attention_layernorm.weight", "mlp.down_proj.weight"]
+        return {prefix + name: read(prefix + name) for name in names} | {
+            f"{prefix}mlp.gate_proj.weight": gate.clone(),
+            f"{prefix}mlp.up_proj.weight": up.clone(),
+        }
+
+
+ADAPTERS = {
+    adapter.model_type: adapter for adapter in (Qwen3Teacher, Qwen2Teacher, LlamaTeacher, MistralTeacher, Phi3Teacher)
+}
+
+
+def adapter_for(config: PreTrainedConfig) -> TeacherAdapter:
+    """
+    The adapter of a teacher's family.
+
+    Raises:
+        ValueError: the family, or an option that this teacher uses, cannot be represented; one line, by name.
+    """
+    if config.is_encoder_decoder:
+        raise ValueError(f"{config.model_type}: encoder-decoder models are not supported, only decoders")
+    experts = next((n for n in ("num_experts", "num_local_experts", "n_routed_experts") if hasattr(config, n)), None)
+    if experts is not None:
+        raise ValueError(
+            f"{config.model_type}: mixture-of-experts models ({experts}) are not supported, only dense ones"
+        )
+    if config.model_type not in ADAPTERS:
+        raise ValueError(f"{config.model_type}: unknown teacher family, expected one of {', '.join(sorted(ADAPTERS))}")
+    return ADAPTERS[config.model_type](config)
+
+
+def find_checkpoint(name_or_path: str, revision: str | None = None) -> tuple[PreTrainedConfig, Callable[[], Path]]:
+    """
+    Config of a teacher, and a function that brings its checkpoint to this machine and gives its folder.
+
+    Only the config is read before that function is called, so that a teacher which cannot be converted is refused
+    before anything large is downloaded. A name that is a folder here is that folder, otherwise it is a Hub id.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{path}: not a model folder (no config.json)")
+        return AutoConfig.from_pretrained(path), lambda: path
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    return config, lambda: Path(snapshot_download(name_or_path, revision=revision, allow_patterns=CHECKPOINT_FILES))
+
+
+def read_model(model: PreTrainedModel) -> Read:
+    """Reads from a model in memory. Tensors are copies: training the student must not change the teacher."""
+    state = model.state_dict()
+    return lambda name: state[name].detach().cpu().clone()
+
+
+def read_safetensors(folder: Path) -> Read:
+    """
+    Reads one tensor at a time from the safetensors files of a checkpoint folder.
+
+    Raises:
+        ValueError: the folder has no safetensors files.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+    elif (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            files = dict.fromkeys(file.keys(), "model.safetensors")
+    else:
+        raise ValueError(f"{folder}: no model.safetensors; pickled checkpoints are not read, convert them first")
+
+    def read(name: str) -> torch.Tensor:
+        if name not in files:
+            raise ValueError(f"{folder}: the checkpoint has no tensor {name}")
+        # Opened anew each time: an open file keeps every page it has read mapped into memory.
+        with safe_open(folder / files[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read

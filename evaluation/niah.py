@@ -1,0 +1,322 @@
+"""Needle in a haystack in RULER's forms (arXiv 2404.06654), offline, for any tokenizer and any length."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+ADJECTIVES = (  # noqa: SIM905
+    "amber ancient blue bold brave bright broken bronze calm clever cold copper crimson curious dark distant "
+    "dusty eager early empty faint famous fancy fierce gentle golden grand grey happy hidden hollow humble icy "
+    "jolly keen late lively lonely loud lucky mellow misty noble pale polite proud quick quiet rapid rough rusty "
+    "shiny silent silver sleepy soft tender vivid warm wild wise"
+).split()
+NOUNS = (  # noqa: SIM905
+    "anchor apple arrow basket beacon bridge candle canyon castle cloud compass desert dragon eagle engine falcon "
+    "feather forest fountain garden glacier hammer harbor hill island jacket kettle ladder lantern lemon lion "
+    "maple marble meadow mirror mountain needle ocean orchard otter palace pebble pepper piano planet pocket "
+    "rabbit ribbon river rocket saddle shadow ship spider temple tiger tower tunnel valley violin window winter"
+).split()
+
+
+@dataclass(frozen=True)
+class NiahSample:
+    """
+    One prompt with needles and what it should be answered with.
+
+    Spans are token positions `[start, end)` in `input_ids`, one for each needle in the order of the text; the tokens
+    of a value's or key's span decode to that value or key, up to surrounding spaces.
+
+    Attributes:
+        input_ids: The prompt, up to and including RULER's answer prefix.
+        answer_ids: Tokens of the expected answer; `len(input_ids) + len(answer_ids)` is the length asked for.
+        answers: The references: values of the queried keys, key by key in the order of the question.
+        keys: Key of each needle, in the order of the text (a key with several values occurs several times).
+        values: Value of each needle, in the order of the text.
+        query_index: Indices into `keys` of the first needle of each queried key.
+        needle_spans: Where each needle sentence stands.
+        value_spans: Where each value stands.
+        key_spans: Where each key stands inside its needle.
+    """
+
+    input_ids: list[int]
+    answer_ids: list[int]
+    answers: list[str]
+    keys: list[str]
+    values: list[str]
+    query_index: list[int]
+    needle_spans: list[tuple[int, int]]
+    value_spans: list[tuple[int, int]]
+    key_spans: list[tuple[int, int]]
+
+
+def header_text(plural: bool) -> str:
+    """RULER's opening line; `plural` if more than one value is asked for."""
+    if plural:
+        return (
+            "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+            "I will quiz you about the numbers afterwards.\n"
+        )
+    return (
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.\n"
+    )
+
+
+def needle_text(key: str, value: str) -> str:
+    """The sentence to be found; plural in all of RULER's forms."""
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
+def question_text(queries: Sequence[str], plural: bool) -> str:
+    """RULER's question and the prefix of its answer, on a line of their own."""
+    query = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
+    if plural:
+        return (
+            f"\nWhat are all the special magic numbers for {query} mentioned in the provided text?"
+            f" The special magic numbers for {query} mentioned in the provided text are"
+        )
+    return (
+        f"\nWhat is the special magic number for {query} mentioned in the provided text?"
+        f" The special magic number for {query} mentioned in the provided text is"
+    )
+
+
+def answer_text(values: Sequence[str]) -> str:
+    """The values as they follow the answer prefix."""
+    return " " + ", ".join(values)
+
+
+def draw_keys(rng: np.random.Generator, count: int) -> list[str]:
+    """`count` different `adjective-noun` keys; `ValueError` if there are not so many."""
+    if count > len(ADJECTIVES) * len(NOUNS):
+        raise ValueError(f"there are {len(ADJECTIVES) * len(NOUNS)} different keys, {count} were asked for")
+    drawn = rng.choice(len(ADJECTIVES) * len(NOUNS), size=count, replace=False)
+    return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in drawn]
+
+
+def draw_values(rng: np.random.Generator, count: int) -> list[str]:
+    """`count` different numbers of seven digits."""
+    values: dict[str, None] = {}
+    while len(values) < count:
+        values[str(rng.integers(1_000_000, 10_000_000))] = None
+    return list(values)
+
+
+def hide_needles(
+    tokenizer,
+    haystack_ids: Sequence[int],
+    length: int,
+    needles: Sequence[tuple[str, str]],
+    rng: np.random.Generator,
+    header: str = "",
+) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+    """
+    Put needles, in the given order and at random depths, between the lines of a random stretch of the haystack.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        haystack_ids: Token ids of the text to hide in, a list or an integer array.
+        length: Number of tokens to return.
+        needles: (key, value) of each needle.
+        rng: Source of every random choice.
+        header: Text put first; with it come the tokens that the tokenizer starts a text with.
+
+    Returns:
+        Exactly `length` ids; the needles' spans; their values' spans; their keys' spans (see `NiahSample`).
+
+    Raises:
+        ValueError: `length` is too short for header and needles, or the haystack too short for `length`.
+    """
+    head = tokenizer(header).input_ids if header else []
+    pieces = [_encode_needle(tokenizer, key, value) for key, value in needles]
+    room = length - len(head) - sum(len(piece[0]) for piece in pieces)
+    window = _haystack_window(haystack_ids, room, length, rng)
+    # A needle stands on its own line: after a line end where the text has enough of them, else after one of its own.
+    depths = np.flatnonzero(_ends_line(tokenizer)[window[:-1]]) + 1 if room else np.empty(0, dtype=np.int64)
+    line_end: list[int] = []
+    if len(depths) < len(pieces):
+        line_end = tokenizer("\n", add_special_tokens=False).input_ids
+        window = _haystack_window(window, room - len(line_end) * len(pieces), length, rng)
+        depths = np.arange(len(window) + 1)
+    cuts = np.sort(rng.choice(depths, size=len(pieces), replace=len(depths) < len(pieces)))
+
+    ids, spans, start = list(head), ([], [], []), 0
+    for cut, (piece, *offsets) in zip(cuts, pieces):
+        ids += window[start:cut].tolist() + line_end
+        for found, (first, last) in zip(spans, offsets):
+            found.append((len(ids) + first, len(ids) + last))
+        ids += piece
+        start = cut
+    ids += window[start:].tolist()
+    return ids, *spans
+
+
+def make_niah(
+    tokenizer,
+    haystack_ids: Sequence[int],
+    length: int,
+    *,
+    num_keys: int = 1,
+    num_queries: int = 1,
+    num_values: int = 1,
+    seed: int,
+) -> NiahSample:
+    """
+    Build one prompt of RULER's NIAH family at an exact length.
+
+    `num_keys=1` is single, `num_keys=4` multikey_1, `num_queries=4` (with as many keys) multiquery, `num_values=4`
+    multivalue. Values are numbers of seven digits.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        haystack_ids: Token ids of the text to hide in (longer than `length`).
+        length: Tokens of prompt and expected answer together.
+        num_keys: Different keys in the text; at least `num_queries`.
+        num_queries: Keys asked for.
+        num_values: Values of each queried key (the others have one).
+        seed: The same seed gives the same sample.
+
+    Raises:
+        ValueError: a count below 1, more queries than keys, a length too short for the needles, or a short haystack.
+    """
+    if min(num_keys, num_queries, num_values) < 1 or num_queries > num_keys:
+        raise ValueError(
+            f"need 1 <= num_queries <= num_keys and num_values >= 1, got {num_queries} queries, {num_keys} keys, "
+            f"{num_values} values"
+        )
+    rng = np.random.default_rng(seed)
+    keys = draw_keys(rng, num_keys)
+    queries = keys[:num_queries]
+    needles = [(key, None) for key in keys for _ in range(num_values if key in queries else 1)]
+    needles = [(key, value) for (key, _), value in zip(needles, draw_values(rng, len(needles)))]
+    needles = [needles[i] for i in rng.permutation(len(needles))]
+    answers = [value for query in queries for key, value in needles if key == query]
+
+    plural = len(answers) > 1
+    question = tokenizer(question_text(queries, plural), add_special_tokens=False).input_ids
+    answer = tokenizer(answer_text(answers), add_special_tokens=False).input_ids
+    room = length - len(question) - len(answer)
+    ids, needle_spans, value_spans, key_spans = hide_needles(
+        tokenizer, haystack_ids, room, needles, rng, header_text(plural)
+    )
+    keys, values = [key for key, _ in needles], [value for _, value in needles]
+    return NiahSample(
+        input_ids=ids + question,
+        answer_ids=answer,
+        answers=answers,
+        keys=keys,
+        values=values,
+        query_index=[keys.index(query) for query in queries],
+        needle_spans=needle_spans,
+        value_spans=value_spans,
+        key_spans=key_spans,
+    )
+
+
+def evaluate_niah(
+    model,
+    samples: Sequence[NiahSample],
+    tokenizer,
+    batch_size: int = 8,
+    max_new_tokens: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict:
+    """
+    Answer every sample by greedy generation and score it as RULER does.
+
+    Args:
+        model: Any causal language model with `generate`; runs where its weights are.
+        samples: Prompts; those of a batch are padded on the left where their lengths differ.
+        tokenizer: Decodes the continuation.
+        batch_size: Prompts generated together.
+        max_new_tokens: Tokens generated at most (RULER: 128; 32 hold one number or two in any tokenizer).
+        on_batch: Called after each batch with the number of samples done so far.
+
+    Returns:
+        `accuracy`, the mean of `per_sample`: each sample's share of references found in its continuation, case
+        ignored; `exact`: share of samples whose first number in the continuation is the first reference; `answers`:
+        the continuations.
+
+    Raises:
+        ValueError: no samples.
+    """
+    if not samples:
+        raise ValueError("there are no samples to evaluate")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(samples), batch_size):
+        prompts = [sample.input_ids for sample in samples[start : start + batch_size]]
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=model.device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=pad_id,
+            )
+        answers += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        if on_batch is not None:
+            on_batch(len(answers))
+    model.train(was_training)
+
+    per_sample = [_share_found(sample.answers, answer) for sample, answer in zip(samples, answers)]
+    exact = [_first_number(answer) == sample.answers[0] for sample, answer in zip(samples, answers)]
+    return {
+        "accuracy": sum(per_sample) / len(samples),
+        "exact": sum(exact) / len(samples),
+        "per_sample": per_sample,
+        "answers": answers,
+    }
+
+
+def _share_found(references: Sequence[str], continuation: str) -> float:
+    return sum(reference.lower() in continuation.lower() for reference in references) / len(references)
+
+
+def _first_number(text: str) -> str | None:
+    match = re.search(r"\d+", text)
+    return match[0] if match else None
+
+
+def _haystack_window(haystack_ids: Sequence[int], room: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    if room < 0:
+        raise ValueError(f"{length} tokens are {-room} too few for the header, the needles and the question")
+    if len(haystack_ids) < room:
+        raise ValueError(f"the haystack has {len(haystack_ids)} tokens, this length needs {room} of it")
+    start = int(rng.integers(len(haystack_ids) - room + 1))
+    return np.asarray(haystack_ids[start : start + room], dtype=np.int64)
+
+
+def _encode_needle(tokenizer, key: str, value: str):
+    """Ids of a needle's line, and the spans in it of the sentence, the value and the key."""
+    if not tokenizer.is_fast:
+        raise ValueError("a fast tokenizer is needed, which knows where each token stands in the text")
+    text = needle_text(key, value)
+    encoded = tokenizer(text + "\n", add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded.input_ids, encoded.offset_mapping
+    key_start, value_start = text.index(key), text.rindex(value)
+    spans = []
+    for start, end in ((0, len(text)), (value_start, value_start + len(value)), (key_start, key_start + len(key))):
+        inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
+        spans.append((inside[0], inside[-1] + 1))
+    for (start, end), expected in zip(spans[1:], (value, key)):
+        if tokenizer.decode(ids[start:end]).strip() != expected:
+            raise ValueError(f"this tokenizer joins {expected!r} with its neighbours: it has no tokens of its own")
+    return ids, *spans
+
+
+@lru_cache(maxsize=4)
+def _ends_line(tokenizer) -> np.ndarray:
+    """Bool `[vocabulary]`: does the token end a line."""
+    pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return np.array([piece.endswith("\n") for piece in pieces])

@@ -1,0 +1,719 @@
+# Copyright 2026 The HydraHead authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HydraHead: decoder layers whose query heads are, one by one, full attention or Gated DeltaNet."""
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.models.qwen3_next.modeling_qwen3_next import (
+    torch_chunk_gated_delta_rule,
+    torch_recurrent_gated_delta_rule,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_hydrahead import HydraHeadConfig
+
+try:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+except Exception:  # not installed, or installed without triton: the PyTorch reference takes over
+    chunk_gated_delta_rule = fused_recurrent_gated_delta_rule = None
+
+logger = logging.get_logger(__name__)
+
+# transformers wraps these two so that fla replaces them wherever it can be imported, even for tensors on the CPU,
+# where its kernels cannot run. The unwrapped functions are the plain PyTorch reference; we choose per call, by device.
+reference_chunk_gated_delta_rule = inspect.unwrap(torch_chunk_gated_delta_rule)
+reference_recurrent_gated_delta_rule = inspect.unwrap(torch_recurrent_gated_delta_rule)
+
+
+class HydraHeadRotaryEmbedding(Qwen3RotaryEmbedding):
+    """Rotary embedding with every `rope_parameters` type of transformers, llama3 and longrope among them."""
+
+
+def gated_delta_rule(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    segment_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Gated delta rule `S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ`, `o_t = S_tᵀ q_t / √d`, on L2-normalised
+    q and k (Gated DeltaNet, https://huggingface.co/papers/2412.06464).
+
+    Args:
+        query, key, value: `[B, T, H, d]`.
+        g, beta: `[B, T, H]`, fp32: log decay (<= 0) and writing strength.
+        initial_state: `[B, H, d, d]` fp32, or `None` for zeros.
+        segment_ids: `[B, T]`, the packed sequence that each token belongs to, or `None` where rows are not packed.
+
+    Returns:
+        outputs `[B, T, H, d]` in the dtype of `query`, and the final state `[B, H, d, d]` fp32 if asked for.
+    """
+    use_fla = query.is_cuda and chunk_gated_delta_rule is not None
+    if not torch.compiler.is_compiling():
+        kernel = "flash-linear-attention's kernels" if use_fla else "the PyTorch reference (slow on a GPU)"
+        logger.info_once(f"HydraHead: the gated delta rule of tensors on {query.device.type} runs on {kernel}.")
+    if segment_ids is not None:
+        return _packed_gated_delta_rule(query, key, value, g, beta, segment_ids, use_fla), None
+
+    is_decoding = query.shape[1] == 1 and initial_state is not None
+    if use_fla:
+        kernel = fused_recurrent_gated_delta_rule if is_decoding else chunk_gated_delta_rule
+    else:
+        kernel = reference_recurrent_gated_delta_rule if is_decoding else reference_chunk_gated_delta_rule
+    return kernel(
+        query,
+        key,
+        value,
+        g=g,
+        beta=beta,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=True,
+    )
+
+
+@torch.compiler.disable  # the number of sequences in a packed row is data
+def _packed_gated_delta_rule(query, key, value, g, beta, segment_ids, use_fla: bool) -> torch.Tensor:
+    """Gated delta rule that starts from an empty state at each packed sequence; shapes as in `gated_delta_rule`."""
+    batch_size, seq_len = segment_ids.shape
+    starts = torch.ones_like(segment_ids, dtype=torch.bool)
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    bounds = F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=batch_size * seq_len)  # [N + 1]
+    query, key, value, g, beta = (x.flatten(0, 1) for x in (query, key, value, g, beta))  # [B * T, ...]
+    if use_fla:
+        output, _ = chunk_gated_delta_rule(
+            *(x.unsqueeze(0) for x in (query, key, value)),
+            g=g.unsqueeze(0),
+            beta=beta.unsqueeze(0),
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=bounds,
+        )
+        return output.view(batch_size, seq_len, *output.shape[2:])
+
+    # The reference has no notion of packing: lay each sequence out as a row. Zeros at its end change nothing.
+    lengths = bounds.diff()
+    offsets = torch.arange(int(lengths.max()), device=bounds.device)
+    valid = offsets < lengths[:, None]  # [N, longest]
+    index = (bounds[:-1, None] + offsets).clamp(max=batch_size * seq_len - 1)
+    query, key, value, g, beta = (
+        x[index].masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 1)), 0) for x in (query, key, value, g, beta)
+    )
+    output, _ = reference_chunk_gated_delta_rule(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
+    return output[valid].view(batch_size, seq_len, *output.shape[2:])
+
+
+@torch.compiler.disable  # whether a row is packed is data
+def find_segments(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None, past_key_values: Cache | None
+) -> torch.Tensor | None:
+    """
+    Ids `[B, T]` of the sequences packed into each row, or `None` where no row holds more than one.
+
+    Packed rows are recognised, as elsewhere in transformers, by position ids that do not grow by one.
+
+    Raises:
+        ValueError: packed rows together with an attention mask or a cache, which could not keep them apart.
+    """
+    if position_ids is None or position_ids.shape[-1] == 1 or isinstance(attention_mask, dict):
+        return None
+    restarts = position_ids.diff(dim=-1) != 1
+    if attention_mask is not None:  # positions of padding do not count
+        real = attention_mask[:, -position_ids.shape[-1] :].bool()
+        restarts = restarts & real[:, 1:] & real[:, :-1]
+    if not restarts.any():
+        return None
+    if attention_mask is not None or past_key_values is not None:
+        raise ValueError(
+            "position_ids restart within a row (packed sequences): pass them without attention_mask and without "
+            "past_key_values, or one sequence per row"
+        )
+    return F.pad(restarts.cumsum(-1), (1, 0))
+
+
+class HydraHeadFullAttentionBlock(nn.Module):
+    """Grouped-query attention over a contiguous block of KV heads; what the attention interface sees as its module."""
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int, num_key_value_groups: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_key_value_groups = num_key_value_groups
+        self.is_causal = True
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """query `[B, n · h, T, d]`, key and value `[B, h, S, d]` to outputs `[B, T, n · h, d]` and weights."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+
+
+class HydraHeadFullAttention(nn.Module):
+    """
+    Full-attention branch: the teacher's attention for some query heads and the KV heads that they read.
+
+    Differs from `Qwen3Attention` in three options: no rotary embedding, a query scale that grows with the logarithm of
+    the position, and an output gate. It has no output projection: that is shared with the other branch.
+    """
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int):
+        super().__init__()
+        layout = config.head_layout(layer_idx)
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.use_rope = config.full_attention_position == "rope"
+
+        query_dim, key_dim = len(layout.full_heads) * self.head_dim, len(layout.kv_heads) * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
+        # CODEPATH: Qwen3 teachers normalise q and k; Llama, Mistral, Qwen2.5 and Phi-3 teachers do not.
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # CODEPATH: as q_norm.
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # CODEPATH: on in the paper's checkpoints; off for the unchanged teacher and as an ablation.
+        self.output_gate = nn.Linear(config.hidden_size, query_dim, bias=False) if config.full_attention_gate else None
+        self.query_splits = [size * count for size, count in layout.blocks]
+        self.key_splits = [count for _, count in layout.blocks]
+        self.blocks = nn.ModuleList(HydraHeadFullAttentionBlock(config, layer_idx, size) for size, _ in layout.blocks)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        query_scale: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[B, T, D]` to head outputs `[B, T, |F|, d]`, in the order of `HeadLayout.full_heads`, and weights."""
+        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)  # [B, |F|, T, d]
+        key = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)  # [B, |G_F|, T, d]
+        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if self.use_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if query_scale is not None:
+            query = query * query_scale[:, None, :, None].to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        parts = zip(
+            self.blocks,
+            query.split(self.query_splits, dim=1),
+            key.split(self.key_splits, dim=1),
+            value.split(self.key_splits, dim=1),
+        )
+        outputs, weights = zip(*(block(q, k, v, attention_mask, **kwargs) for block, q, k, v in parts))
+        output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+        if self.output_gate is not None:
+            output = output * (2 * self.output_gate(hidden_states).sigmoid()).view(hidden_shape)
+        return output, torch.cat(weights, dim=1) if weights[0] is not None else None
+
+
+class HydraHeadGates(nn.Module):
+    """Per-head writing strength and decay of the recurrent state, in fp32: bf16 cannot tell 0.999 from 1."""
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int):
+        super().__init__()
+        num_heads = len(config.head_layout(layer_idx).linear_heads)
+        self.b_proj = nn.Linear(config.hidden_size, num_heads, bias=True)
+        self.a_proj = nn.Linear(config.hidden_size, num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(num_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(num_heads))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, T, D]` to β in (0, 1) and log decay g < 0, both `[B, T, h]` fp32."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            hidden_states = hidden_states.to(self.A_log.dtype)
+            beta = self.b_proj(hidden_states).float().sigmoid()
+            step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
+            return beta, -self.A_log.float().exp() * step
+
+
+class HydraHeadShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, without bias or activation; the identity at initialisation."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels, kernel_size))
+        self.kernel_size = kernel_size
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor:
+        """
+        Args:
+            x: `[B, T, C]`.
+            context: the `[B, kernel_size - 1, C]` inputs before `x`, or `None` for zeros.
+            segment_ids: `[B, T]`, packed sequences that must not see each other, or `None`.
+        """
+        seq_len, reach = x.shape[1], self.kernel_size - 1
+        x = F.pad(x, (0, 0, reach, 0)) if context is None else torch.cat([context, x], dim=1)
+        if seq_len == 1:
+            return (x * self.weight.t()).sum(1, keepdim=True)
+        output = x[:, reach:] * self.weight[:, reach]
+        for tap in range(reach):
+            shifted = x[:, tap : tap + seq_len]
+            if segment_ids is not None:
+                source = F.pad(segment_ids, (reach, 0), value=-1)[:, tap : tap + seq_len]
+                shifted = shifted.masked_fill((source != segment_ids).unsqueeze(-1), 0)
+            output = output + shifted * self.weight[:, tap]
+        return output
+
+
+class HydraHeadGatedDeltaNet(nn.Module):
+    """
+    Linear branch: Gated DeltaNet heads (https://huggingface.co/papers/2412.06464) with a state of fixed size.
+
+    Differs from `Qwen3NextGatedDeltaNet` so that a head can start from a softmax head's weights: each head owns its
+    q, k and v, q and k are normalised and rotated as in the teacher, the convolution starts as the identity and has
+    no activation. Output norm and projection are shared with the other branch.
+    """
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int):
+        super().__init__()
+        num_heads = len(config.head_layout(layer_idx).linear_heads)
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        dim = num_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, dim, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, dim, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, dim, bias=config.attention_bias)
+        self.short_conv = HydraHeadShortConvolution(3 * dim, config.short_conv_kernel_size)
+        # CODEPATH: Qwen3 teachers normalise q and k; Llama, Mistral, Qwen2.5 and Phi-3 teachers do not.
+        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        # CODEPATH: as q_norm.
+        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.gates = HydraHeadGates(config, layer_idx)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        padding_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """
+        `[B, T, D]` to head outputs `[B, T, h, d]`, in the order of `HeadLayout.linear_heads`.
+
+        `padding_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing into the convolution or the
+        state and does not decay it, whatever stands in it.
+        """
+        batch_size, seq_len, _ = hidden_states.shape
+        beta, g = self.gates(hidden_states)  # [B, T, h]
+        qkv = torch.cat(
+            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
+        )  # [B, T, 3 * h * d]
+        if padding_mask is not None:
+            is_padding = ~padding_mask.bool().unsqueeze(-1)
+            # Filled, not multiplied: 0 · inf in a padded position would be NaN. After the projection: it has a bias.
+            qkv, beta, g = (x.masked_fill(is_padding, 0) for x in (qkv, beta, g))
+
+        state = context = None
+        if past_key_values is not None:
+            kernel_size = self.short_conv.kernel_size
+            state = past_key_values.get_recurrent_state(self.layer_idx)
+            inputs = past_key_values.update_conv_state(
+                qkv.transpose(1, 2), self.layer_idx, conv_kernel_size=kernel_size
+            ).transpose(1, 2)  # everything cached, then qkv
+            if inputs.shape[1] >= seq_len + kernel_size - 1:
+                context = inputs[:, -(seq_len + kernel_size - 1) : -seq_len]
+        qkv = self.short_conv(qkv, context, segment_ids)
+
+        query, key, value = qkv.view(batch_size, seq_len, 3, -1, self.head_dim).unbind(2)  # [B, T, h, d]
+        query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
+        output, state = gated_delta_rule(
+            query, key, value, g, beta, state, output_final_state=past_key_values is not None, segment_ids=segment_ids
+        )
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        return output
+
+
+class HydraHeadFusion(nn.Module):
+    """
+    Scale-normalised fusion of the two branches: `Õ_h = γ_h · RMSNorm(O_h)`, heads back in the teacher's order.
+
+    Full-attention outputs are sharp, recurrent ones smooth and, in deep layers, several times larger; the norm makes
+    them comparable and γ gives each head its own size.
+    """
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int):
+        super().__init__()
+        layout = config.head_layout(layer_idx)
+        self.fusion = config.fusion
+        self.eps = config.rms_norm_eps
+        self.num_heads = config.num_attention_heads
+        # Heads from this one on are normalised; full-attention heads come first.
+        # CODEPATH: "all" in the paper; "linear" lets full-attention heads start exactly as the teacher's.
+        self.first_normalized = len(layout.full_heads) if config.fusion_norm == "linear" else 0
+        self.order = layout.fused_to_teacher
+        self.is_ordered = self.order == sorted(self.order)
+        if self.fusion != "concat":
+            self.weight = nn.Parameter(torch.ones(self.num_heads))  # γ, in the teacher's order
+        if self.fusion == "gate":
+            self.proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+        self.index = nn.Buffer(torch.tensor(self.order), persistent=False)
+
+    def forward(self, heads: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        """heads `[B, T, H, d]`, full-attention ones first, and `x` `[B, T, D]` to `[B, T, H, d]` in teacher order."""
+        dtype = heads.dtype
+        if self.fusion != "concat":
+            full, rest = heads.float().split([self.first_normalized, self.num_heads - self.first_normalized], dim=2)
+            rest = rest * torch.rsqrt(rest.pow(2).mean(-1, keepdim=True) + self.eps)
+            heads = torch.cat([full, rest], dim=2) if self.first_normalized else rest
+        if not self.is_ordered:
+            heads = heads.index_select(2, self.index)
+        if self.fusion == "scale":
+            heads = heads * self.weight.float()[:, None]
+        elif self.fusion == "gate":
+            # At W = 0 each head's share of the total is its γ: the scale fusion.
+            gamma = self.weight.float().clamp_min(1e-6)
+            share = torch.softmax(self.proj(hidden_states.to(self.weight.dtype)).float() + gamma.log(), dim=-1)
+            heads = heads * (share * gamma.sum()).unsqueeze(-1)
+        return heads.to(dtype)
+
+
+class HydraHeadAttention(nn.Module):
+    """Attention that mixes full-attention and Gated DeltaNet heads before one output projection."""
+
+    def __init__(self, config: HydraHeadConfig, layer_idx: int):
+        super().__init__()
+        layout = config.head_layout(layer_idx)
+        self.full_attention = HydraHeadFullAttention(config, layer_idx) if layout.full_heads else None
+        self.linear_attention = HydraHeadGatedDeltaNet(config, layer_idx) if layout.linear_heads else None
+        self.fusion = HydraHeadFusion(config, layer_idx)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_output_bias
+        )
+
+    def head_outputs(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        query_scale: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """`[B, T, D]` to fused head outputs `[B, T, H, d]`, in the teacher's order: what `o_proj` reads."""
+        heads = []
+        if self.full_attention is not None:
+            output, _ = self.full_attention(
+                hidden_states, position_embeddings, query_scale, attention_mask, past_key_values, **kwargs
+            )
+            heads.append(output)
+        if self.linear_attention is not None:
+            heads.append(
+                self.linear_attention(hidden_states, position_embeddings, padding_mask, segment_ids, past_key_values)
+            )
+        return self.fusion(torch.cat(heads, dim=2) if len(heads) > 1 else heads[0], hidden_states)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """`[B, T, D]` to `[B, T, D]`; keywords as in `head_outputs`."""
+        return self.o_proj(self.head_outputs(hidden_states, **kwargs).flatten(2))
+
+
+class HydraHeadDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: HydraHeadConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = HydraHeadAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        query_scale: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        padding_mask: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states = self.self_attn(
+            hidden_states,
+            position_embeddings=position_embeddings,
+            query_scale=query_scale,
+            attention_mask=attention_mask,
+            padding_mask=padding_mask,
+            segment_ids=segment_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        return residual + hidden_states
+
+
+class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
+    config: HydraHeadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HydraHeadDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["gates", "fusion"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": HydraHeadDecoderLayer,
+        "attentions": OutputRecorder(HydraHeadFullAttention, index=1),
+    }
+    # A recurrent state cannot be rolled back: assisted decoding refuses such models by this flag.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, HydraHeadFullAttention):
+            if module.output_gate is not None:
+                init.zeros_(module.output_gate.weight)
+        elif isinstance(module, HydraHeadGates):
+            # Decay half-lives spread from a few to a few hundred tokens, as in fla's GatedDeltaNet.
+            init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
+            step = torch.empty_like(module.dt_bias).uniform_(-6.9, -2.3).exp_()  # 0.001 … 0.1
+            init.copy_(module.dt_bias, step + torch.log(-torch.expm1(-step)))
+            init.zeros_(module.b_proj.bias)
+        elif isinstance(module, HydraHeadShortConvolution):
+            identity = torch.zeros_like(module.weight)
+            identity[:, -1] = 1
+            init.copy_(module.weight, identity)
+        elif isinstance(module, HydraHeadFusion):
+            init.copy_(module.index, torch.tensor(module.order, device=module.index.device))
+            if module.fusion != "concat":
+                init.ones_(module.weight)
+            if module.fusion == "gate":
+                init.zeros_(module.proj.weight)
+
+
+class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
+    """Decoder without a language-model head."""
+
+    def __init__(self, config: HydraHeadConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            HydraHeadDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = HydraHeadRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.has_full_attention = config.full_attention_share > 0
+        self.has_linear_attention = config.full_attention_share < 1
+        self.post_init()
+
+    def _default_position_ids(self, inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
+        """Position ids `[B or 1, T]`. Padding does not count, so that a padded row is the row alone."""
+        seq_len = inputs_embeds.shape[1]
+        if attention_mask is not None and not isinstance(attention_mask, dict):
+            return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq_len:]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        return torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + seen
+
+    def query_scale(self, position_ids: torch.Tensor) -> torch.Tensor | None:
+        """
+        `log(t + a) / log(a)` `[B, T]` fp32 for full-attention queries at positions `t`, or `None` without a scale: it
+        keeps attention as sharp over a long context as it is over `a` tokens.
+        """
+        # CODEPATH: set together with NoPE; `None` for the unchanged teacher.
+        if (base := self.config.logit_scale_base) is None:
+            return None
+        return torch.log(position_ids.float() + base) / math.log(base)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(  # trf-ignore: TRF057
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids or inputs_embeds: `[B, T]` or `[B, T, D]`, exactly one of them.
+            attention_mask: `[B, past + T]`, 0 where a token is padding (on either side).
+            position_ids: `[B, T]`; rows in which they restart are packed sequences.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 2 and self.has_linear_attention:
+            raise ValueError(
+                f"attention_mask must be a 2-D padding mask [batch, tokens], got {attention_mask.ndim}-D: "
+                "linear heads read the whole past and cannot follow another pattern"
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        segment_ids = find_segments(position_ids, attention_mask, past_key_values)
+        if use_cache and past_key_values is None and segment_ids is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._default_position_ids(inputs_embeds, attention_mask, past_key_values)
+
+        # It may already have been prepared by e.g. `generate`
+        if not isinstance(masks := attention_mask, dict):
+            mask_kwargs = {
+                "config": self.config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
+            if self.has_full_attention:
+                masks["full_attention"] = create_causal_mask(**mask_kwargs)
+        if past_key_values is not None and not self.has_full_attention:
+            # One number per token in the first layer's otherwise empty KV cache counts the tokens seen.
+            count = inputs_embeds.new_zeros(inputs_embeds.shape[0], 1, inputs_embeds.shape[1], 1)
+            past_key_values.update(count, count, 0)
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        query_scale = self.query_scale(position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                query_scale=query_scale,
+                position_ids=position_ids,
+                attention_mask=masks.get("full_attention"),
+                padding_mask=masks.get("linear_attention"),
+                segment_ids=segment_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+
+class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
+    """Language model whose attention layers mix full-attention and Gated DeltaNet heads."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: HydraHeadConfig):
+        super().__init__(config)
+        self.model = HydraHeadModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(  # trf-ignore: TRF057
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Arguments as in `HydraHeadModel`.
+
+        Args:
+            labels: `[B, T]`, -100 where no loss is taken; shifted inside.
+            logits_to_keep: compute logits of the last so many tokens only (0: all), or of these indices.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["HydraHeadForCausalLM", "HydraHeadModel", "HydraHeadPreTrainedModel"]
