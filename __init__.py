@@ -1,7 +1,19 @@
 """HydraHead: head-level hybrids of full attention and Gated DeltaNet, made from pretrained transformers."""
 
-from .configuration_hydrahead import HydraHeadConfig
-from .modeling_hydrahead import HydraHeadForCausalLM, HydraHeadModel
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .configuration_hydrahead import HydraHeadConfig
+    from .modeling_hydrahead import HydraHeadForCausalLM, HydraHeadModel
 
 __version__ = "0.1.0"
 __all__ = ["HydraHeadConfig", "HydraHeadForCausalLM", "HydraHeadModel"]
+
+
+def __getattr__(name: str):
+    """Imports the model when it is first asked for, so that `hydrahead --help` does not wait for PyTorch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import configuration_hydrahead, modeling_hydrahead
+
+    return getattr(configuration_hydrahead if name == "HydraHeadConfig" else modeling_hydrahead, name)

@@ -21,6 +21,11 @@ from transformers.modeling_rope_utils import RopeParameters
 POSITIONS = ("nope", "rope")
 FUSIONS = ("scale", "gate", "concat")
 FUSION_NORMS = ("all", "linear")
+AUTO_MAP = {
+    "AutoConfig": "configuration_hydrahead.HydraHeadConfig",
+    "AutoModel": "modeling_hydrahead.HydraHeadModel",
+    "AutoModelForCausalLM": "modeling_hydrahead.HydraHeadForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +153,7 @@ class HydraHeadConfig(PreTrainedConfig):  # trf-ignore: TRF010, trf-ignore: TRF0
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_masks is None:
@@ -159,17 +165,24 @@ class HydraHeadConfig(PreTrainedConfig):  # trf-ignore: TRF010, trf-ignore: TRF0
             # Without any KV cache nothing would know how many tokens have been seen: the first layer counts them.
             self.layer_types[0] = "hybrid"
         super().__post_init__(**kwargs)
+        # Whichever class is saved, its folder loads through all three.
+        self.auto_map = dict(AUTO_MAP)
 
-    def _check_fields(self):
-        """Raise a one-line `ValueError` that names the field at fault."""
-        heads, groups, layers = self.num_attention_heads, self.num_key_value_heads, self.num_hidden_layers
-        for field in ("num_attention_heads", "num_key_value_heads", "num_hidden_layers", "head_dim"):
+    def _check_sizes(self):
+        """Raise a one-line `ValueError` that names the size at fault, before anything is computed from it."""
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for field in (*sizes, "num_key_value_heads", *(["head_dim"] if self.head_dim is not None else [])):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a positive integer, got {value!r}")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
             raise ValueError(f"num_key_value_heads must divide num_attention_heads ({heads}), got {groups}")
-        if self.head_dim % 2:
+
+    def _check_fields(self):
+        """Raise a one-line `ValueError` that names the field at fault."""
+        heads, layers = self.num_attention_heads, self.num_hidden_layers
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even (rotary embedding), got {self.head_dim}")
         masks = self.head_masks
         if not isinstance(masks, (list, tuple)) or len(masks) != layers:
@@ -190,8 +203,12 @@ class HydraHeadConfig(PreTrainedConfig):  # trf-ignore: TRF010, trf-ignore: TRF0
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {', '.join(allowed)}, got {getattr(self, field)!r}")
-        if self.logit_scale_base is not None and not self.logit_scale_base > 1:
-            raise ValueError(f"logit_scale_base must be greater than 1 or None, got {self.logit_scale_base!r}")
+        for field in ("full_attention_gate", "qk_norm", "attention_bias", "attention_output_bias"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"{field} must be true or false, got {getattr(self, field)!r}")
+        base = self.logit_scale_base
+        if base is not None and not (isinstance(base, (int, float)) and 1 < base < float("inf")):
+            raise ValueError(f"logit_scale_base must be a finite number greater than 1 or None, got {base!r}")
         if not isinstance(self.short_conv_kernel_size, int) or self.short_conv_kernel_size < 2:
             raise ValueError(f"short_conv_kernel_size must be an integer >= 2, got {self.short_conv_kernel_size!r}")
 
@@ -214,5 +231,8 @@ class HydraHeadConfig(PreTrainedConfig):  # trf-ignore: TRF010, trf-ignore: TRF0
         linear = sum(len(self.head_layout(layer).linear_heads) for layer in range(self.num_hidden_layers))
         return linear * self.head_dim * (4 * self.head_dim + 3 * self.short_conv_kernel_size * dtype_bytes)
 
+
+# Whoever saves a model, a Trainer among them, saves the code that loads it beside it.
+HydraHeadConfig.register_for_auto_class()
 
 __all__ = ["HydraHeadConfig"]

@@ -139,6 +139,11 @@ def _packed_gated_delta_rule(query, key, value, g, beta, segment_ids, use_fla: b
     return output[valid].view(batch_size, seq_len, *output.shape[2:])
 
 
+def is_padding_mask(attention_mask: torch.Tensor | dict | None) -> bool:
+    """Whether a mask is `[B, tokens]`: neither absent, nor prepared by `generate`, nor a pattern of its own."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
 @torch.compiler.disable  # whether a row is packed is data
 def find_segments(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None, past_key_values: Cache | None
@@ -154,7 +159,7 @@ def find_segments(
     if position_ids is None or position_ids.shape[-1] == 1 or isinstance(attention_mask, dict):
         return None
     restarts = position_ids.diff(dim=-1) != 1
-    if attention_mask is not None:  # positions of padding do not count
+    if is_padding_mask(attention_mask):  # positions of padding do not count
         real = attention_mask[:, -position_ids.shape[-1] :].bool()
         restarts = restarts & real[:, 1:] & real[:, :-1]
     if not restarts.any():
@@ -165,6 +170,18 @@ def find_segments(
             "past_key_values, or one sequence per row"
         )
     return F.pad(restarts.cumsum(-1), (1, 0))
+
+
+def log_position_scale(config: HydraHeadConfig, position_ids: torch.Tensor) -> torch.Tensor | None:
+    """
+    `log(t + a) / log(a)` `[B, T]` fp32 for full-attention queries at positions `t`, or `None` without a scale.
+
+    It keeps attention as sharp over a long context as it is over `a` tokens.
+    """
+    # CODEPATH: set together with NoPE; `None` for the unchanged teacher.
+    if config.logit_scale_base is None:
+        return None
+    return torch.log(position_ids.float() + config.logit_scale_base) / math.log(config.logit_scale_base)
 
 
 class HydraHeadFullAttentionBlock(nn.Module):
@@ -203,6 +220,10 @@ class HydraHeadFullAttentionBlock(nn.Module):
         )
 
 
+class HydraHeadOutputGate(nn.Linear):
+    """Logits of the output gate, zero at initialisation: a class by which `_init_weights` can tell them apart."""
+
+
 class HydraHeadFullAttention(nn.Module):
     """
     Full-attention branch: the teacher's attention for some query heads and the KV heads that they read.
@@ -226,8 +247,10 @@ class HydraHeadFullAttention(nn.Module):
         self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         # CODEPATH: as q_norm.
         self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.output_gate = None
         # CODEPATH: on in the paper's checkpoints; off for the unchanged teacher and as an ablation.
-        self.output_gate = nn.Linear(config.hidden_size, query_dim, bias=False) if config.full_attention_gate else None
+        if config.full_attention_gate:
+            self.output_gate = HydraHeadOutputGate(config.hidden_size, query_dim, bias=False)
         self.query_splits = [size * count for size, count in layout.blocks]
         self.key_splits = [count for _, count in layout.blocks]
         self.blocks = nn.ModuleList(HydraHeadFullAttentionBlock(config, layer_idx, size) for size, _ in layout.blocks)
@@ -294,25 +317,49 @@ class HydraHeadShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels, kernel_size))
         self.kernel_size = kernel_size
 
-    def forward(self, x: torch.Tensor, context: torch.Tensor | None, segment_ids: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor | None,
+        padding_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            x: `[B, T, C]`.
-            context: the `[B, kernel_size - 1, C]` inputs before `x`, or `None` for zeros.
+            x: `[B, T, C]`, zeros where a token is padding.
+            context: `[B, C, kernel_size]`, the inputs before `x`, or `None` for zeros.
+            padding_mask: `[B, T]`, 0 where a token is padding, or `None`.
             segment_ids: `[B, T]`, packed sequences that must not see each other, or `None`.
+
+        Returns:
+            outputs `[B, T, C]`, of no meaning where a token is padding, and the last inputs `[B, C, kernel_size]`.
         """
-        seq_len, reach = x.shape[1], self.kernel_size - 1
-        x = F.pad(x, (0, 0, reach, 0)) if context is None else torch.cat([context, x], dim=1)
+        kernel_size, seq_len = self.kernel_size, x.shape[1]
+        if context is None:
+            inputs = F.pad(x, (0, 0, kernel_size, 0))
+        else:
+            inputs = torch.cat([context.transpose(1, 2), x], dim=1)
+        if padding_mask is not None:
+            # Padding can stand between two tokens (a right-padded turn, then the next one): it goes to the front.
+            is_real = F.pad(padding_mask.bool(), (kernel_size, 0), value=True)
+            order = is_real.byte().argsort(dim=1, stable=True)  # [B, kernel + T]
+            inputs = inputs.gather(1, order.unsqueeze(-1).expand_as(inputs))
+
         if seq_len == 1:
-            return (x * self.weight.t()).sum(1, keepdim=True)
-        output = x[:, reach:] * self.weight[:, reach]
-        for tap in range(reach):
-            shifted = x[:, tap : tap + seq_len]
-            if segment_ids is not None:
-                source = F.pad(segment_ids, (reach, 0), value=-1)[:, tap : tap + seq_len]
-                shifted = shifted.masked_fill((source != segment_ids).unsqueeze(-1), 0)
-            output = output + shifted * self.weight[:, tap]
-        return output
+            output = (inputs[:, 1:] * self.weight.t()).sum(1, keepdim=True)
+        else:
+            output = inputs[:, kernel_size:] * self.weight[:, -1]
+            for tap in range(kernel_size - 1):
+                shifted = inputs[:, tap + 1 : tap + 1 + seq_len]
+                if segment_ids is not None:
+                    source = F.pad(segment_ids, (kernel_size - 1, 0), value=-1)[:, tap : tap + seq_len]
+                    shifted = shifted.masked_fill((source != segment_ids).unsqueeze(-1), 0)
+                output = output + shifted * self.weight[:, tap]
+
+        if padding_mask is not None:
+            place = (order.argsort(dim=1)[:, kernel_size:] - kernel_size).clamp_min(0)  # where each token has gone
+            output = output.gather(1, place.unsqueeze(-1).expand_as(output))
+        return output, inputs[:, -kernel_size:].transpose(1, 2)
 
 
 class HydraHeadGatedDeltaNet(nn.Module):
@@ -366,14 +413,11 @@ class HydraHeadGatedDeltaNet(nn.Module):
 
         state = context = None
         if past_key_values is not None:
-            kernel_size = self.short_conv.kernel_size
             state = past_key_values.get_recurrent_state(self.layer_idx)
-            inputs = past_key_values.update_conv_state(
-                qkv.transpose(1, 2), self.layer_idx, conv_kernel_size=kernel_size
-            ).transpose(1, 2)  # everything cached, then qkv
-            if inputs.shape[1] >= seq_len + kernel_size - 1:
-                context = inputs[:, -(seq_len + kernel_size - 1) : -seq_len]
-        qkv = self.short_conv(qkv, context, segment_ids)
+            context = past_key_values.get_conv_state(self.layer_idx)
+        qkv, context = self.short_conv(qkv, context, padding_mask, segment_ids)
+        if past_key_values is not None:
+            past_key_values.update_conv_state(context, self.layer_idx)
 
         query, key, value = qkv.view(batch_size, seq_len, 3, -1, self.head_dim).unbind(2)  # [B, T, h, d]
         query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
@@ -532,9 +576,8 @@ class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, HydraHeadFullAttention):
-            if module.output_gate is not None:
-                init.zeros_(module.output_gate.weight)
+        if isinstance(module, HydraHeadOutputGate):
+            init.zeros_(module.weight)
         elif isinstance(module, HydraHeadGates):
             # Decay half-lives spread from a few to a few hundred tokens, as in fla's GatedDeltaNet.
             init.copy_(module.A_log, torch.empty_like(module.A_log).uniform_(1, 16).log_())
@@ -572,20 +615,17 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
     def _default_position_ids(self, inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
         """Position ids `[B or 1, T]`. Padding does not count, so that a padded row is the row alone."""
         seq_len = inputs_embeds.shape[1]
-        if attention_mask is not None and not isinstance(attention_mask, dict):
+        if is_padding_mask(attention_mask):
             return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq_len:]
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         return torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + seen
 
-    def query_scale(self, position_ids: torch.Tensor) -> torch.Tensor | None:
-        """
-        `log(t + a) / log(a)` `[B, T]` fp32 for full-attention queries at positions `t`, or `None` without a scale: it
-        keeps attention as sharp over a long context as it is over `a` tokens.
-        """
-        # CODEPATH: set together with NoPE; `None` for the unchanged teacher.
-        if (base := self.config.logit_scale_base) is None:
-            return None
-        return torch.log(position_ids.float() + base) / math.log(base)
+    def _local_padding_mask(self, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:
+        """Mask `[B, T]` of the tokens of this call, or `None` where none is padding."""
+        if inputs_embeds.shape[1] == 1 and is_padding_mask(attention_mask) and not torch.compiler.is_compiling():
+            # transformers takes a single token for a generated one, but a prompt too can be fed token by token.
+            return None if attention_mask[:, -1].all() else attention_mask[:, -1:]
+        return create_recurrent_attention_mask(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -615,6 +655,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
+        if position_ids is not None:
+            position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
         segment_ids = find_segments(position_ids, attention_mask, past_key_values)
         if use_cache and past_key_values is None and segment_ids is None:
             past_key_values = DynamicCache(config=self.config)
@@ -630,7 +672,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
                 "past_key_values": past_key_values,
                 "position_ids": position_ids,
             }
-            masks = {"linear_attention": create_recurrent_attention_mask(**mask_kwargs)}
+            masks = {"linear_attention": self._local_padding_mask(**mask_kwargs)}
             if self.has_full_attention:
                 masks["full_attention"] = create_causal_mask(**mask_kwargs)
         if past_key_values is not None and not self.has_full_attention:
@@ -640,7 +682,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        query_scale = self.query_scale(position_ids)
+        query_scale = log_position_scale(self.config, position_ids)
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
                 hidden_states,
@@ -715,5 +757,8 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
             attentions=outputs.attentions,
         )
 
+
+HydraHeadModel.register_for_auto_class("AutoModel")
+HydraHeadForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["HydraHeadForCausalLM", "HydraHeadModel", "HydraHeadPreTrainedModel"]

@@ -7,6 +7,7 @@ chooses. Forms start as the teacher's own rows; alignment (`hydrahead.training.a
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..modeling_hydrahead import HydraHeadDecoderLayer, HydraHeadForCausalLM, HydraHeadRotaryEmbedding
+from ..modeling_hydrahead import (
+    HydraHeadAttention,
+    HydraHeadDecoderLayer,
+    HydraHeadForCausalLM,
+    HydraHeadRotaryEmbedding,
+)
 from .teachers import (
     Read,
     TeacherAdapter,
@@ -147,16 +153,17 @@ def attention_state(forms: Forms, layer: int, config: HydraHeadConfig) -> dict[s
     return state
 
 
-def forms_of_student(student: HydraHeadForCausalLM, branch: str) -> Forms:
+def forms_of_attention(attentions: Iterable[HydraHeadAttention], config: HydraHeadConfig, branch: str) -> Forms:
     """
-    The forms in a student all of whose heads are of one kind: the inverse of `attention_state`.
+    The forms in attention layers all of whose heads are of one kind: the inverse of `attention_state`.
 
     Args:
-        branch: `"linear"` for a student of Gated DeltaNet heads only, `"full"` for one of full-attention heads only.
+        attentions: the attention of each layer, from a model of `config`.
+        branch: `"linear"` where all heads are Gated DeltaNet, `"full"` where all are full attention.
     """
-    config, forms = student.config, {}
-    for layer, module in enumerate(student.model.layers):
-        for name, tensor in getattr(module.self_attn, f"{branch}_attention").state_dict().items():
+    forms = {}
+    for layer, attention in enumerate(attentions):
+        for name, tensor in getattr(attention, f"{branch}_attention").state_dict().items():
             per_kv_head = branch == "full" and name.startswith(("k_proj", "v_proj"))
             heads = config.num_key_value_heads if per_kv_head else config.num_attention_heads
             if name == "short_conv.weight":
@@ -164,7 +171,8 @@ def forms_of_student(student: HydraHeadForCausalLM, branch: str) -> Forms:
             elif "_norm." not in name:
                 tensor = tensor.unflatten(0, (heads, -1))
             forms[f"{layer}.{branch}.{name}"] = tensor.detach().cpu().clone()
-        forms[f"{layer}.{branch}.gamma"] = module.self_attn.fusion.weight.detach().cpu().clone()
+        if config.fusion != "concat":
+            forms[f"{layer}.{branch}.gamma"] = attention.fusion.weight.detach().cpu().clone()
     return forms
 
 
@@ -259,6 +267,22 @@ def layer_state(
     return {f"self_attn.{name}": tensor for name, tensor in state.items()} | {
         name.removeprefix(prefix): tensor for name, tensor in adapter.rest(read, layer).items()
     }
+
+
+def head_forms_of(teacher: PreTrainedModel, calibration_ids: torch.Tensor, config: HydraHeadConfig) -> Forms:
+    """
+    Both forms of all heads of a teacher in memory, before any training: what alignment starts from.
+
+    Args:
+        calibration_ids: `[B, T]` token ids of a text on which the heads are measured.
+        config: a student's configuration; its masks do not matter.
+    """
+    adapter, read = adapter_for(teacher.config), read_model(teacher)
+    statistics = measure_heads(adapter, read, calibration_ids)
+    forms: Forms = {}
+    for layer in range(adapter.num_layers):
+        forms |= initial_forms(adapter.attention(read, layer), statistics, layer, config)
+    return forms
 
 
 def random_calibration_ids(vocab_size: int) -> torch.Tensor:

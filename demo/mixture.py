@@ -19,9 +19,11 @@ PLAIN_TEXT_SHARE = 0.25
 # Rows of more than one value to an answer (RULER's multiquery and multivalue), where the length has room for them.
 PLURAL_SHARE = 0.125
 PLURAL_LENGTH = 512
-# Below this length RULER's header would take the room of two needles.
-HEADER_LENGTH = 256
-ANSWER_WEIGHT = 8.0
+# Below this length rows have no header, which would take the room of a needle, and half of the questions only repeat
+# a needle's beginning: the key then stands where it stood in the needle, and matching it is learned sooner.
+HEADER_LENGTH = 512
+ANSWER_WEIGHT = 24.0
+RESTATED_SHARE = 0.5
 _MOST_KEYS = 12
 
 
@@ -43,7 +45,7 @@ def mixture_rows(
 
     Returns:
         int64 `[rows, length]` ids, and float32 `[rows, length]` loss weights: the weight of predicting the token at
-        that position from those before it (0 for the first, 8 for a token of an answer, 1 else).
+        that position from those before it (0 for the first, 24 for a token of an answer, 1 else).
 
     Raises:
         ValueError: `length` is below 96, or the corpus too short for it.
@@ -75,19 +77,24 @@ def _needle_row(tokenizer, corpus_ids: Sequence[int], length: int, rng: np.rando
         needles, asked = _plural_question(keys, rng)
     else:
         needles = list(zip(keys, draw_values(rng, num_keys)))
-        most_asked = min(num_keys, (room - num_keys * needle_room) // question_room)
-        num_asked = int(rng.integers(1, most_asked + 1))
-        asked = [[keys[i]] for i in rng.permutation(num_keys)[:num_asked]]
+        asked = [[keys[i]] for i in rng.permutation(num_keys)]
     needles = [needles[i] for i in rng.permutation(len(needles))]
 
+    left = room - needle_room * len(needles)
     tail, answer_positions = [], []
-    for queries in asked:
+    # As many questions as fit where rows are short; at length, few as well, with all of the text before them.
+    count = len(asked) if length < HEADER_LENGTH else int(rng.integers(1, len(asked) + 1))
+    for queries in asked[:count]:
         answers = [value for query in queries for key, value in needles if key == query]
-        tail += tokenizer(question_text(queries, plural), add_special_tokens=False).input_ids
+        restated = length < HEADER_LENGTH and rng.random() < RESTATED_SHARE
+        question = restatement_text(queries[0]) if restated else question_text(queries, plural)
+        question = tokenizer(question, add_special_tokens=False).input_ids
         answer = tokenizer(answer_text(answers) + ".", add_special_tokens=False).input_ids
         answer.append(tokenizer.eos_token_id)
-        answer_positions += range(len(tail), len(tail) + len(answer))
-        tail += answer
+        if not plural and len(tail) + len(question) + len(answer) > left:
+            break
+        answer_positions += range(len(tail) + len(question), len(tail) + len(question) + len(answer))
+        tail += question + answer
     header = header_text(plural) if length >= HEADER_LENGTH else ""
     ids, *_ = hide_needles(tokenizer, corpus_ids, length - len(tail), needles, rng, header)
     return ids + tail, np.array(answer_positions) + len(ids)
@@ -100,6 +107,11 @@ def _plural_question(keys: list[str], rng: np.random.Generator):
         return list(zip(keys, draw_values(rng, len(keys)))), [keys[:count]]
     repeated = [keys[0]] * (count - 1) + keys
     return list(zip(repeated, draw_values(rng, len(repeated)))), [keys[:1]]
+
+
+def restatement_text(key: str) -> str:
+    """A needle's beginning once more, on a line of its own."""
+    return "\n" + needle_text(key, "").removesuffix(" .")
 
 
 @lru_cache(maxsize=4)

@@ -10,43 +10,23 @@ has come at the shortest length.
 
 import argparse
 import json
-import lzma
-import math
 import os
-import platform
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..evaluation.niah import (
-    draw_keys,
-    draw_values,
-    evaluate_niah,
-    header_text,
-    make_niah,
-    needle_text,
-    question_text,
-)
+from ..evaluation.niah import draw_keys, draw_values, header_text, needle_text, question_text
 from .corpus import encode_corpus, load_corpus
 from .mixture import ANSWER_WEIGHT, mixture_rows
+from .teacher_report import environment, evaluate, text_loss_of
 
 TEACHER = Path(__file__).parent / "teacher"
 
@@ -73,13 +53,14 @@ class Recipe:
 
     tokens_per_step: int = 65_536
     lengths: str = "128,256,512,1024"
-    steps: str = "3000,300,300,2500"  # for each length; at the first, at most so many before the phase change
-    gate: float = 0.97  # share of answer tokens predicted right that ends the first length
-    decay: float = 0.6  # share of the last length's steps over which the rates fall to 0
+    steps: str = "3000,200,200,1000"  # for each length; at the first, at most so many before the phase change
+    gate: float = 0.97  # share of first digits predicted right that ends the first length
+    decay: float = 0.7  # share of the last length's steps over which the rates fall to 0
     warmup: int = 50
     muon_lr: float = 0.015
     adamw_lr: float = 3e-3
     weight_decay: float = 0.1
+    dropout: float = 0.1  # after attention and MLP, from the second length on: the text is read many times
     workers: int = max(1, (os.cpu_count() or 1) - 2)
 
     @property
@@ -143,6 +124,17 @@ def build_model(recipe: Recipe, tokenizer) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
+def _add_dropout(model: Qwen3ForCausalLM, share: float) -> None:
+    """Active while the model is in training mode, where Qwen3 itself does nothing different."""
+
+    def drop(module, inputs, output):
+        return F.dropout(output, share, module.training)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(drop)
+        layer.mlp.down_proj.register_forward_hook(drop)
+
+
 class _Batches(Dataset):
     """Item `i` is the batch of step `i`."""
 
@@ -161,13 +153,20 @@ class _Batches(Dataset):
 
 
 def _losses(hidden, head, labels, weights) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted loss; and [mean loss off the answers in nats, share of answer tokens predicted right]."""
+    """
+    The weighted loss; and [mean nats off the answers, share of answers whose first digit is predicted right].
+
+    Copying gives every digit but the first: that one takes finding the needle by its key.
+    """
     logits = F.linear(hidden, head).float().flatten(0, 1)
-    labels, weights = labels.flatten(), weights.flatten()
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    answer = (weights == ANSWER_WEIGHT).float()
-    right = (logits.argmax(-1) == labels).float()
-    report = torch.stack([(losses * (1 - answer)).sum() / (1 - answer).sum(), (right * answer).sum() / answer.sum()])
+    losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    answer = weights == ANSWER_WEIGHT
+    before = F.pad(answer, (2, 0))[:, :-2]
+    first_digit = (answer & F.pad(answer, (1, 0))[:, :-1] & ~before).flatten().float()
+    right = (logits.argmax(-1) == labels.flatten()).float()
+    text = (~answer).flatten().float()
+    report = torch.stack([(losses * text).sum() / text.sum(), (right * first_digit).sum() / first_digit.sum()])
+    weights = weights.flatten()
     return (losses * weights).sum() / weights.sum(), report.detach()
 
 
@@ -188,6 +187,7 @@ def train(recipe: Recipe, folder: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
 
     model = build_model(recipe, tokenizer).to(device)
+    _add_dropout(model, recipe.dropout)
     token_losses = _losses
     if device.type == "cuda":
         # Layer by layer: all layers share one compiled graph, made anew for each length only.
@@ -208,7 +208,7 @@ def train(recipe: Recipe, folder: Path) -> None:
             "parameters": model.num_parameters(),
             "corpus_tokens": len(corpus_ids),
             "held_out_tokens": len(held_out),
-            **_environment(device),
+            **environment(device),
         }
     ]
     print(json.dumps(log[0]), flush=True)
@@ -217,6 +217,7 @@ def train(recipe: Recipe, folder: Path) -> None:
         batches = _Batches(tokenizer, corpus_ids, length, steps, recipe)
         loader = DataLoader(batches, batch_size=None, num_workers=recipe.workers, pin_memory=device.type == "cuda")
         first, last, passed = stage == 0, stage == len(stages) - 1, False
+        model.train(not first)
         for index, (ids, weights) in enumerate(loader):
             left = (steps - index) / (recipe.decay * steps) if last else 1.0
             for optimizer, peak in zip(optimizers, peaks):
@@ -236,7 +237,9 @@ def train(recipe: Recipe, folder: Path) -> None:
                 row = {"step": step, "tokens": tokens, "length": length, "loss": loss.item(), "text_loss": text_loss}
                 row |= {"answer_accuracy": answer_accuracy, "seconds": time.perf_counter() - began}
                 if step % 500 == 0 or index == steps - 1:
-                    row["held_out_loss"] = text_loss_of(model, held_out[: 64 * length + 1], length)
+                    model.eval()
+                    row["held_out_loss"] = text_loss_of(model, held_out[: 64 * 1024 + 1], length)
+                    model.train(not first)
                 log.append({name: round(value, 4) for name, value in row.items()})
                 if step % 100 == 0 or index == steps - 1:
                     print(json.dumps(log[-1]), flush=True)
@@ -254,129 +257,6 @@ def train(recipe: Recipe, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
     (folder / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-
-
-@torch.no_grad()
-def text_loss_of(model, ids: torch.Tensor, length: int) -> float:
-    """Mean nats per token of int64 `[tokens]` ids, read in separate windows of `length` (the rest is not read)."""
-    windows = ids[: (len(ids) - 1) // length * length + 1]
-    inputs, labels = windows[:-1].view(-1, length), windows[1:].view(-1, length)
-    total = 0.0
-    for start in range(0, len(inputs), 16):
-        logits = model(input_ids=inputs[start : start + 16].to(model.device), use_cache=False).logits.float()
-        total += F.cross_entropy(
-            logits.flatten(0, 1), labels[start : start + 16].flatten().to(model.device), reduction="sum"
-        ).item()
-    return total / labels.numel()
-
-
-def trigram_loss(train_ids: np.ndarray, test_ids: np.ndarray, vocab_size: int) -> float:
-    """Mean nats per token of an interpolated trigram (Witten-Bell: order `n` trusts itself by `c / (c + types)`)."""
-    probability = np.full(len(test_ids) - 2, 1 / vocab_size)
-    for order in (1, 2, 3):
-        grams, counts = np.unique(_grams(train_ids, order, vocab_size), return_counts=True)
-        contexts, types = np.unique(grams // vocab_size, return_counts=True)
-        totals = np.bincount(np.searchsorted(contexts, grams // vocab_size), weights=counts)
-        wanted = _grams(test_ids, order, vocab_size)[3 - order :]
-        count = _look_up(grams, counts, wanted)
-        total, kinds = (
-            _look_up(contexts, totals, wanted // vocab_size),
-            _look_up(contexts, types, wanted // vocab_size),
-        )
-        known = total > 0
-        probability[known] = ((count + kinds * probability) / np.maximum(total + kinds, 1))[known]
-    return float(-np.log(probability).mean())
-
-
-def _grams(ids: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
-    return sum(ids[i : len(ids) - order + 1 + i] * vocab_size ** (order - 1 - i) for i in range(order))
-
-
-def _look_up(names: np.ndarray, numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    place = np.minimum(np.searchsorted(names, wanted), len(names) - 1)
-    return np.where(names[place] == wanted, numbers[place], 0)
-
-
-def lzma_bits_per_byte(train_text: bytes, test_text: bytes) -> float:
-    """What `test_text` adds to the compressed size of `train_text`, in bits per byte."""
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 26}]
-    sizes = [
-        len(lzma.compress(text, lzma.FORMAT_RAW, filters=filters)) for text in (train_text, train_text + test_text)
-    ]
-    return 8 * (sizes[1] - sizes[0]) / len(test_text)
-
-
-def evaluate(folder: Path, samples: int = 200, lengths: tuple[int, ...] = (1, 2, 4, 8)) -> dict:
-    """
-    Measure the teacher in `folder` in fp32; write `evaluation.json` and the model card there.
-
-    Args:
-        folder: What `train` wrote.
-        samples: Prompts for each number of keys and length, hidden in held-out text.
-        lengths: Multiples of the native length.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    native = model.config.max_position_embeddings
-    texts = [load_corpus(split) for split in ("train", "heldout")]
-    train_ids, test_ids = (encode_corpus(tokenizer, documents) for documents in texts)
-    train_text, test_text = ("\n\n".join(documents).encode() for documents in texts)
-    compressor = ThreadPoolExecutor()  # works beside the accelerator
-    lzma_result = compressor.submit(lzma_bits_per_byte, train_text, test_text)
-
-    needles = []
-    for multiple in lengths:
-        for num_keys in (1, 4, 8):
-            seeds = range(1_000_000, 1_000_000 + samples)
-            prompts = [
-                make_niah(tokenizer, test_ids, multiple * native, num_keys=num_keys, seed=seed) for seed in seeds
-            ]
-            result = evaluate_niah(
-                model, prompts, tokenizer, batch_size=max(1, 65_536 // (multiple * native)), max_new_tokens=16
-            )
-            needles.append(
-                {
-                    "length": multiple * native,
-                    "keys": num_keys,
-                    "samples": samples,
-                    "accuracy": result["accuracy"],
-                    "exact": result["exact"],
-                    "seeds": [seeds[0], seeds[-1]],
-                }
-            )
-            print(json.dumps(needles[-1]), flush=True)
-
-    nats = text_loss_of(model, torch.from_numpy(test_ids), native)
-    trigram = trigram_loss(train_ids, test_ids, len(tokenizer))
-    to_bits = len(test_ids) / len(test_text) / math.log(2)
-    report = {
-        **_environment(device),
-        "dtype": "float32",
-        "parameters": model.num_parameters(),
-        "needles": needles,
-        "text": {
-            "held_out_tokens": len(test_ids),
-            "held_out_bytes": len(test_text),
-            "window": native,
-            "teacher": {"nats_per_token": nats, "bits_per_byte": nats * to_bits},
-            "trigram": {"nats_per_token": trigram, "bits_per_byte": trigram * to_bits},
-            "lzma_after_train_text": {"bits_per_byte": lzma_result.result()},
-        },
-    }
-    print(json.dumps(report["text"]), flush=True)
-    (folder / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
-
-
-def _environment(device: torch.device) -> dict:
-    return {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ def hide_needles(
         ValueError: `length` is too short for header and needles, or the haystack too short for `length`.
     """
     head = tokenizer(header).input_ids if header else []
-    pieces = [_encode_needle(tokenizer, key, value) for key, value in needles]
+    pieces = [encode_needle(tokenizer, key, value) for key, value in needles]
     room = length - len(head) - sum(len(piece[0]) for piece in pieces)
     window = _haystack_window(haystack_ids, room, length, rng)
     # A needle stands on its own line: after a line end where the text has enough of them, else after one of its own.
@@ -297,7 +297,7 @@ def _haystack_window(haystack_ids: Sequence[int], room: int, length: int, rng: n
     return np.asarray(haystack_ids[start : start + room], dtype=np.int64)
 
 
-def _encode_needle(tokenizer, key: str, value: str):
+def encode_needle(tokenizer, key: str, value: str):
     """Ids of a needle's line, and the spans in it of the sentence, the value and the key."""
     if not tokenizer.is_fast:
         raise ValueError("a fast tokenizer is needed, which knows where each token stands in the text")

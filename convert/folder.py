@@ -1,0 +1,93 @@
+"""Conversion from a teacher's name to a folder on disk: the command `hydrahead convert`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ..demo.corpus import encode_corpus, load_corpus
+from ..hub.card import model_card
+from ..hub.checkpoint import check_free, save_checkpoint
+from .migration import convert_model, student_config, teacher_config
+from .teachers import adapter_for, find_checkpoint
+
+CALIBRATION_ROW = 512
+
+
+def read_masks(path: Path) -> list[list[int]]:
+    """
+    Head masks `[L][H]` from a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not a list of lists.
+    """
+    try:
+        masks = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(masks, list) or not all(isinstance(row, list) for row in masks):
+        raise ValueError(f"{path}: expected a list of layers, each a list of 0 and 1")
+    return masks
+
+
+def calibration_ids(tokenizer, text: Path | None, tokens: int) -> torch.Tensor:
+    """
+    Rows `[B, 512]` (or one shorter row) of a text's first tokens; Python's standard library where no text is given.
+
+    Raises:
+        ValueError: the text has fewer than two tokens.
+    """
+    documents = load_corpus("heldout") if text is None else [text.read_text(encoding="utf-8")]
+    ids = encode_corpus(tokenizer, documents)[:tokens]
+    if len(ids) < 2:
+        raise ValueError(f"{text}: too short to calibrate on")
+    row = min(CALIBRATION_ROW, len(ids))
+    return torch.from_numpy(ids[: len(ids) // row * row]).view(-1, row)
+
+
+def convert_to_folder(
+    teacher: str,
+    output: Path,
+    masks_file: Path,
+    text: Path | None = None,
+    calibration_tokens: int = 2048,
+    revision: str | None = None,
+    overwrite: bool = False,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    **options,
+) -> None:
+    """
+    Convert a teacher and write the student as a folder, whole or not at all.
+
+    Args:
+        teacher: Hub id or folder.
+        masks_file: JSON of head masks `[L][H]`.
+        text: UTF-8 text to calibrate on.
+        on_stage: told what begins.
+        **options: as of `convert_model`.
+
+    Raises:
+        ValueError: anything that can be known to be wrong before weights are read is refused before.
+    """
+    check_free(output, overwrite)
+    masks = read_masks(masks_file)
+    if text is not None and not text.is_file():
+        raise ValueError(f"{text}: no such file")
+    config, fetch = find_checkpoint(teacher, revision)
+    adapter = adapter_for(config)
+    student_config(adapter, masks, **options)
+
+    on_stage("fetching the teacher")
+    checkpoint = fetch()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    on_stage("calibrating and converting")
+    ids = calibration_ids(tokenizer, text, calibration_tokens)
+    student = convert_model(checkpoint, masks, calibration_ids=ids, **options)
+    on_stage("saving")
+    name = None if Path(teacher).is_dir() else teacher
+    facts = {"Teacher": teacher if name else "a local folder", "Revision": revision or "default", "Trained": "no"}
+    facts["Calibrated on"] = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
+    card = model_card(student.config, teacher_config(adapter), name, facts)
+    save_checkpoint(student, tokenizer, output, {"README.md": card, "head_masks.json": masks}, overwrite)

@@ -1,0 +1,396 @@
+"""The main job, small enough to watch: score heads, align, select, convert, distil, evaluate, save, reload, answer."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..configuration_hydrahead import HydraHeadConfig
+from ..convert.migration import Forms, convert_model, head_forms_of, student_config, teacher_config
+from ..convert.probes import niah_probe
+from ..convert.scoring import HeadScores, score_heads
+from ..convert.selection import select_heads
+from ..convert.teachers import adapter_for, find_checkpoint
+from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
+from ..evaluation.perplexity import text_loss
+from ..evaluation.report import plot_accuracy_over_length, plot_head_map
+from ..hub.card import model_card
+from ..hub.checkpoint import answer_in_clean_process, save_checkpoint
+from ..modeling_hydrahead import HydraHeadForCausalLM
+from ..training.align import align_heads
+from ..training.distill import distill
+from ..training.loop import Schedule
+from .corpus import encode_corpus, load_corpus
+from .mixture import mixture_rows
+
+EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
+FACTORS = (1, 2, 4, 8)  # evaluated lengths, in multiples of the working length
+TASKS = {"single_key": 1, "four_keys": 4}
+CONDITION = (
+    "Alignment and distillation read the teacher's own training mixture, in which three rows in four hide needles and "
+    "ask for them: the hybrid practises what is evaluated. The evaluation's text and its needles are new to it."
+)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """
+    What the demo runs on, and how much of it.
+
+    Attributes:
+        teacher: Hub id or folder of a teacher.
+        text: a UTF-8 text file to train and evaluate on; `None` for the Python standard library.
+        length: tokens of a prompt at 1x; `None` for the teacher's native length, but 1,024 at the most.
+        ratio, strategy: which share of the query heads stays full attention, and how they are chosen.
+        pairs: counterfactual pairs per probe.
+        train_length, batch_size: shape of a training batch.
+        align_steps, distill_steps: optimiser steps.
+        samples: prompts per length and task of the evaluation.
+        seed: decides everything random.
+    """
+
+    teacher: str = str(EMBEDDED_TEACHER)
+    text: Path | None = None
+    length: int | None = None
+    ratio: float = 0.25
+    strategy: str = "global-constrained"
+    pairs: int = 8
+    train_length: int = 512
+    batch_size: int = 4
+    align_steps: int = 60
+    distill_steps: int = 200
+    samples: int = 20
+    seed: int = 0
+
+
+class Demo:
+    """One run of the main job. Stages leave files, and a run with the same settings resumes after the last of them."""
+
+    def __init__(self, settings: DemoSettings, folder: Path, console: Console):
+        """
+        Raises:
+            ValueError: a teacher that cannot be converted, or a text that is too short; before weights are read.
+        """
+        self.settings, self.folder, self.console = settings, folder, console
+        config, fetch = find_checkpoint(settings.teacher)
+        adapter = adapter_for(config)
+        self.length = settings.length or min(1024, config.max_position_embeddings)
+        self.lengths = [self.length * factor for factor in FACTORS]
+        # Full-attention heads start exactly as the aligned ones: only the recurrent outputs are normalised.
+        self.options = {"fusion_norm": "linear", "full_attention_gate": False, "logit_scale_base": self.length}
+        blank = [[0] * adapter.num_heads] * adapter.num_layers
+        self.config = student_config(adapter, blank, **self.options)
+        self.teacher_config = teacher_config(adapter)
+
+        checkpoint = fetch()
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self.train_ids, self.heldout_ids = self._read_text()
+        if len(self.heldout_ids) <= self.lengths[-1]:
+            raise ValueError(
+                f"the held-out text has {len(self.heldout_ids):,} tokens, prompts of {self.lengths[-1]:,} need more: "
+                "give a longer text or a smaller length"
+            )
+        self.teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.progress = Progress(
+            TextColumn("{task.description:<30}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console,
+        )
+
+    def _read_text(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids to train on and token ids held out."""
+        if self.settings.text is None:
+            train, heldout = (encode_corpus(self.tokenizer, load_corpus(split)) for split in ("train", "heldout"))
+            return train, heldout
+        ids = encode_corpus(self.tokenizer, [self.settings.text.read_text(encoding="utf-8")])
+        cut = int(len(ids) * 0.9)
+        return ids[:cut], ids[cut:]
+
+    def run(self) -> dict:
+        """All stages; gives the report that they end in."""
+        started = time.perf_counter()
+        self.console.print(f"[bold]HydraHead[/bold]  teacher {self.teacher_name}, {self.length:,} tokens at 1x")
+        self.console.print(f"[dim]{CONDITION}[/dim]\n")
+        self._forget_other_settings()
+        with self.progress:
+            scores = self.score()
+            masks = select_heads(scores, self.settings.ratio, self.settings.strategy)
+            student = self.distill(masks, scores)
+            results = {
+                "teacher": self.evaluate("teacher", self.teacher, self.teacher_config),
+                "hybrid": self.evaluate("hybrid", student, student.config),
+            }
+        report = self.report(scores, masks, results)
+        self.save(student, scores, report)
+        report["reloaded"] = self.reload()
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        _write(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
+        self.draw(scores, report)
+        self.show(report)
+        return report
+
+    @property
+    def teacher_name(self) -> str:
+        return "embedded" if self.settings.teacher == str(EMBEDDED_TEACHER) else self.settings.teacher
+
+    def _forget_other_settings(self) -> None:
+        """Leave no file of a run with other settings for this one to resume from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record, settings = (
+            self.folder / "settings.json",
+            json.dumps(asdict(self.settings), default=str, indent=2) + "\n",
+        )
+        if not record.is_file() or record.read_text() != settings:
+            for name in ("head_scores.json", "head_forms.safetensors", "distilled.safetensors", "metrics.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            _write(record, settings)
+
+    def _stage(self, name: str, total: int) -> Callable[..., None]:
+        """A progress bar; call what is returned after each of `total` steps, with a note if there is one."""
+        task = self.progress.add_task(name, total=total, note="")
+        return lambda note="": self.progress.update(task, advance=1, note=note)
+
+    def _batch_at(self, stage: int) -> Callable[[int], list[torch.Tensor]]:
+        """The training batch of a step: ids and weights `[batch_size, train_length]` of the mixture."""
+        settings = self.settings
+
+        def batch_at(step: int) -> list[torch.Tensor]:
+            seed = [settings.seed, stage, step]
+            rows = mixture_rows(self.tokenizer, self.train_ids, settings.train_length, settings.batch_size, seed)
+            return [torch.from_numpy(array) for array in rows]
+
+        return batch_at
+
+    def score(self) -> HeadScores:
+        """Receiver scores of all heads on needles with one and with four keys."""
+        file, settings = self.folder / "head_scores.json", self.settings
+        if file.is_file():
+            return HeadScores.load(file)
+        advance = self._stage("score heads", len(TASKS) * settings.pairs)
+        probes = [
+            niah_probe(
+                self.tokenizer,
+                self.train_ids,
+                self.length,
+                num_keys=keys,
+                num_pairs=settings.pairs,
+                seed=settings.seed,
+            )
+            for keys in TASKS.values()
+        ]
+        scores = score_heads(self.teacher, self.tokenizer, probes, on_pair=advance)
+        scores.save(file)
+        return scores
+
+    def align(self) -> Forms:
+        """Both forms of every head, fitted one by one to the teacher's."""
+        file, settings = self.folder / "head_forms.safetensors", self.settings
+        if file.is_file():
+            return load_file(file)
+        advance = self._stage("align heads before W_o", settings.align_steps)
+        set_seed(settings.seed)
+        forms = align_heads(
+            Accelerator(),
+            self.teacher,
+            self.config,
+            head_forms_of(self.teacher, self._batch_at(0)(0)[0], self.config),
+            self._batch_at(1),
+            Schedule(settings.align_steps, learning_rate=3e-3, final_learning_rate=3e-5),
+            metrics_file=self.folder / "metrics.jsonl",
+            on_step=lambda _, m: advance(f"error: linear {m['linear_loss']:.3f}, full {m['full_loss']:.3f}"),
+        )
+        save_file(forms, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+        return forms
+
+    def distill(self, masks: list[list[int]], scores: HeadScores) -> HydraHeadForCausalLM:
+        """The student, converted from the aligned heads and trained as a whole on the teacher's logits."""
+        file, settings = self.folder / "distilled.safetensors", self.settings
+        student = convert_model(self.teacher, masks, head_forms=self.align(), **self.options)
+        if file.is_file():
+            student.load_state_dict(load_file(file), strict=False)
+            return student
+        advance = self._stage("distil the hybrid", settings.distill_steps)
+        set_seed(settings.seed)
+        student = distill(
+            Accelerator(),
+            self.teacher,
+            student,
+            self._batch_at(2),
+            Schedule(settings.distill_steps, learning_rate=1e-3, final_learning_rate=5e-5),
+            metrics_file=self.folder / "metrics.jsonl",
+            on_step=lambda _, m: advance(f"KL {m['kl']:.3f}, CE {m['ce']:.3f}"),
+        )
+        state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith("lm_head")}
+        save_file(state, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+        return student
+
+    def prompts(self, length: int, num_keys: int) -> list[NiahSample]:
+        """The evaluation's prompts, hidden in held-out text."""
+        return [
+            make_niah(self.tokenizer, self.heldout_ids, length, num_keys=num_keys, seed=1_000_000 + index)
+            for index in range(self.settings.samples)
+        ]
+
+    def evaluate(self, name: str, model: PreTrainedModel, config: HydraHeadConfig) -> dict[str, list[float]]:
+        """Accuracy by generation, loss on held-out text in nats, and bf16 cache bytes, at each length."""
+        advance = self._stage(f"evaluate the {name}", (len(TASKS) + 1) * len(self.lengths))
+        result: dict[str, list[float]] = {name: [] for name in (*TASKS, "text_loss", "cache_bytes")}
+        for length in self.lengths:
+            batch_size = max(1, 4 * self.length // length)
+            for task, num_keys in TASKS.items():
+                prompts = self.prompts(length, num_keys)
+                found = evaluate_niah(model, prompts, self.tokenizer, batch_size=batch_size, max_new_tokens=16)
+                result[task].append(found["exact"])
+                advance(f"{length:,} tokens, {task.replace('_', ' ')}: {found['exact']:.2f}")
+            result["text_loss"].append(
+                text_loss(model, self.heldout_ids, length, windows=max(2, 16 * self.length // length))
+            )
+            result["cache_bytes"].append(config.kv_bytes_per_token() * length + config.state_bytes())
+            advance()
+        return result
+
+    def report(self, scores: HeadScores, masks: list[list[int]], results: dict) -> dict:
+        """Everything that was set and measured."""
+        settings = asdict(self.settings) | {"teacher": self.teacher_name, "text": str(self.settings.text or "stdlib")}
+        return {
+            "condition": CONDITION,
+            "settings": settings,
+            "options": self.options,
+            "head_masks": masks,
+            "full_attention_share": sum(map(sum, masks)) / sum(map(len, masks)),
+            "pairs": {probe.name: {"used": probe.used, "dropped": probe.dropped} for probe in scores.probes},
+            "lengths": self.lengths,
+            "results": results,
+            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "date": date.today().isoformat(),
+        }
+
+    def save(self, student: HydraHeadForCausalLM, scores: HeadScores, report: dict) -> None:
+        """The Hub-ready folder `hybrid`."""
+        training_tokens = self.settings.train_length * self.settings.batch_size
+        facts = {
+            "Teacher": self.teacher_name,
+            "Heads chosen by": f"{scores.method} scores, {self.settings.strategy}",
+            "Trained": f"{self.settings.align_steps * training_tokens:,} tokens of alignment, "
+            f"{self.settings.distill_steps * training_tokens:,} of distillation, rows of {self.settings.train_length}",
+            "Condition": CONDITION,
+        }
+        teacher_name = None if Path(self.settings.teacher).is_dir() else self.settings.teacher
+        card = model_card(student.config, self.teacher_config, teacher_name, facts, _markdown(report))
+        files = {
+            "README.md": card,
+            "head_scores.json": self.folder / "head_scores.json",
+            "head_masks.json": report["head_masks"],
+            "evaluation.json": report,
+        }
+        save_checkpoint(student, self.tokenizer, self.folder / "hybrid", files, overwrite=True)
+
+    def reload(self) -> dict[str, str]:
+        """Ask the saved folder, in a process without hydrahead, for a needle; gives prompt, answer and expectation."""
+        sample = make_niah(self.tokenizer, self.heldout_ids, self.length, seed=2_000_000)
+        prompt = self.tokenizer.decode(sample.input_ids)
+        answer = answer_in_clean_process(self.folder / "hybrid", prompt)
+        needle = needle_text(sample.keys[0], sample.values[0])
+        return {
+            "needle": needle,
+            "question": prompt[prompt.index("What is the special") :],
+            "answer": answer.strip(),
+            "expected": sample.answers[0],
+        }
+
+    def draw(self, scores: HeadScores, report: dict) -> None:
+        """The pictures."""
+        share = report["full_attention_share"]
+        plot_head_map(
+            scores.scores,
+            report["head_masks"],
+            f"{scores.method} score of each head, {share:.0%} kept ({self.settings.strategy})",
+            self.folder / "head_map.png",
+        )
+        accuracies = {
+            f"{name}, {task.replace('_', ' ')}": report["results"][name][task]
+            for name in ("teacher", "hybrid")
+            for task in TASKS
+        }
+        plot_accuracy_over_length(
+            self.lengths,
+            accuracies,
+            self.length,
+            self.settings.samples,
+            f"Needles found by generation, {self.settings.samples} prompts a point",
+            self.folder / "accuracy.png",
+        )
+
+    def show(self, report: dict) -> None:
+        """The needle prompt as answered after reloading, the table, and where everything is."""
+        reloaded = report["reloaded"]
+        found = "[green]right" if reloaded["expected"] in reloaded["answer"] else "[red]wrong"
+        self.console.print(
+            Panel(
+                f"[dim]… {self.length:,} tokens of text with, somewhere in it:[/dim]\n{reloaded['needle']}\n"
+                f"[dim]…[/dim]\n{reloaded['question']} [bold]{reloaded['answer']}[/bold]   {found}[/]",
+                title="reloaded in a fresh process without hydrahead, trust_remote_code=True",
+            )
+        )
+        table = Table(title="teacher | hybrid")
+        for column in ("tokens", "single key", "four keys", "loss on held-out text", "cache, KB"):
+            table.add_column(column, justify="right")
+        for row in _rows(report):
+            table.add_row(*row)
+        self.console.print(table)
+        masks = report["head_masks"]
+        self.console.print(
+            f"{sum(map(sum, masks))} of {sum(map(len, masks))} heads full attention. "
+            f"{report['seconds']:.0f} s. In {self.folder}: hybrid/ (the checkpoint), report.json, head_map.png, "
+            "accuracy.png, metrics.jsonl"
+        )
+
+
+def _rows(report: dict) -> list[list[str]]:
+    """The table: for each length, `teacher | hybrid` of everything measured."""
+    formats = {"single_key": "{:.2f}", "four_keys": "{:.2f}", "text_loss": "{:.3f}"}
+    rows = []
+    for index, length in enumerate(report["lengths"]):
+        cells = [
+            " | ".join(template.format(report["results"][name][key][index]) for name in ("teacher", "hybrid"))
+            for key, template in formats.items()
+        ]
+        cache = " | ".join(
+            f"{report['results'][name]['cache_bytes'][index] / 1024:,.0f}" for name in report["results"]
+        )
+        rows.append([f"{length:,}", *cells, cache])
+    return rows
+
+
+def _markdown(report: dict) -> str:
+    head = ["tokens", "single key", "four keys", "text loss", "cache, KB (bf16)"]
+    rows = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in row] for row in _rows(report))]
+    return "Teacher / hybrid.\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,128 @@
+"""Checkpoint folders that load anywhere: written whole or not at all, and tried in a process without hydrahead."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..modeling_hydrahead import HydraHeadForCausalLM
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """
+    A folder to write into that takes the place of `folder` when the block ends, and vanishes when it fails.
+
+    Raises:
+        ValueError: `folder` holds something already, and `overwrite` is not set.
+    """
+    folder = Path(folder)
+    check_free(folder, overwrite)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp's own mode is private
+        if folder.exists():
+            replaced = partial.with_suffix(".replaced")
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_free(folder: str | Path, overwrite: bool = False) -> None:
+    """
+    Check, before long work begins, that `folder` may be written.
+
+    Raises:
+        ValueError: it is a file, or it holds something already and `overwrite` is not set.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file, expected a folder to write")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"{folder}: not empty; choose another folder or pass overwrite")
+
+
+def save_checkpoint(
+    student: HydraHeadForCausalLM,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    extra_files: Mapping[str, str | dict | list | Path] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """
+    Write a student as a folder that loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+
+    Args:
+        extra_files: further files by name: text, something to write as JSON, or a file to copy.
+        overwrite: replace what the folder holds.
+
+    Raises:
+        ValueError: the folder holds something already, and `overwrite` is not set.
+    """
+    with whole_folder(folder, overwrite) as partial:
+        student.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        for name, content in (extra_files or {}).items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, partial / name)
+            else:
+                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+                (partial / name).write_text(text)
+        for file in partial.iterdir():
+            file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+# Runs without hydrahead: an import of it fails, whatever is installed.
+_RELOAD = """
+import json, sys
+sys.modules["hydrahead"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+logging.set_verbosity_error()
+folder, max_new_tokens = sys.argv[1], int(sys.argv[2])
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+inputs = tokenizer(sys.stdin.read(), return_tensors="pt", return_token_type_ids=False, add_special_tokens=False)
+output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+print(json.dumps({"class": type(model).__module__, "answer": answer}))
+"""
+
+
+def answer_in_clean_process(folder: str | Path, prompt: str, max_new_tokens: int = 16) -> str:
+    """
+    Load a checkpoint folder in a fresh Python process that cannot import hydrahead, and continue a prompt greedily.
+
+    Returns:
+        the text of the continuation.
+
+    Raises:
+        RuntimeError: the folder does not load or generate there, with the last line of what the process said.
+    """
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run(
+        [sys.executable, "-c", _RELOAD, str(Path(folder).absolute()), str(max_new_tokens)],
+        input=prompt,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tempfile.gettempdir(),
+    )
+    if done.returncode:
+        raise RuntimeError(f"{folder}: does not load in a clean process: {done.stderr.strip().splitlines()[-1]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["class"].startswith("transformers_modules."), result
+    return result["answer"]
