@@ -144,7 +144,6 @@ def is_padding_mask(attention_mask: torch.Tensor | dict | None) -> bool:
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
-@torch.compiler.disable  # whether a row is packed is data
 def find_segments(
     position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None, past_key_values: Cache | None
 ) -> torch.Tensor | None:
@@ -158,6 +157,12 @@ def find_segments(
     """
     if position_ids is None or position_ids.shape[-1] == 1 or isinstance(attention_mask, dict):
         return None
+    return _segments_of(position_ids, attention_mask, past_key_values)
+
+
+@torch.compiler.disable  # whether a row is packed is data
+def _segments_of(position_ids, attention_mask, past_key_values) -> torch.Tensor | None:
+    """`find_segments` where several positions per row are given."""
     restarts = position_ids.diff(dim=-1) != 1
     if is_padding_mask(attention_mask):  # positions of padding do not count
         real = attention_mask[:, -position_ids.shape[-1] :].bool()
@@ -658,6 +663,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         if position_ids is not None:
             position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
         segment_ids = find_segments(position_ids, attention_mask, past_key_values)
+        if (bounds := kwargs.get("cu_seq_lens_q")) is not None and bounds.numel() > 2 and segment_ids is None:
+            raise ValueError("cu_seq_lens_q describes packed sequences: pass their position_ids too")
         if use_cache and past_key_values is None and segment_ids is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -714,6 +721,18 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+        # As in `Phi3ForCausalLM`: longrope changes all its frequencies where a text outgrows the original length, and
+        # what is cached was rotated by the old ones. It is computed anew, once.
+        rope = self.config.rope_parameters
+        if past_key_values is not None and rope["rope_type"] == "longrope":
+            seen, original = past_key_values.get_seq_length(), rope["original_max_position_embeddings"]
+            if 0 < seen <= original < input_ids.shape[1]:
+                past_key_values = kwargs["next_sequence_length"] = None
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     @can_return_tuple
     def forward(  # trf-ignore: TRF057

@@ -5,6 +5,7 @@ head that could stand in its place. A student is the teacher's other weights and
 chooses. Forms start as the teacher's own rows; alignment (`hydrahead.training.align`) trains them once for all masks.
 """
 
+import copy
 import logging
 import math
 from collections.abc import Iterable
@@ -278,11 +279,23 @@ def head_forms_of(teacher: PreTrainedModel, calibration_ids: torch.Tensor, confi
         config: a student's configuration; its masks do not matter.
     """
     adapter, read = adapter_for(teacher.config), read_model(teacher)
+    check_calibration_ids(calibration_ids, config.vocab_size)
     statistics = measure_heads(adapter, read, calibration_ids)
     forms: Forms = {}
     for layer in range(adapter.num_layers):
         forms |= initial_forms(adapter.attention(read, layer), statistics, layer, config)
     return forms
+
+
+def check_calibration_ids(token_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raise a one-line `ValueError` unless heads can be measured on these: attention needs a token to look back at."""
+    if not isinstance(token_ids, torch.Tensor) or token_ids.ndim != 2 or token_ids.is_floating_point():
+        got = tuple(token_ids.shape) if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
+        raise ValueError(f"calibration_ids must be an integer tensor [rows, tokens], got {got}")
+    if token_ids.shape[0] < 1 or token_ids.shape[1] < 2:
+        raise ValueError(f"calibration_ids must hold at least 1 row of 2 tokens, got {tuple(token_ids.shape)}")
+    if token_ids.min() < 0 or token_ids.max() >= vocab_size:
+        raise ValueError(f"calibration_ids must be in 0 … {vocab_size - 1}, got {token_ids.min()} … {token_ids.max()}")
 
 
 def random_calibration_ids(vocab_size: int) -> torch.Tensor:
@@ -323,14 +336,22 @@ def convert_model(
     Raises:
         ValueError: the teacher cannot be represented, or options or masks do not fit; before any weight is read.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    fetch = None
     if isinstance(teacher, PreTrainedModel):
-        adapter = adapter_for(teacher.config)
-        config = student_config(adapter, head_masks, **options)
-        generation_config, read = teacher.generation_config, read_model(teacher)
+        teacher_cfg = teacher.config
     else:
         teacher_cfg, fetch = find_checkpoint(str(teacher), revision)
-        adapter = adapter_for(teacher_cfg)
-        config = student_config(adapter, head_masks, **options)
+    adapter = adapter_for(teacher_cfg)
+    config = student_config(adapter, head_masks, **options)
+    if calibration_ids is not None:
+        check_calibration_ids(calibration_ids, config.vocab_size)
+
+    if fetch is None:
+        read = read_model(teacher)
+        generation_config = copy.deepcopy(teacher.generation_config)
+    else:
         folder = fetch()
         read = read_safetensors(folder)
         has_file = (folder / "generation_config.json").is_file()
@@ -352,7 +373,7 @@ def convert_model(
         student = HydraHeadForCausalLM(config).eval()
     for layer, module in enumerate(student.model.layers):
         attention = adapter.attention(read, layer)
-        forms = head_forms or initial_forms(attention, statistics, layer, config)
+        forms = initial_forms(attention, statistics, layer, config) if head_forms is None else head_forms
         load_meta(module, layer_state(adapter, read, layer, attention, forms, config), dtype)
     student.load_state_dict({name: tensor.to(dtype) for name, tensor in ends.items()}, strict=False, assign=True)
     student.tie_weights()

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 Read = Callable[[str], torch.Tensor]
 """Gives the tensor of a name in the teacher's checkpoint, as memory of the caller's own."""
@@ -179,8 +179,9 @@ class Phi3Teacher(TeacherAdapter):
 
     def student_fields(self) -> dict:
         fields = super().student_fields()
-        original = self.config.original_max_position_embeddings
-        fields["rope_parameters"].setdefault("original_max_position_embeddings", original)
+        if fields["rope_parameters"]["rope_type"] != "default":
+            original = self.config.original_max_position_embeddings
+            fields["rope_parameters"].setdefault("original_max_position_embeddings", original)
         return fields
 
     def attention(self, read: Read, layer: int) -> TeacherAttention:
@@ -204,6 +205,11 @@ ADAPTERS = {
 }
 
 
+def unknown_family(model_type: str | None) -> ValueError:
+    """The error for a family without an adapter."""
+    return ValueError(f"{model_type}: unknown teacher family, expected one of {', '.join(sorted(ADAPTERS))}")
+
+
 def adapter_for(config: PreTrainedConfig) -> TeacherAdapter:
     """
     The adapter of a teacher's family.
@@ -219,7 +225,7 @@ def adapter_for(config: PreTrainedConfig) -> TeacherAdapter:
             f"{config.model_type}: mixture-of-experts models ({experts}) are not supported, only dense ones"
         )
     if config.model_type not in ADAPTERS:
-        raise ValueError(f"{config.model_type}: unknown teacher family, expected one of {', '.join(sorted(ADAPTERS))}")
+        raise unknown_family(config.model_type)
     return ADAPTERS[config.model_type](config)
 
 
@@ -229,18 +235,33 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> tuple[Pre
 
     Only the config is read before that function is called, so that a teacher which cannot be converted is refused
     before anything large is downloaded. A name that is a folder here is that folder, otherwise it is a Hub id.
+
+    Raises:
+        ValueError: the folder holds no model, or transformers itself does not know the family.
     """
     path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{path}: not a model folder (no config.json)")
-        return AutoConfig.from_pretrained(path), lambda: path
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path}: not a model folder (no config.json)")
+    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith(".")):
+        raise ValueError(f"{path}: no such folder")
+    model_type = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("model_type")
+    if model_type not in CONFIG_MAPPING:  # transformers would ask whether to run the checkpoint's own code
+        raise unknown_family(model_type)
     config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    if path.is_dir():
+        return config, lambda: path
     return config, lambda: Path(snapshot_download(name_or_path, revision=revision, allow_patterns=CHECKPOINT_FILES))
 
 
 def read_model(model: PreTrainedModel) -> Read:
-    """Reads from a model in memory. Tensors are copies: training the student must not change the teacher."""
+    """
+    Reads from a model in memory. Tensors are copies: training the student must not change the teacher.
+
+    Raises:
+        ValueError: the model is no language model.
+    """
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__}: has no language-model head, expected a ...ForCausalLM")
     state = model.state_dict()
     return lambda name: state[name].detach().cpu().clone()
 
@@ -264,8 +285,9 @@ def read_safetensors(folder: Path) -> Read:
     def read(name: str) -> torch.Tensor:
         if name not in files:
             raise ValueError(f"{folder}: the checkpoint has no tensor {name}")
-        # Opened anew each time: an open file keeps every page it has read mapped into memory.
+        # Opened anew each time: an open file keeps every page it has read mapped into memory. Copied, because what it
+        # gives is mapped too: a checkpoint that is written over later would take the student with it.
         with safe_open(folder / files[name], framework="pt") as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name).clone()
 
     return read

@@ -61,7 +61,8 @@ def load_corpus(split: str = "train") -> list[str]:
 
 def encode_corpus(tokenizer, documents: list[str]) -> np.ndarray:
     """Token ids of the documents one after the other, a blank line after each: int64 `[tokens]`."""
-    encoded = tokenizer([document + "\n\n" for document in documents], add_special_tokens=False)
+    documents = [document + "\n\n" for document in documents]
+    encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return np.concatenate([np.array(ids, dtype=np.int64) for ids in encoded.input_ids])
 
 

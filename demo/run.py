@@ -1,5 +1,6 @@
 """The main job, small enough to watch: score heads, align, select, convert, distil, evaluate, save, reload, answer."""
 
+import contextlib
 import json
 import platform
 import time
@@ -130,7 +131,7 @@ class Demo:
         self.console.print(f"[bold]HydraHead[/bold]  teacher {self.teacher_name}, {self.length:,} tokens at 1x")
         self.console.print(f"[dim]{CONDITION}[/dim]\n")
         self._forget_other_settings()
-        with self.progress:
+        with self.progress if self.console.is_terminal else contextlib.nullcontext():
             scores = self.score()
             masks = select_heads(scores, self.settings.ratio, self.settings.strategy)
             student = self.distill(masks, scores)
@@ -164,9 +165,22 @@ class Demo:
             _write(record, settings)
 
     def _stage(self, name: str, total: int) -> Callable[..., None]:
-        """A progress bar; call what is returned after each of `total` steps, with a note if there is one."""
+        """
+        A progress bar; call what is returned after each of `total` steps, with a note if there is one.
+
+        Where the output is no terminal, ten lines stand for the bar.
+        """
         task = self.progress.add_task(name, total=total, note="")
-        return lambda note="": self.progress.update(task, advance=1, note=note)
+        done = 0
+
+        def advance(note: str = "") -> None:
+            nonlocal done
+            done += 1
+            self.progress.update(task, advance=1, note=note)
+            if not self.console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
+                self.console.print(f"{name}  {done}/{total}  {note}", highlight=False)
+
+        return advance
 
     def _batch_at(self, stage: int) -> Callable[[int], list[torch.Tensor]]:
         """The training batch of a step: ids and weights `[batch_size, train_length]` of the mixture."""

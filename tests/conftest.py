@@ -1,6 +1,12 @@
-"""Bounded, reproducible hypothesis runs for all tests."""
+"""Bounded, reproducible hypothesis runs, and one thread unless asked for more: tiny tensors lose time to a second."""
 
+import os
+
+import torch
 from hypothesis import HealthCheck, settings
+
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 settings.register_profile(
     "hydrahead",

@@ -109,6 +109,13 @@ def make_teacher(family: str, **changes) -> PreTrainedModel:
     return model
 
 
+def bf16_teacher(family: str, folder) -> PreTrainedModel:
+    """The same teacher in bf16, saved to `folder` and loaded: a `.to` would round its rotary frequencies too."""
+    teacher = make_teacher(family)
+    teacher.save_pretrained(folder)
+    return type(teacher).from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
 def student_fields(**changes) -> dict:
     """Fields of the configuration of a tiny student."""
     return SIZES | {"head_dim": HEAD_DIM, "head_masks": MIXED, "logit_scale_base": NATIVE_LENGTH} | changes

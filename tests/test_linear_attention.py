@@ -22,6 +22,7 @@ from hydrahead.tests.families import (
     MIXED,
     make_student,
     make_teacher,
+    random_ids,
     random_masks,
     student_fields,
 )
@@ -293,6 +294,45 @@ def test_attention_layer_equals_per_head_computation_whatever_the_mask(fusion, n
     x64, params = x.detach().double().requires_grad_(), double(attention)
     actual = attention(x, **call_inputs(config, 7))
     assert_same_function(attention, actual, naive_attention(params, x64, config, 0), x, x64, params)
+
+
+def naive_model(student: HydraHeadForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, T, V]` in fp64: embedding, per layer attention and SwiGLU between residuals, norm, head."""
+    config, params = student.config, {name: p.detach().double() for name, p in student.named_parameters()}
+    x = params["model.embed_tokens.weight"][ids]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        own = {name.removeprefix(prefix): p for name, p in params.items() if name.startswith(prefix)}
+        attention = {name.removeprefix("self_attn."): p for name, p in own.items() if name.startswith("self_attn.")}
+        x = x + naive_attention(attention, rms_norm(x, own["input_layernorm.weight"], 1e-6), config, layer)
+        y = rms_norm(x, own["post_attention_layernorm.weight"], 1e-6)
+        y = torch.nn.functional.silu(y @ own["mlp.gate_proj.weight"].T) * (y @ own["mlp.up_proj.weight"].T)
+        x = x + y @ own["mlp.down_proj.weight"].T
+    head = params.get("lm_head.weight", params["model.embed_tokens.weight"])
+    return rms_norm(x, params["model.norm.weight"], 1e-6) @ head.T
+
+
+@given(masks=random_masks(), seed=st.integers(0, 100))
+@example(masks=ALL_FULL, seed=0)
+@example(masks=ALL_LINEAR, seed=0)
+@example(masks=MIXED, seed=0)
+@settings(max_examples=8)
+@pytest.mark.parametrize("position", ["nope", "rope"])
+@pytest.mark.parametrize("base", [None, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_model_equals_the_method_computed_naively(position, base, tied, masks, seed):
+    """Positions counted from 0, scale log(t + a) / log(a), every part in its place: logits from ids alone."""
+    student = make_student(
+        seed=seed,
+        head_masks=masks,
+        full_attention_position=position,
+        logit_scale_base=base,
+        tie_word_embeddings=tied,
+    )
+    ids = random_ids(2, 12, seed)
+    with torch.no_grad():
+        # Layers multiply a relative error of 1e-6 each by the condition of their norms.
+        assert relative_error(student(ids).logits, naive_model(student, ids)) < 1e-4
 
 
 @given(masks=random_masks())

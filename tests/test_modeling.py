@@ -1,5 +1,6 @@
 """The model: caches, generation, padding, packing, precision, compilation, saving, adapters."""
 
+import itertools
 import json
 
 import pytest
@@ -22,6 +23,7 @@ from hydrahead.tests.families import (
     LONGROPE,
     MIXED,
     VOCAB,
+    bf16_teacher,
     make_student,
     make_teacher,
     mask_examples,
@@ -37,9 +39,14 @@ NO_END = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 
 
 @pytest.fixture(autouse=True)
-def _no_grad(request):
-    """Gradients only where a test is marked to need them."""
-    with torch.set_grad_enabled("needs_grad" in request.keywords):
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def gradients(_without_gradients):
+    with torch.enable_grad():
         yield
 
 
@@ -193,6 +200,16 @@ def test_beams_as_many_as_words_find_the_best_continuation(masks):
     assert tuple(output[0, 6:].tolist()) == best
 
 
+@pytest.mark.parametrize("masks", MASKS)
+def test_generation_goes_on_from_a_cache(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    first = student.generate(ids, max_new_tokens=5, return_dict_in_generate=True, **NO_END)
+    turn = torch.cat([first.sequences, random_ids(2, 4, seed=7)], dim=1)
+    expected = student.generate(turn, max_new_tokens=6, **NO_END)
+    continued = student.generate(turn, past_key_values=first.past_key_values, max_new_tokens=6, **NO_END)
+    assert torch.equal(continued, expected)
+
+
 def test_assisted_decoding_is_refused_because_a_recurrent_state_cannot_be_rolled_back():
     student, ids = make_student(), random_ids(1, 6)
     for assistance in ({"assistant_model": make_student(1)}, {"prompt_lookup_num_tokens": 2}):
@@ -299,7 +316,25 @@ def test_linear_heads_survive_anything_in_the_padding(content):
             assert_close(logits[i][mask[i].bool()], student(row[None]).logits[0])
 
 
-@pytest.mark.needs_grad
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_row_of_nothing_but_padding_harms_nobody(masks):
+    student, ids = make_student(head_masks=masks, attention_bias=True), random_ids(2, 9)
+    mask = torch.tensor([[0] * 9, [1] * 9])
+    cache = DynamicCache(config=student.config)
+    logits = student(ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+    assert logits.isfinite().all()
+    assert_close(logits[1], student(ids[1:]).logits[0])
+    assert all(tensor[0].eq(0).all() for tensor in states(cache))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_may_have_any_dtype(dtype):
+    student = make_student()
+    ids, mask = pad_rows(ROWS, "left", filler_seed=0)
+    assert torch.equal(student(ids, attention_mask=mask.to(dtype)).logits, student(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gets_no_gradient(masks, side):
@@ -344,6 +379,9 @@ def test_a_dialogue_goes_on_from_the_cache_in_padded_batches():
 
 # --------------------------------------------------------------------------------------------------- packing
 
+# A sequence of one token whose key barely matches its query has an output near zero, and the fusion's norm enlarges
+# its rounding error: ten times the promise for caches. Leaks between sequences are of order 1.
+PACKING_TOLERANCE = 1e-3
 PACKED_LENGTHS = [[5, 1, 9, 2], [17], [1] * 17, [3, 14]]
 
 
@@ -362,7 +400,7 @@ def test_packed_sequences_equal_each_sequence_alone(masks, implementation, posit
     logits = student(ids, position_ids=positions).logits
     for i, lengths in enumerate(PACKED_LENGTHS):
         for sequence, of_sequence in zip(ids[i].split(lengths), logits[i].split(lengths)):
-            assert_close(of_sequence, student(sequence[None]).logits[0])
+            assert_close(of_sequence, student(sequence[None]).logits[0], PACKING_TOLERANCE)
 
 
 @given(masks=random_masks(), cuts=st.lists(st.booleans(), min_size=79, max_size=79))
@@ -375,11 +413,11 @@ def test_packed_sequences_never_see_each_other_whatever_the_cuts(masks, cuts):
     positions = torch.tensor([positions])
     starts = [*positions[0].eq(0).nonzero().squeeze(1).tolist(), 80]
     logits = student(ids, position_ids=positions).logits
-    for start, end in zip(starts, starts[1:]):
-        assert_close(logits[:, start:end], student(ids[:, start:end]).logits)
+    for start, end in itertools.pairwise(starts):
+        assert_close(logits[:, start:end], student(ids[:, start:end]).logits, PACKING_TOLERANCE)
 
 
-@pytest.mark.needs_grad
+@pytest.mark.usefixtures("gradients")
 def test_packed_sequences_give_the_gradients_of_each_sequence_alone():
     packed, apart = make_student(), make_student()
     ids, positions = packed_rows()
@@ -410,6 +448,14 @@ def test_packed_rows_are_refused_where_they_could_not_be_kept_apart(masks):
         with pytest.raises(ValueError, match="packed sequences") as error:
             student(ids, position_ids=positions, **more)
         assert "\n" not in str(error.value)
+
+
+def test_packing_that_only_attention_would_see_is_refused():
+    """Bounds for flash attention without position ids: recurrent heads would read on from one sequence to the next."""
+    bounds = torch.tensor([0, 5, 17], dtype=torch.int32)
+    with pytest.raises(ValueError, match="pass their position_ids too") as error:
+        make_student()(random_ids(1, 17), cu_seq_lens_q=bounds, cu_seq_lens_k=bounds)
+    assert "\n" not in str(error.value)
 
 
 def test_a_packed_forward_leaves_no_cache_behind():
@@ -515,7 +561,7 @@ def test_embeddings_are_tied_or_not_as_configured(tied, tmp_path):
     assert student(random_ids(1, 5)).logits.shape[-1] == VOCAB + 8
 
 
-@pytest.mark.needs_grad
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("masks", MASKS)
 def test_gradient_checkpointing_changes_no_gradient(masks):
     plain, checkpointed = make_student(head_masks=masks).train(), make_student(head_masks=masks).train()
@@ -528,7 +574,7 @@ def test_gradient_checkpointing_changes_no_gradient(masks):
         assert one.grad is not None and torch.equal(one.grad, other.grad), name
 
 
-@pytest.mark.needs_grad
+@pytest.mark.usefixtures("gradients")
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("fusion", ["scale", "gate", "concat"])
 def test_every_parameter_is_trained(masks, fusion):
@@ -538,7 +584,7 @@ def test_every_parameter_is_trained(masks, fusion):
         assert parameter.grad is not None and parameter.grad.ne(0).any(), name
 
 
-@pytest.mark.needs_grad
+@pytest.mark.usefixtures("gradients")
 def test_attention_dropout_acts_in_training_only():
     student, ids = make_student(attention_dropout=0.5), random_ids(2, 9)
     assert torch.equal(student(ids).logits, student(ids).logits)
@@ -561,11 +607,28 @@ def test_bf16_costs_a_student_no_more_than_its_teacher(family, fusion, tmp_path)
     """The error depends on the weights, so the teacher's is the measure; 1.5 for the roundings that differ."""
     teacher, ids = make_teacher(family), random_ids(4, 60)
     student = convert_model(teacher, MIXED, calibration_ids=random_ids(4, 60, 1), fusion=fusion)
-    student.save_pretrained(tmp_path)
-    low = HydraHeadForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    student.save_pretrained(tmp_path / "student")
+    low = HydraHeadForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.bfloat16)
     student_error = bf16_error(student, low, ids)
-    teacher_error = bf16_error(teacher, make_teacher(family).to(torch.bfloat16), ids)
+    teacher_error = bf16_error(teacher, bf16_teacher(family, tmp_path / "teacher"), ids)
+    print(f"bf16 {family} {fusion}: student {student_error:.4f}, teacher {teacher_error:.4f}")
     assert student_error <= 1.5 * teacher_error, (student_error, teacher_error)
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("masks", MASKS)
+def test_training_under_autocast_keeps_fp32_weights_and_finite_gradients(masks):
+    student, ids = make_student(head_masks=masks, fusion="gate").train(), random_ids(2, 70)
+    exact = student(ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = student(ids, labels=ids).loss
+        loss.backward()
+        with torch.no_grad():
+            assert student.generate(ids[:, :5], max_new_tokens=4, **NO_END).shape == (2, 9)
+    # bf16 has 8 bits: 4e-3 for one rounding, a few of which add up in a loss that averages 138 tokens.
+    assert (loss - exact).abs() <= 0.02 * exact.abs()
+    for name, parameter in student.named_parameters():
+        assert parameter.dtype == torch.float32 and parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -589,6 +652,12 @@ def test_the_recurrent_state_is_fp32_in_a_bf16_model(masks, tmp_path):
     feed(student, random_ids(2, 9), [5, 1, 1, 1], cache)
     for layer in cache.layers:
         assert all(t.dtype == torch.float32 for t in getattr(layer, "recurrent_states", {}).values() if t is not None)
+
+
+def test_no_parameter_is_a_scalar():
+    """FSDP2 cannot shard one."""
+    student = make_student(fusion="gate", attention_bias=True, attention_output_bias=True)
+    assert all(parameter.ndim >= 1 for parameter in student.parameters())
 
 
 # ----------------------------------------------------------------------------------------- kernels, compilation
@@ -674,9 +743,9 @@ def test_a_decoding_step_of_a_layer_compiles_without_a_graph_break(masks, fresh_
     assert_close(compiled(x, past_key_values=caches[0], **inputs), layer(x, past_key_values=caches[1], **inputs))
 
 
-@pytest.mark.parametrize("masks", [MIXED, ALL_LINEAR])
-def test_the_whole_model_compiles_to_the_same_logits(masks, fresh_dynamo):
-    student, ids = make_student(head_masks=masks), random_ids(2, 9)
+@pytest.mark.slow
+def test_the_whole_model_compiles_to_the_same_logits(fresh_dynamo):
+    student, ids = make_student(), random_ids(2, 9)
     padded, mask = pad_rows(ROWS, "left", filler_seed=0)
     packed, positions = packed_rows()
     expected = [
@@ -684,10 +753,24 @@ def test_the_whole_model_compiles_to_the_same_logits(masks, fresh_dynamo):
         student(padded, attention_mask=mask).logits,
         student(packed, position_ids=positions).logits,
     ]
-    compiled = torch.compile(student, backend="eager")
+    # In one graph, as transformers' own hybrids do, except that packing is seen from the data.
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
     assert_close(compiled(ids).logits, expected[0])
     assert_close(compiled(padded, attention_mask=mask).logits[mask.bool()], expected[1][mask.bool()])
+    torch._dynamo.reset()
+    compiled = torch.compile(student, backend="eager")
     assert_close(compiled(packed, position_ids=positions).logits, expected[2])
+
+
+@pytest.mark.parametrize("masks", [MIXED, ALL_LINEAR])
+def test_a_decoding_step_of_the_model_compiles_without_a_graph_break(masks, fresh_dynamo):
+    """With position ids and a static cache, as `generate` compiles it on a GPU."""
+    student, ids = make_student(head_masks=masks), random_ids(2, 9)
+    cache = make_cache("static", student)
+    student(ids[:, :8], past_key_values=cache, use_cache=True)
+    compiled = torch.compile(student, backend="eager", fullgraph=True)
+    step = compiled(ids[:, 8:], position_ids=torch.full((2, 1), 8), past_key_values=cache, use_cache=True)
+    assert_close(step.logits, student(ids).logits[:, 8:])
 
 
 # --------------------------------------------------------------------------------------------------- saving
@@ -750,7 +833,7 @@ def test_a_saved_configuration_says_where_its_code_is(tmp_path):
 # ----------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.needs_grad
+@pytest.mark.usefixtures("gradients")
 def test_lora_on_all_linear_layers_trains_its_adapters_only_and_merges():
     student, ids = make_student(fusion="gate"), random_ids(2, 9)
     original = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
@@ -778,7 +861,7 @@ def test_lora_on_all_linear_layers_trains_its_adapters_only_and_merges():
     assert_close(merged(ids).logits, trained)
 
 
-@pytest.mark.needs_grad
+@pytest.mark.usefixtures("gradients")
 def test_the_fusion_can_be_trained_whole_beside_adapters(tmp_path):
     student, ids = make_student(), random_ids(2, 9)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["fusion"], task_type="CAUSAL_LM")

@@ -55,6 +55,6 @@ def distill(
             weights=weights[:, 1:],
         )
         accelerator.backward(kl_weight * kl + ce_weight * ce)
-        return {"kl": float(kl), "ce": float(ce)}
+        return {"kl": float(kl.detach()), "ce": float(ce.detach())}
 
     return accelerator.unwrap_model(train(accelerator, student, batch_at, backward, schedule, metrics_file, on_step))
