@@ -1,0 +1,142 @@
+"""The command line as a person meets it: help, bad input, interruption, and the folders it writes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from hydrahead.cli import app
+from hydrahead.demo.run import EMBEDDED_TEACHER
+from hydrahead.hub.checkpoint import answer_in_clean_process, whole_folder
+from hydrahead.tests.families import make_teacher
+
+COMMAND = [sys.executable, "-m", "hydrahead.cli"]
+MASKS = [[1, 0, 0, 0, 1, 1, 0, 0]] * 6
+
+
+def hydrahead(*arguments, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False, **options
+    )
+
+
+@pytest.fixture
+def masks(tmp_path) -> Path:
+    path = tmp_path / "masks.json"
+    path.write_text(json.dumps(MASKS))
+    return path
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import hydrahead.cli, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "convert" in hydrahead("--help").stdout
+
+
+def test_convert_writes_a_folder_that_answers_in_a_clean_process(tmp_path, masks):
+    output = tmp_path / "student"
+    done = hydrahead("convert", EMBEDDED_TEACHER, output, "--masks", masks, "--calibration-tokens", 256)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in output.iterdir()}
+    assert names >= {"README.md", "config.json", "generation_config.json", "head_masks.json", "model.safetensors"}
+    assert names >= {"configuration_hydrahead.py", "modeling_hydrahead.py", "tokenizer.json"}
+    assert json.loads((output / "config.json").read_text())["head_masks"] == MASKS
+    assert answer_in_clean_process(output, "import os\n", max_new_tokens=4)
+
+
+def a_folder_of(tmp_path: Path, family: str, **changes) -> Path:
+    folder = tmp_path / "teacher"
+    make_teacher(family, **changes).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED_TEACHER).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher": "sliding"}, "sliding-window attention"),
+        ({"masks": "missing.json"}, "cannot be read as JSON"),
+        ({"masks": "[1, 0]"}, "expected a list of layers"),
+        ({"masks": "[[1, 0]]"}, "head_masks must have one row per layer (6), got 1"),
+        ({"text": "missing.txt"}, "missing.txt: no such file"),
+        ({"output": "."}, "not empty"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, masks, arguments, message):
+    teacher = arguments.get("teacher", EMBEDDED_TEACHER)
+    if teacher == "sliding":
+        teacher = a_folder_of(tmp_path, "mistral", sliding_window=8)
+    if "masks" in arguments:
+        masks = tmp_path / "other.json"
+        if arguments["masks"].startswith("["):
+            masks.write_text(arguments["masks"])
+    options = ["--text", tmp_path / arguments["text"]] if "text" in arguments else []
+    before = sorted(tmp_path.rglob("*"))
+    output = tmp_path / arguments.get("output", "new")
+    done = CliRunner().invoke(app, list(map(str, ["convert", teacher, output, "--masks", masks, *options])))
+    assert done.exit_code == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("hydrahead: ")
+    assert message in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_name_gets_one_line_too(tmp_path, masks):
+    done = hydrahead("convert", "no/such-model", tmp_path / "new", "--masks", masks)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("hydrahead: ")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_convert_leaves_no_folder(tmp_path, masks, sent):
+    """The signal comes while the folder is being written: a hook stops there and waits for it."""
+    marker = tmp_path / "writing"
+    code = (
+        "import sys, time, pathlib\n"
+        "from hydrahead import cli\n"
+        "from hydrahead.hub import checkpoint\n"
+        "from transformers import PreTrainedModel\n"
+        "save = PreTrainedModel.save_pretrained\n"
+        "def slow(self, folder, *args, **kwargs):\n"
+        "    save(self, folder, *args, **kwargs)\n"
+        f"    pathlib.Path({str(marker)!r}).touch()\n"
+        "    time.sleep(60)\n"
+        "PreTrainedModel.save_pretrained = slow\n"
+        f"sys.argv = ['hydrahead', 'convert', {str(EMBEDDED_TEACHER)!r}, {str(tmp_path / 'out' / 'student')!r},\n"
+        f"            '--masks', {str(masks)!r}, '--calibration-tokens', '64']\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(600):
+        if marker.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    assert marker.exists(), process.communicate()[1].decode()
+    process.send_signal(sent)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_folder_is_replaced_only_when_asked_and_only_when_the_new_one_is_whole(tmp_path):
+    folder = tmp_path / "folder"
+    with whole_folder(folder) as partial:
+        (partial / "old").touch()
+    with pytest.raises(ValueError, match=r"not empty"), whole_folder(folder):
+        pass
+    with pytest.raises(RuntimeError), whole_folder(folder, overwrite=True) as partial:
+        (partial / "new").touch()
+        raise RuntimeError
+    assert [path.name for path in folder.iterdir()] == ["old"]
+    with whole_folder(folder, overwrite=True) as partial:
+        (partial / "new").touch()
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

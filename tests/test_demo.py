@@ -1,0 +1,43 @@
+"""The main job from end to end on a few steps, and taking up where an interrupted one stopped."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from hydrahead.demo import run
+from hydrahead.demo.run import Demo, DemoSettings
+
+FEW = DemoSettings(length=192, pairs=2, train_length=96, batch_size=2, align_steps=3, distill_steps=3, samples=1)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_teacher_to_reloaded_checkpoint_and_resumes(tmp_path, monkeypatch):
+    console = Console(record=True, width=120)
+    report = Demo(FEW, tmp_path, console).run()
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {"hybrid", "report.json", "head_map.png", "accuracy.png", "head_scores.json", "metrics.jsonl"}
+    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report["lengths"] == [192, 384, 768, 1536]
+    assert sum(map(sum, report["head_masks"])) == 12
+    for name in ("teacher", "hybrid"):
+        assert all(len(values) == 4 for values in report["results"][name].values())
+    cache = {name: report["results"][name]["cache_bytes"] for name in report["results"]}
+    assert cache["hybrid"][-1] < cache["teacher"][-1]
+    shown = console.export_text()
+    assert report["reloaded"]["needle"] in shown and "needles" in shown
+    card = (tmp_path / "hybrid" / "README.md").read_text()
+    assert "12 of 48 full attention" in card and run.CONDITION in card
+
+    # Nothing that is done already is done again.
+    for stage in ("score_heads", "align_heads", "distill"):
+        monkeypatch.setattr(run, stage, lambda *_, **__: pytest.fail("repeated a finished stage"))
+    again = Demo(FEW, tmp_path, Console(quiet=True)).run()
+    assert again["results"] == report["results"]
+
+
+def test_a_short_text_is_refused_before_the_teacher_is_read(tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("too short " * 50)
+    monkeypatch.setattr(run.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read the teacher"))
+    with pytest.raises(ValueError, match=r"^the held-out text has [^\n]*$"):
+        Demo(DemoSettings(text=tmp_path / "short.txt"), tmp_path / "out", Console(quiet=True))
