@@ -108,7 +108,7 @@ def demo(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to train and evaluate on.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a prompt at 1x.", min=64)] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
-    align_steps: Annotated[int, typer.Option(help="Steps of alignment.", min=1)] = 60,
+    align_steps: Annotated[int, typer.Option(help="Steps of alignment.", min=1)] = 100,
     distill_steps: Annotated[int, typer.Option(help="Steps of distillation.", min=1)] = 200,
     samples: Annotated[int, typer.Option(help="Prompts per length and task of the evaluation.", min=1)] = 20,
 ) -> None:

@@ -61,7 +61,7 @@ def record(model: PreTrainedModel, ids: list[int], pair: Pair, direction: torch.
 
 
 @torch.no_grad()
-def receiver_effects(model: PreTrainedModel, pair: Pair) -> tuple[torch.Tensor, float, float, torch.Tensor]:
+def receiver_effects(model: PreTrainedModel, pair: Pair) -> tuple[torch.Tensor, float, float]:
     """
     Direct effect of every head on the readout: its output is replaced, where the answer is predicted, by its output on
     the corrupt text, and every later attention output is held at its clean value (METHOD §2).
@@ -72,8 +72,7 @@ def receiver_effects(model: PreTrainedModel, pair: Pair) -> tuple[torch.Tensor, 
 
     Returns:
         drops `[L, H]` fp32: the clean readout minus the patched one, in logits;
-        the clean readout; the corrupt readout;
-        norms `[L, H]` fp32: mean norm of each head's clean output at these positions.
+        the clean readout; the corrupt readout.
     """
     direction = readout_direction(model, pair)
     clean = record(model, pair.clean, pair, direction)
@@ -90,5 +89,4 @@ def receiver_effects(model: PreTrainedModel, pair: Pair) -> tuple[torch.Tensor, 
             states = states + layers[later].mlp(layers[later].post_attention_layernorm(states))
         patched = (model.model.norm(states).float() * direction).sum((1, 2))  # [H]
         drops[index] = clean.readout - patched.cpu()
-    norms = clean.heads.float().norm(dim=-1).mean(1).cpu()
-    return drops, clean.readout, corrupt.readout, norms
+    return drops, clean.readout, corrupt.readout

@@ -10,11 +10,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from .migration import measure_heads
 from .patching import receiver_effects
 from .probes import Probe
-from .teachers import adapter_for
+from .teachers import adapter_for, read_model
 
 MIN_READOUT_CHANGE = 0.1  # logits: a pair that moves the readout less says nothing about heads
+TIE_BREAK_TOKENS = 512
 THRESHOLD = 0.01  # effect above which a head counts as taking part
 
 
@@ -47,7 +49,7 @@ class HeadScores:
 
     Attributes:
         scores: the fused score, in [0, 1].
-        tie_break: mean norm of each head's output; orders heads of equal score.
+        tie_break: orders heads of equal score, larger first; the mean distance that a head attends over, in tokens.
         num_key_value_heads: KV heads per layer, for budgets in KV groups.
         probes: what every probe gave.
         capabilities: score of each capability before fusion.
@@ -114,16 +116,15 @@ def score_heads(
         raise ValueError("no probes to score heads on")
     adapter = adapter_for(teacher.config)
     started = time.perf_counter()
-    results, norms = [], []
+    results = []
     for probe in probes:
         effects, dropped = [], 0
         for pair in probe.pairs:
-            drops, clean, corrupt, norm = receiver_effects(teacher, pair)
+            drops, clean, corrupt = receiver_effects(teacher, pair)
             if clean - corrupt < MIN_READOUT_CHANGE:
                 dropped += 1
             else:
                 effects.append((drops / (clean - corrupt)).tolist())
-                norms.append(norm)
             if on_pair is not None:
                 on_pair()
         if not effects:
@@ -139,9 +140,11 @@ def score_heads(
         score = means.mean(0) * (means > THRESHOLD).float().mean(0)
         spread = score.max() - score.min()
         capabilities[capability] = (score - score.min()) / spread if spread > 0 else score
+    # Most heads score 0. Those that look far are the harder ones to replace by a state that forgets.
+    text = torch.tensor([pair.clean[:TIE_BREAK_TOKENS] for pair in probes[0].pairs[:2]])
     return HeadScores(
         scores=torch.stack(list(capabilities.values())).mean(0).tolist(),
-        tie_break=torch.stack(norms).mean(0).tolist(),
+        tie_break=measure_heads(adapter, read_model(teacher), text).distance.tolist(),
         num_key_value_heads=adapter.num_kv_heads,
         probes=results,
         capabilities={name: score.tolist() for name, score in capabilities.items()},

@@ -20,8 +20,7 @@ def select_heads(
 
     Strategies: `global` (the best of all layers), `global-constrained` (the same, but at least one per layer), `layer`
     (the best of each layer, equally many), and the controls `fixed` (the same places in each layer), `layer-random`,
-    `global-random` and `layerwise` (whole layers, evenly spaced). Equal scores are ordered by the norm of the head's
-    output, larger first.
+    `global-random` and `layerwise` (whole layers, evenly spaced). `scores.tie_break` orders heads of equal score.
 
     Args:
         ratio: share of query heads (or KV groups) that stay full attention, in (0, 1].

@@ -177,13 +177,6 @@ class Phi3Teacher(TeacherAdapter):
     def attention_biases(self) -> tuple[bool, bool]:
         return False, False
 
-    def student_fields(self) -> dict:
-        fields = super().student_fields()
-        if fields["rope_parameters"]["rope_type"] != "default":
-            original = self.config.original_max_position_embeddings
-            fields["rope_parameters"].setdefault("original_max_position_embeddings", original)
-        return fields
-
     def attention(self, read: Read, layer: int) -> TeacherAttention:
         prefix = f"model.layers.{layer}.self_attn."
         heads = read(f"{prefix}qkv_proj.weight").unflatten(0, (-1, self.head_dim))

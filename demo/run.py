@@ -5,7 +5,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from ..evaluation.report import plot_accuracy_over_length, plot_head_map
 from ..hub.card import model_card
 from ..hub.checkpoint import answer_in_clean_process, save_checkpoint
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from ..training.align import align_heads
+from ..training.align import align_heads, alignment_errors
 from ..training.distill import distill
 from ..training.loop import Schedule
 from .corpus import encode_corpus, load_corpus
@@ -42,6 +42,7 @@ from .mixture import mixture_rows
 EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 FACTORS = (1, 2, 4, 8)  # evaluated lengths, in multiples of the working length
 TASKS = {"single_key": 1, "four_keys": 4}
+ANSWER_WEIGHT = 6.0  # in distillation; the teacher learnt retrieval with more, the student has to keep the text too
 CONDITION = (
     "Alignment and distillation read the teacher's own training mixture, in which three rows in four hide needles and "
     "ask for them: the hybrid practises what is evaluated. The evaluation's text and its needles are new to it."
@@ -69,11 +70,11 @@ class DemoSettings:
     text: Path | None = None
     length: int | None = None
     ratio: float = 0.25
-    strategy: str = "global-constrained"
+    strategy: str = "global"
     pairs: int = 8
     train_length: int = 512
     batch_size: int = 4
-    align_steps: int = 60
+    align_steps: int = 100
     distill_steps: int = 200
     samples: int = 20
     seed: int = 0
@@ -92,8 +93,8 @@ class Demo:
         adapter = adapter_for(config)
         self.length = settings.length or min(1024, config.max_position_embeddings)
         self.lengths = [self.length * factor for factor in FACTORS]
-        # Full-attention heads start exactly as the aligned ones: only the recurrent outputs are normalised.
-        self.options = {"fusion_norm": "linear", "full_attention_gate": False, "logit_scale_base": self.length}
+        # Only recurrent outputs are normalised: a full-attention head is then exactly its aligned form.
+        self.options = {"fusion_norm": "linear", "logit_scale_base": self.length}
         blank = [[0] * adapter.num_heads] * adapter.num_layers
         self.config = student_config(adapter, blank, **self.options)
         self.teacher_config = teacher_config(adapter)
@@ -133,8 +134,10 @@ class Demo:
         self._forget_other_settings()
         with self.progress if self.console.is_terminal else contextlib.nullcontext():
             scores = self.score()
+            forms = self.align()
+            scores = replace(scores, tie_break=self.slot_values(forms))
             masks = select_heads(scores, self.settings.ratio, self.settings.strategy)
-            student = self.distill(masks, scores)
+            student = self.distill(masks, forms)
             results = {
                 "teacher": self.evaluate("teacher", self.teacher, self.teacher_config),
                 "hybrid": self.evaluate("hybrid", student, student.config),
@@ -193,6 +196,15 @@ class Demo:
 
         return batch_at
 
+    def slot_values(self, forms: Forms) -> list[list[float]]:
+        """
+        `[L][H]` error of each head's linear form less that of its full form, on a batch that alignment has not seen.
+
+        It decides between heads that no needle depends on directly, which are most.
+        """
+        linear, full = alignment_errors(self.teacher, self.config, forms, self._batch_at(3)(0)[0])
+        return (linear - full).tolist()
+
     def score(self) -> HeadScores:
         """Receiver scores of all heads on needles with one and with four keys."""
         file, settings = self.folder / "head_scores.json", self.settings
@@ -227,7 +239,7 @@ class Demo:
             self.config,
             head_forms_of(self.teacher, self._batch_at(0)(0)[0], self.config),
             self._batch_at(1),
-            Schedule(settings.align_steps, learning_rate=3e-3, final_learning_rate=3e-5),
+            Schedule(settings.align_steps, learning_rate=6e-3, final_learning_rate=6e-5),
             metrics_file=self.folder / "metrics.jsonl",
             on_step=lambda _, m: advance(f"error: linear {m['linear_loss']:.3f}, full {m['full_loss']:.3f}"),
         )
@@ -235,21 +247,27 @@ class Demo:
         file.with_suffix(".partial").replace(file)
         return forms
 
-    def distill(self, masks: list[list[int]], scores: HeadScores) -> HydraHeadForCausalLM:
+    def distill(self, masks: list[list[int]], forms: Forms) -> HydraHeadForCausalLM:
         """The student, converted from the aligned heads and trained as a whole on the teacher's logits."""
         file, settings = self.folder / "distilled.safetensors", self.settings
-        student = convert_model(self.teacher, masks, head_forms=self.align(), **self.options)
+        student = convert_model(self.teacher, masks, head_forms=forms, **self.options)
         if file.is_file():
             student.load_state_dict(load_file(file), strict=False)
             return student
         advance = self._stage("distil the hybrid", settings.distill_steps)
         set_seed(settings.seed)
+        mixture = self._batch_at(2)
+
+        def batch_at(step: int) -> list[torch.Tensor]:
+            token_ids, weights = mixture(step)
+            return [token_ids, weights.clamp_max(ANSWER_WEIGHT)]
+
         student = distill(
             Accelerator(),
             self.teacher,
             student,
-            self._batch_at(2),
-            Schedule(settings.distill_steps, learning_rate=1e-3, final_learning_rate=5e-5),
+            batch_at,
+            Schedule(settings.distill_steps, learning_rate=6e-4, final_learning_rate=3e-5),
             metrics_file=self.folder / "metrics.jsonl",
             on_step=lambda _, m: advance(f"KL {m['kl']:.3f}, CE {m['ce']:.3f}"),
         )
@@ -291,6 +309,9 @@ class Demo:
             "settings": settings,
             "options": self.options,
             "head_masks": masks,
+            "heads_chosen_by_score": sum(
+                score > 0 and kept for row, mask in zip(scores.scores, masks) for score, kept in zip(row, mask)
+            ),
             "full_attention_share": sum(map(sum, masks)) / sum(map(len, masks)),
             "pairs": {probe.name: {"used": probe.used, "dropped": probe.dropped} for probe in scores.probes},
             "lengths": self.lengths,
@@ -305,7 +326,7 @@ class Demo:
         training_tokens = self.settings.train_length * self.settings.batch_size
         facts = {
             "Teacher": self.teacher_name,
-            "Heads chosen by": f"{scores.method} scores, {self.settings.strategy}",
+            "Heads chosen by": _choice(report),
             "Trained": f"{self.settings.align_steps * training_tokens:,} tokens of alignment, "
             f"{self.settings.distill_steps * training_tokens:,} of distillation, rows of {self.settings.train_length}",
             "Condition": CONDITION,
@@ -314,7 +335,7 @@ class Demo:
         card = model_card(student.config, self.teacher_config, teacher_name, facts, _markdown(report))
         files = {
             "README.md": card,
-            "head_scores.json": self.folder / "head_scores.json",
+            "head_scores.json": asdict(scores),
             "head_masks.json": report["head_masks"],
             "evaluation.json": report,
         }
@@ -375,10 +396,16 @@ class Demo:
         self.console.print(table)
         masks = report["head_masks"]
         self.console.print(
-            f"{sum(map(sum, masks))} of {sum(map(len, masks))} heads full attention. "
+            f"{sum(map(sum, masks))} of {sum(map(len, masks))} heads are full attention: {_choice(report)}.\n"
             f"{report['seconds']:.0f} s. In {self.folder}: hybrid/ (the checkpoint), report.json, head_map.png, "
             "accuracy.png, metrics.jsonl"
         )
+
+
+def _choice(report: dict) -> str:
+    """How the heads were chosen, in words."""
+    chosen, by_score = sum(map(sum, report["head_masks"])), report["heads_chosen_by_score"]
+    return f"{by_score} by receiver score, {chosen - by_score} by alignment error (linear less full form)"
 
 
 def _rows(report: dict) -> list[list[str]]:

@@ -14,7 +14,8 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 ```
 
-Needs `pip install "transformers>=5.21"`. With `flash-linear-attention` installed, linear heads run on its kernels on a GPU.
+Needs `pip install "transformers>=5.21"`. With `flash-linear-attention` installed, linear heads run on its kernels on a
+GPU.
 
 Not supported: assisted decoding (a recurrent state cannot be rolled back), 4-D attention masks, the transformers
 backends of vLLM and SGLang."""

@@ -108,6 +108,21 @@ def test_every_weight_of_the_teacher_is_taken_over_once(family, tmp_path):
     assert (student.lm_head.weight is student.model.embed_tokens.weight) is teacher.config.tie_word_embeddings
 
 
+def test_the_anchor_holds_for_a_phi3_as_published(tmp_path):
+    """Its config.json says `rope_scaling` and `rope_theta`, and the original length beside them."""
+    teacher, ids = make_teacher("phi3-longrope"), random_ids(2, 40)
+    teacher.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    rope = fields.pop("rope_parameters")
+    factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+    fields |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "longrope", **factors}}
+    assert fields["original_max_position_embeddings"] == 16
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    student = convert_model(tmp_path, ALL_FULL, **ANCHOR)
+    assert (student(ids).logits - teacher(ids).logits).abs().max() <= ANCHOR_TOLERANCE
+    assert (student(ids[:, :10]).logits - teacher(ids[:, :10]).logits).abs().max() <= ANCHOR_TOLERANCE
+
+
 @pytest.mark.parametrize("kv_heads", [1, 3, HEADS])
 def test_the_anchor_holds_for_any_group_size(kv_heads):
     teacher, ids = make_teacher("llama3-tied", num_key_value_heads=kv_heads), random_ids(2, 20)
@@ -332,9 +347,12 @@ def test_training_the_student_leaves_the_teacher_as_it_is(family, masks):
     teacher = make_teacher(family)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     student = convert_model(teacher, masks, calibration_ids=CALIBRATION)
-    storages = {tensor.untyped_storage().data_ptr() for tensor in teacher.state_dict().values()}
-    for name, tensor in student.state_dict().items():
-        assert tensor.untyped_storage().data_ptr() not in storages, name
+    taken = {tensor.untyped_storage().data_ptr() for tensor in teacher.state_dict().values()}
+    for name, parameter in student.named_parameters():
+        storage = parameter.untyped_storage()
+        # Nor with another weight of its own: copying or pickling one would take the other along.
+        assert storage.data_ptr() not in taken and storage.nbytes() == parameter.nbytes, name
+        taken.add(storage.data_ptr())
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in student.parameters())
     student.train()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

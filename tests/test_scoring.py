@@ -61,7 +61,7 @@ def frozen_attention_drop(model, pair: Pair, layer: int, head: int) -> float:
 def test_replay_equals_one_frozen_attention_forward_per_head(family):
     """1e-4 in logits: sums in another order."""
     teacher, pair = make_teacher(family), make_pair()
-    drops, clean, corrupt, _ = receiver_effects(teacher, pair)
+    drops, clean, corrupt = receiver_effects(teacher, pair)
     assert drops.abs().max() > 1e-2 and abs(clean - corrupt) > 1e-2
     for layer in range(LAYERS):
         for head in range(HEADS):
@@ -72,7 +72,7 @@ def test_replay_equals_one_frozen_attention_forward_per_head(family):
 def test_a_null_patch_has_exactly_no_effect():
     pair = make_pair()
     same = Pair(pair.clean, pair.clean, pair.answer_start, pair.answer, pair.wrong)
-    drops, clean, corrupt, _ = receiver_effects(make_teacher("qwen3-tied"), same)
+    drops, clean, corrupt = receiver_effects(make_teacher("qwen3-tied"), same)
     assert clean == corrupt
     assert drops.abs().max() < 1e-5
 
@@ -86,7 +86,7 @@ def test_readout_discounts_later_tokens_and_ignores_shared_ones():
         if right != wrong:
             row = logits[pair.answer_start - 1 + j]
             total, weight = total + 0.9**j * float(row[right] - row[wrong]), weight + 0.9**j
-    _, clean, _, _ = receiver_effects(teacher, pair)
+    _, clean, _ = receiver_effects(teacher, pair)
     assert clean == pytest.approx(total / weight, abs=1e-4)
 
 
@@ -131,7 +131,7 @@ def make_scores(scores: list[list[float]], kv_heads: int = 2) -> HeadScores:
 SCORES = make_scores([[0.9, 0.8, 0, 0], [0.7, 0, 0, 0.6], [0.0, 0, 0, 0.1]])
 
 
-def test_global_takes_the_best_and_breaks_ties_by_output_norm():
+def test_global_takes_the_best_and_breaks_ties_as_the_scores_say():
     assert select_heads(SCORES, 3 / 12, "global") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     assert select_heads(make_scores([[0, 0, 0, 0]] * 2), 2 / 8, "global") == [[0, 0, 0, 1]] * 2
 

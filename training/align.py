@@ -15,7 +15,7 @@ from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, l
 from .loop import Schedule, train
 from .losses import head_matching_loss
 
-__all__ = ["HeadForms", "align_heads"]
+__all__ = ["HeadForms", "align_heads", "alignment_errors"]
 
 
 class HeadForms(nn.Module):
@@ -88,6 +88,20 @@ def teacher_heads(teacher: PreTrainedModel, token_ids: torch.Tensor) -> list[tup
             hook.remove()
     shape = (teacher.config.num_attention_heads, -1)
     return [(states, output.unflatten(-1, shape)) for states, output in zip(inputs, heads)]
+
+
+@torch.no_grad()
+def alignment_errors(
+    teacher: PreTrainedModel, config: HydraHeadConfig, forms: Forms, token_ids: torch.Tensor
+) -> torch.Tensor:
+    """
+    Errors `[2, L, H]` of the linear and the full forms on a text `[B, T]`, as `head_matching_loss` defines them.
+
+    Their difference says what a head's full-attention slot is worth, as far as its output goes.
+    """
+    module = HeadForms(config, forms).to(token_ids.device)
+    inputs = teacher_heads(teacher.to(token_ids.device), token_ids)
+    return torch.stack([module(layer, *pair) for layer, pair in enumerate(inputs)], dim=1).cpu()
 
 
 def align_heads(
