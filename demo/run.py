@@ -356,24 +356,22 @@ class Demo:
 
     def draw(self, scores: HeadScores, report: dict) -> None:
         """The pictures."""
-        share = report["full_attention_share"]
         plot_head_map(
             scores.scores,
             report["head_masks"],
-            f"{scores.method} score of each head, {share:.0%} kept ({self.settings.strategy})",
+            f"{scores.method} score of each head; {_choice(report)}",
             self.folder / "head_map.png",
         )
         accuracies = {
-            f"{name}, {task.replace('_', ' ')}": report["results"][name][task]
-            for name in ("teacher", "hybrid")
-            for task in TASKS
+            name: {task.replace("_", " "): report["results"][name][task] for task in TASKS}
+            for name in report["results"]
         }
         plot_accuracy_over_length(
             self.lengths,
             accuracies,
             self.length,
             self.settings.samples,
-            f"Needles found by generation, {self.settings.samples} prompts a point",
+            f"Needles found by generation, {self.settings.samples} prompts a point, 95% intervals",
             self.folder / "accuracy.png",
         )
 
@@ -405,7 +403,7 @@ class Demo:
 def _choice(report: dict) -> str:
     """How the heads were chosen, in words."""
     chosen, by_score = sum(map(sum, report["head_masks"])), report["heads_chosen_by_score"]
-    return f"{by_score} by receiver score, {chosen - by_score} by alignment error (linear less full form)"
+    return f"{by_score} kept by receiver score, {chosen - by_score} by alignment error"
 
 
 def _rows(report: dict) -> list[list[str]]:

@@ -18,7 +18,7 @@ def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[in
         masks: `[L][H]`, 1 for the heads to outline.
     """
     layers, heads = len(scores), len(scores[0])
-    figure, axes = plt.subplots(figsize=(max(4.5, 0.42 * heads + 2), max(2.4, 0.42 * layers + 1.4)))
+    figure, axes = plt.subplots(figsize=(max(5.6, 0.42 * heads + 2), max(2.4, 0.42 * layers + 1.4)))
     image = axes.imshow(scores, cmap="Blues", vmin=0, aspect="equal")
     for layer, row in enumerate(masks):
         for head, chosen in enumerate(row):
@@ -30,37 +30,55 @@ def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[in
     axes.set_yticks(range(layers))
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
-    axes.set_title(f"{title}\nred: stays full attention", fontsize=10)
+    axes.set_title(f"{title}\nred: stays full attention", fontsize=9)
     figure.colorbar(image, ax=axes, label="score", shrink=0.85)
     _save(figure, path)
 
 
 def plot_accuracy_over_length(
     lengths: Sequence[int],
-    accuracies: Mapping[str, Sequence[float]],
+    accuracies: Mapping[str, Mapping[str, Sequence[float]]],
     native_length: int,
     samples: int,
     title: str,
     path: Path,
 ) -> None:
     """
-    Draw accuracy in [0, 1] over context length, a line per model, with 95% Wilson intervals of `samples` answers.
+    Draw accuracy in [0, 1] over context length with 95% Wilson intervals of `samples` answers.
+
+    Args:
+        accuracies: values per length, by model (a colour each) and task (a line style each).
     """
-    figure, axes = plt.subplots(figsize=(6, 3.8))
-    for (name, values), color in zip(accuracies.items(), ("#6c757d", "#1f6f9f", "#d1495b", "#3a7d44")):
-        low, high = zip(*(wilson_interval(value, samples) for value in values))
-        axes.fill_between(lengths, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(lengths, values, marker="o", color=color, label=name)
+    figure, axes = plt.subplots(figsize=(6.4, 4))
+    count = sum(map(len, accuracies.values()))
+    shifts = iter(1 + 0.02 * (index - (count - 1) / 2) for index in range(count))  # equal values stay visible
+    for (model, tasks), color in zip(accuracies.items(), ("#6c757d", "#d1495b", "#1f6f9f", "#3a7d44")):
+        for (task, values), style in zip(tasks.items(), ("-", "--", ":")):
+            places = [length * shift for length, shift in zip(lengths, [next(shifts)] * len(lengths))]
+            low, high = zip(*(wilson_interval(value, samples) for value in values))
+            spread = [[value - a for value, a in zip(values, low)], [b - value for value, b in zip(values, high)]]
+            axes.errorbar(
+                places,
+                values,
+                yerr=spread,
+                linestyle=style,
+                marker="o",
+                color=color,
+                elinewidth=0.8,
+                capsize=2,
+                label=f"{model}, {task}",
+            )
     axes.axvline(native_length, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("native length", (native_length, 1.02), xycoords=("data", "axes fraction"), fontsize=8, ha="center")
+    axes.annotate("1x", (native_length, 1.02), xycoords=("data", "axes fraction"), fontsize=8, ha="center")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_ylim(-0.03, 1.03)
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.05)
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("accuracy")
     axes.set_title(title, fontsize=10, pad=16)
     axes.grid(alpha=0.25)
-    axes.legend(loc="best", fontsize=9)
+    axes.legend(loc="center left", fontsize=8)
     _save(figure, path)
 
 
