@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .migration import measure_heads
 from .patching import receiver_effects
 from .probes import Probe
-from .teachers import adapter_for, read_model
+from .teachers import adapter_for, public_name, read_model
 
 MIN_READOUT_CHANGE = 0.1  # logits: a pair that moves the readout less says nothing about heads
 TIE_BREAK_TOKENS = 512
@@ -149,7 +149,7 @@ def score_heads(
         probes=results,
         capabilities={name: score.tolist() for name, score in capabilities.items()},
         method="receiver",
-        teacher=teacher.config.name_or_path,
+        teacher=public_name(teacher.config.name_or_path),
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
         seconds=time.perf_counter() - started,
     )

@@ -246,6 +246,12 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> tuple[Pre
     return config, lambda: Path(snapshot_download(name_or_path, revision=revision, allow_patterns=CHECKPOINT_FILES))
 
 
+def public_name(name_or_path: str) -> str:
+    """A Hub id as it is; of a folder its own name only, because records travel and paths of a machine should not."""
+    path = Path(name_or_path)
+    return path.resolve().name if path.is_dir() else name_or_path
+
+
 def read_model(model: PreTrainedModel) -> Read:
     """
     Reads from a model in memory. Tensors are copies: training the student must not change the teacher.

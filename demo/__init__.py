@@ -1,0 +1,1 @@
+"""The embedded teacher and the main job on a small scale."""

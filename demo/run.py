@@ -26,7 +26,7 @@ from ..convert.migration import Forms, convert_model, head_forms_of, student_con
 from ..convert.probes import niah_probe
 from ..convert.scoring import HeadScores, score_heads
 from ..convert.selection import select_heads
-from ..convert.teachers import adapter_for, find_checkpoint
+from ..convert.teachers import adapter_for, find_checkpoint, public_name
 from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
 from ..evaluation.perplexity import text_loss
 from ..evaluation.report import plot_accuracy_over_length, plot_head_map
@@ -153,7 +153,7 @@ class Demo:
 
     @property
     def teacher_name(self) -> str:
-        return "embedded" if self.settings.teacher == str(EMBEDDED_TEACHER) else self.settings.teacher
+        return "embedded" if self.settings.teacher == str(EMBEDDED_TEACHER) else public_name(self.settings.teacher)
 
     def _forget_other_settings(self) -> None:
         """Leave no file of a run with other settings for this one to resume from."""
@@ -303,7 +303,8 @@ class Demo:
 
     def report(self, scores: HeadScores, masks: list[list[int]], results: dict) -> dict:
         """Everything that was set and measured."""
-        settings = asdict(self.settings) | {"teacher": self.teacher_name, "text": str(self.settings.text or "stdlib")}
+        text = self.settings.text.name if self.settings.text else "Python standard library"
+        settings = asdict(self.settings) | {"teacher": self.teacher_name, "text": text}
         return {
             "condition": CONDITION,
             "settings": settings,

@@ -1,0 +1,1 @@
+"""Needles, text loss and pictures."""

@@ -29,6 +29,10 @@ def test_the_demo_runs_from_teacher_to_reloaded_checkpoint_and_resumes(tmp_path,
     card = (tmp_path / "hybrid" / "README.md").read_text()
     assert "12 of 48 full attention" in card and run.CONDITION in card
 
+    # What is meant for the Hub says nothing of this machine.
+    for file in [tmp_path / "report.json", *(tmp_path / "hybrid").glob("*.json"), *(tmp_path / "hybrid").glob("*.md")]:
+        assert str(run.EMBEDDED_TEACHER) not in file.read_text() and str(tmp_path) not in file.read_text(), file
+
     # Nothing that is done already is done again.
     for stage in ("score_heads", "align_heads", "distill"):
         monkeypatch.setattr(run, stage, lambda *_, **__: pytest.fail("repeated a finished stage"))
