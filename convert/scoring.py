@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..hub.checkpoint import whole_file
 from .migration import measure_heads
 from .patching import receiver_effects
 from .probes import Probe
@@ -70,10 +71,8 @@ class HeadScores:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(asdict(self)) + "\n")
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "HeadScores":
@@ -105,7 +104,7 @@ def score_heads(
 
     Args:
         teacher: a model of a supported family, in eval mode.
-        tokenizer: the teacher's; its name is recorded.
+        tokenizer: the teacher's; this method needs only the token ids that the probes hold.
         probes: what to measure on.
         on_pair: called after each pair.
 

@@ -31,7 +31,7 @@ from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
 from ..evaluation.perplexity import text_loss
 from ..evaluation.report import plot_accuracy_over_length, plot_head_map
 from ..hub.card import model_card
-from ..hub.checkpoint import answer_in_clean_process, save_checkpoint
+from ..hub.checkpoint import answer_in_clean_process, save_checkpoint, whole_file
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..training.align import align_heads, alignment_errors
 from ..training.distill import distill
@@ -146,7 +146,8 @@ class Demo:
         self.save(student, scores, report)
         report["reloaded"] = self.reload()
         report["seconds"] = round(time.perf_counter() - started, 1)
-        _write(self.folder / "report.json", json.dumps(report, indent=2) + "\n")
+        with whole_file(self.folder / "report.json") as partial:
+            partial.write_text(json.dumps(report, indent=2) + "\n")
         self.draw(scores, report)
         self.show(report)
         return report
@@ -165,7 +166,8 @@ class Demo:
         if not record.is_file() or record.read_text() != settings:
             for name in ("head_scores.json", "head_forms.safetensors", "distilled.safetensors", "metrics.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
-            _write(record, settings)
+            with whole_file(record) as partial:
+                partial.write_text(settings)
 
     def _stage(self, name: str, total: int) -> Callable[..., None]:
         """
@@ -243,8 +245,8 @@ class Demo:
             metrics_file=self.folder / "metrics.jsonl",
             on_step=lambda _, m: advance(f"error: linear {m['linear_loss']:.3f}, full {m['full_loss']:.3f}"),
         )
-        save_file(forms, file.with_suffix(".partial"))
-        file.with_suffix(".partial").replace(file)
+        with whole_file(file) as partial:
+            save_file(forms, partial)
         return forms
 
     def distill(self, masks: list[list[int]], forms: Forms) -> HydraHeadForCausalLM:
@@ -272,8 +274,8 @@ class Demo:
             on_step=lambda _, m: advance(f"KL {m['kl']:.3f}, CE {m['ce']:.3f}"),
         )
         state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith("lm_head")}
-        save_file(state, file.with_suffix(".partial"))
-        file.with_suffix(".partial").replace(file)
+        with whole_file(file) as partial:
+            save_file(state, partial)
         return student
 
     def prompts(self, length: int, num_keys: int) -> list[NiahSample]:
@@ -427,10 +429,3 @@ def _markdown(report: dict) -> str:
     head = ["tokens", "single key", "four keys", "text loss", "cache, KB (bf16)"]
     rows = [head, ["---"] * len(head), *([cell.replace("|", "/") for cell in row] for row in _rows(report))]
     return "Teacher / hybrid.\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..evaluation.niah import evaluate_niah, make_niah
+from ..evaluation.perplexity import text_loss
 from .corpus import encode_corpus, load_corpus
 
 # Seeds of evaluation prompts; training rows come from the recipe's seed, and from other text.
@@ -71,20 +71,6 @@ Evaluated {report[date]} in {report[dtype]} on {report[hardware]} (torch {report
 Made by `python -m hydrahead.demo.train_teacher train` and `evaluate`; the recipe and the log are in
 `training_log.jsonl`, the numbers in `evaluation.json`.
 """
-
-
-@torch.no_grad()
-def text_loss_of(model, ids: torch.Tensor, length: int) -> float:
-    """Mean nats per token of int64 `[tokens]` ids, read in separate windows of `length` (the rest is not read)."""
-    windows = ids[: (len(ids) - 1) // length * length + 1]
-    inputs, labels = windows[:-1].view(-1, length), windows[1:].view(-1, length)
-    total = 0.0
-    for start in range(0, len(inputs), 16):
-        logits = model(input_ids=inputs[start : start + 16].to(model.device), use_cache=False).logits.float()
-        total += F.cross_entropy(
-            logits.flatten(0, 1), labels[start : start + 16].flatten().to(model.device), reduction="sum"
-        ).item()
-    return total / labels.numel()
 
 
 def trigram_loss(train_ids: np.ndarray, test_ids: np.ndarray, vocab_size: int) -> float:
@@ -148,7 +134,7 @@ def evaluate(folder: Path, samples: int = 200, long_samples: int = 200) -> dict:
         needles.append(_needle_cell(model, tokenizer, test_ids, multiple * native, num_keys, count))
         print(json.dumps(needles[-1]), flush=True)
 
-    nats = text_loss_of(model, torch.from_numpy(test_ids), native)
+    nats = text_loss(model, test_ids, native)
     trigram = trigram_loss(train_ids, test_ids, len(tokenizer))
     to_bits = len(test_ids) / len(test_text) / math.log(2)
     report = {

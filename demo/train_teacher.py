@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from ..evaluation.niah import draw_keys, draw_values, header_text, needle_text, question_text
+from ..evaluation.perplexity import text_loss
 from .corpus import encode_corpus, load_corpus
 from .mixture import ANSWER_WEIGHT, mixture_rows
-from .teacher_report import environment, evaluate, text_loss_of
+from .teacher_report import environment, evaluate
 
 TEACHER = Path(__file__).parent / "teacher"
 
@@ -208,12 +209,12 @@ def train(recipe: Recipe, folder: Path) -> None:
             loss, report = _step(model, optimizers, share, step_losses, ids.to(device), weights.to(device))
             step, tokens = step + 1, tokens + ids.numel()
             if step % 25 == 0 or index == steps - 1:
-                text_loss, answer_accuracy = report.tolist()
-                row = {"step": step, "tokens": tokens, "length": length, "loss": loss.item(), "text_loss": text_loss}
+                off_answers, answer_accuracy = report.tolist()
+                row = {"step": step, "tokens": tokens, "length": length, "loss": loss.item(), "text_loss": off_answers}
                 row |= {"answer_accuracy": answer_accuracy, "seconds": time.perf_counter() - began}
                 if step % 500 == 0 or index == steps - 1:
                     model.eval()
-                    row["held_out_loss"] = text_loss_of(model, held_out[: 64 * 1024 + 1], length)
+                    row["held_out_loss"] = text_loss(model, held_out[: 64 * 1024 + 1], length)
                     model.train(not first)
                 log.append({name: round(value, 4) for name, value in row.items()})
                 print(json.dumps(log[-1]), flush=True)

@@ -41,6 +41,15 @@ def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` when the block ends, and does not when it fails."""
+    path = Path(path)
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    partial.replace(path)
+
+
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
     """
     Check, before long work begins, that `folder` may be written.
