@@ -11,31 +11,62 @@ from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, make_teacher, 
 from hydrahead.training.align import HeadForms, align_heads, teacher_heads
 from hydrahead.training.distill import distill
 from hydrahead.training.loop import Schedule
-from hydrahead.training.losses import distillation_loss
+from hydrahead.training.losses import distillation_loss, teacher_chunks
+
+
+def plain_distillation(states, heads, labels, weights, temperature):
+    """KL and cross entropy from whole logits, as autograd differentiates them."""
+    student, teacher = (head(state) for head, state in zip(heads, states))
+    log_p, log_q = (F.log_softmax(logits / temperature, -1) for logits in (teacher.detach(), student))
+    kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum() * temperature**2
+    return kl, (F.cross_entropy(student, labels, reduction="none") * weights).sum()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("chunk_tokens", [3, 8, 100])
 def test_chunked_distillation_equals_the_plain_one_in_value_and_gradient(chunk_tokens, temperature):
     torch.manual_seed(0)
-    states = [torch.randn(2, 5, 8, requires_grad=index == 0) for index in range(2)]
+    states = [torch.randn(10, 8, requires_grad=index == 0) for index in range(2)]
     heads = [torch.nn.Linear(8, 11, bias=False) for _ in range(2)]
-    labels, weights = torch.randint(0, 11, (2, 5)), torch.rand(2, 5)
-    kl, ce = distillation_loss(
-        states[0], heads[0], states[1], heads[1], labels, weights, temperature, chunk_tokens=chunk_tokens
-    )
-    (kl + 0.3 * ce).backward()
-    found = [states[0].grad.clone(), heads[0].weight.grad.clone()]
-    assert heads[1].weight.grad is None
-    states[0].grad = heads[0].weight.grad = None
+    labels, weights = torch.randint(0, 11, (10,)), torch.rand(10)
+    inputs = (states[0], heads[0].weight)
+    kl, ce = plain_distillation(states, heads, labels, weights, temperature)
+    expected = torch.autograd.grad(0.7 * kl + 0.3 * ce, inputs)
 
-    student, teacher = (head(state) for head, state in zip(heads, states))
-    log_p, log_q = (F.log_softmax(logits / temperature, -1) for logits in (teacher.detach(), student))
-    plain_kl = ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum() / weights.sum() * temperature**2
-    plain_ce = (F.cross_entropy(student.transpose(1, 2), labels, reduction="none") * weights).sum() / weights.sum()
-    (plain_kl + 0.3 * plain_ce).backward()
-    for one, other in zip((kl, ce, *found), (plain_kl, plain_ce, states[0].grad, heads[0].weight.grad)):
+    teacher = teacher_chunks(states[1], heads[1].weight.detach(), temperature)
+    loss, sums = distillation_loss(*inputs, labels, weights, teacher, 0.7, 0.3, temperature, chunk_tokens)
+    found = torch.autograd.grad(2 * loss, inputs)
+    torch.testing.assert_close(sums, torch.stack([kl, ce]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(loss, 0.7 * kl + 0.3 * ce, rtol=1e-6, atol=1e-6)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, 2 * other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 11])
+def test_distillation_on_the_likeliest_tokens_is_a_lower_bound_and_exact_for_all_of_them(top_k):
+    torch.manual_seed(0)
+    states = [torch.randn(10, 8, requires_grad=index == 0) for index in range(2)]
+    heads = [torch.nn.Linear(8, 11, bias=False) for _ in range(2)]
+    labels, weights = torch.randint(0, 11, (10,)), torch.rand(10)
+    log_p = F.log_softmax(heads[1](states[1]), -1).detach()
+    values, indices = log_p.topk(top_k)
+    loss, sums = distillation_loss(
+        states[0], heads[0].weight, labels, weights, lambda part: (values[part], indices[part]), 1.0, 0.0
+    )
+    kl, _ = plain_distillation(states, heads, labels, weights, 1.0)
+
+    # What is computed from the definition: all other tokens as one event.
+    log_q = F.log_softmax(heads[0](states[0]), -1)
+    rest = [(1 - each.exp().gather(-1, indices).sum(-1)).clamp_min(1e-30) for each in (log_p, log_q)]
+    kept = (values.exp() * (values - log_q.gather(-1, indices))).sum(-1)
+    coarse = ((kept + (rest[0] * (rest[0] / rest[1]).log() if top_k < 11 else 0)) * weights).sum()
+    torch.testing.assert_close(loss, coarse, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad(coarse, (states[0], heads[0].weight))
+    for one, other in zip(torch.autograd.grad(loss, (states[0], heads[0].weight)), expected):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert sums[0] <= kl + 1e-6
+    if top_k == 11:
+        torch.testing.assert_close(sums[0], kl, rtol=1e-6, atol=1e-6)
 
 
 def same_batch(step: int) -> list[torch.Tensor]:

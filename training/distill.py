@@ -1,18 +1,40 @@
-"""Stage 2: train the whole student on the teacher's logits and on the text (METHOD §3)."""
+"""Stage 2: train the whole student on the teacher's logits and on the text (METHOD §3).
 
+    accelerate launch -m hydrahead.training.distill --config demo
+    accelerate launch -m hydrahead.training.distill --config RECIPE.yaml distill.temperature=2 distill.lora.r=16
+
+Starts from the teacher, the recipe's masks and the aligned heads, or from a student folder (`distill.student`). Writes
+`OUTPUT/distill/student`, a folder for the Hub.
+"""
+
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ..convert.migration import convert_model
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from .loop import Schedule, train
-from .losses import distillation_loss
+from .cost import print_cost
+from .data import Batch
+from .launch import Job, Stage, one_line_errors
+from .loop import Schedule
+from .losses import TeacherChunk, teacher_chunks
+from .recipe import Recipe, read_arguments
+from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
+from .teacher_cache import TeacherCache
 
 __all__ = ["distill"]
+
+
+@torch.no_grad()
+def read_teacher(teacher: PreTrainedModel, batch: Batch, temperature: float = 1.0) -> TeacherChunk:
+    """A teacher's view of a batch: its final hidden states now, its logits in chunks when the loss asks for them."""
+    states = teacher.model(batch.token_ids[:, :-1], position_ids=batch.position_ids, use_cache=False).last_hidden_state
+    return teacher_chunks(states.flatten(0, 1), teacher.lm_head.weight, temperature)
 
 
 def distill(
@@ -24,7 +46,7 @@ def distill(
     kl_weight: float = 1.0,
     ce_weight: float = 0.1,
     metrics_file: Path | None = None,
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_step: Callable[[int, dict], None] | None = None,
 ) -> HydraHeadForCausalLM:
     """
     Train all of a student's parameters on `kl_weight · KL(teacher ‖ student) + ce_weight · CE`.
@@ -39,22 +61,89 @@ def distill(
         the trained student, in eval mode.
     """
     teacher = teacher.to(accelerator.device)
+    train_student(
+        accelerator,
+        StudentLoss(student, kl_weight, ce_weight),
+        lambda step: [Batch(*batch_at(step))],
+        schedule,
+        lambda batch: read_teacher(teacher, batch),
+        metrics_file=metrics_file,
+        on_step=on_step,
+    )
+    return student.eval()
 
-    def backward(model: nn.Module, batch: Iterable[torch.Tensor]) -> dict[str, float]:
-        token_ids, weights = batch
-        with torch.no_grad():
-            teacher_states = teacher.model(token_ids[:, :-1], use_cache=False).last_hidden_state
-        student_model = accelerator.unwrap_model(model)
-        student_states = student_model.model(token_ids[:, :-1], use_cache=False).last_hidden_state
-        kl, ce = distillation_loss(
-            student_states,
-            student_model.lm_head,
-            teacher_states,
-            teacher.lm_head,
-            labels=token_ids[:, 1:],
-            weights=weights[:, 1:],
-        )
-        accelerator.backward(kl_weight * kl + ce_weight * ce)
-        return {"kl": float(kl.detach()), "ce": float(ce.detach())}
 
-    return accelerator.unwrap_model(train(accelerator, student, batch_at, backward, schedule, metrics_file, on_step))
+def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
+    """The whole stage, from a recipe to a student folder; nothing where that is there already."""
+    stage = Stage(recipe, "distill")
+    section = stage.section
+    forms = Path(section.head_forms or Path(recipe.output) / "align" / "head_forms.safetensors")
+    config = stage.check_student(Path(section.student)) if section.student else stage.config(stage.masks)
+    if not section.student and not dry_run:
+        stage.check_forms(forms)
+    if dry_run:
+        return print_cost(recipe, stage.name, stage.adapter, config)
+    if (stage.folder / "student").is_dir():
+        return print(f"{stage.folder / 'student'} is there already")
+
+    job = stage.start()
+
+    def build() -> Trainee:
+        if section.student:
+            student = HydraHeadForCausalLM.from_pretrained(section.student, dtype=torch.float32)
+        else:
+            student = convert_model(
+                job.checkpoint, stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
+            )
+        return prepare_student(student, section.lora, section.gradient_checkpointing)
+
+    trainee, teacher = build(), job.load_teacher()
+    read = teacher_reader(job, teacher)
+    model = StudentLoss(trainee.student, section.kl_weight, section.ce_weight, section.temperature)
+    run = job.run(lambda: job.evaluate_student(trainee.student))
+    trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), read, run, job.autocast)
+    finish_student(job, trained, build, earlier_facts(section.student, forms))
+
+
+def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], TeacherChunk]:
+    """What gives the teacher's view of a batch: the teacher, or its cache where the recipe has one."""
+    section, cache = job.section, job.section.teacher_cache
+    if cache is None:
+        return lambda batch: read_teacher(teacher, batch, section.temperature)
+    whose = job.stage.record() | {"distill": {key: getattr(section, key) for key in TeacherCache.DECIDES}}
+    whose = {key: whose[key] for key in ("teacher", "data", "long_data", "distill")} | {"seed": job.recipe.run.seed}
+    rows = section.tokens // section.length
+    kept = TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, teacher.config.vocab_size, whose)
+    return lambda batch: kept.chunks(batch, lambda: read_teacher(teacher, batch, section.temperature))
+
+
+def earlier_facts(student: str | Path | None, forms: Path) -> list[dict]:
+    """What was trained before: from the student that a stage starts from, or from beside the aligned heads."""
+    if student is not None:
+        return student_facts(Path(student))
+    record = forms.parent / "recipe.json"
+    if not record.is_file():
+        return []
+    recipe = json.loads(record.read_text())
+    section = recipe["align"]
+    summary = (
+        f"{section['tokens']:,} tokens by {section['mode']}, rows of {section['length']:,}, {recipe['data']['name']}"
+    )
+    if section["retrieval_share"]:
+        summary += f", {section['retrieval_share']:.0%} of rows from a mixture with synthetic retrieval"
+    return [{"stage": "align", "summary": summary, "recipe": section}]
+
+
+def student_facts(folder: Path) -> list[dict]:
+    """What a student folder was trained on."""
+    file = folder / "training.json"
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with one_line_errors():
+        run_distill(*read_arguments(arguments, __doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,27 @@
-"""What the stages share: optimiser, schedule, and a record of every step."""
+"""What the stages share: optimiser, schedule, accumulation, checkpoints, and a record of every step."""
 
+import contextlib
 import json
 import math
+import signal
+import statistics
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, tqdm
 from torch import nn
+
+from .checkpoints import Checkpoints, keep_metrics_before
+from .data import Batch
+
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+SPIKE_WINDOW = 50
+SHORTEST_WINDOW = 20
 
 
 @dataclass(frozen=True)
@@ -40,49 +52,243 @@ class Schedule:
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * cosine
 
 
+@dataclass
+class Run:
+    """
+    A training run that can be left alone: where it keeps itself, and how it is watched.
+
+    Attributes:
+        folder: of the checkpoints and of `metrics.jsonl`.
+        save_every, keep: steps between checkpoints, and how many of them stay.
+        spike_factor: a loss of so many times the median of the last 50 steps stops the run.
+        name: of the stage, for the progress bar.
+        evaluate: called every `evaluate_every` steps; what it gives is recorded.
+    """
+
+    folder: Path
+    save_every: int
+    keep: int
+    spike_factor: float
+    name: str
+    evaluate: Callable[[], dict[str, float]] | None = None
+    evaluate_every: int = 0
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, and has saved itself."""
+
+    def __init__(self, signal_number: int, checkpoint: Path):
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name}; {checkpoint} holds everything: the same command goes on"
+        )
+        self.signal_number = signal_number
+
+
 def train(
     accelerator: Accelerator,
     model: nn.Module,
-    batch_at: Callable[[int], Iterable[torch.Tensor]],
-    backward: Callable[[nn.Module, Iterable[torch.Tensor]], dict[str, float]],
+    micro_batches: Callable[[int], list[Batch]],
+    backward: Callable[[nn.Module, Batch, float], dict[str, torch.Tensor]],
     schedule: Schedule,
+    run: Run | None = None,
     metrics_file: Path | None = None,
-    on_step: Callable[[int, dict[str, float]], None] | None = None,
+    on_step: Callable[[int, dict], None] | None = None,
 ) -> nn.Module:
     """
     Train the parameters of `model` that require a gradient with AdamW.
 
+    A step is normalised by the weight of all its tokens, on all processes: how they are divided into micro-batches
+    and processes changes nothing but rounding.
+
     Args:
-        batch_at: the batch of a step; the same step gives the same batch, whatever came before.
-        backward: computes the losses of a batch, leaves their gradients in the parameters and gives what to record.
-        metrics_file: one JSON line is appended for each step.
+        micro_batches: what this process accumulates in a step; the same step gives the same batches, whatever came
+            before.
+        backward: adds the gradients of a batch's summed loss, times a scale, to those in the parameters, and gives
+            what to record: sums over tokens, of any shape; `loss` is the one that is watched.
+        run: where to keep checkpoints, if at all, and to resume from the newest.
+        metrics_file: one JSON line is appended for each step; the run's own by default.
         on_step: called after each step with the steps done and what was recorded.
 
     Returns:
         the trained model, as prepared by `accelerator`.
+
+    Raises:
+        FloatingPointError: a gradient is not finite, or the loss jumped; names the last good checkpoint.
+        Stopped: SIGTERM or SIGINT, after the step and its checkpoint.
+        OSError: the disk is full.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = _prepare(accelerator, model, schedule)
+    checkpoints = Checkpoints(run.folder, run.keep) if run else None
+    progress = checkpoints.resume(accelerator) if run else {"step": 0}
+    losses: list[float] = progress.get("losses", [])
+    if run:
+        metrics_file = run.folder / "metrics.jsonl"
+        if accelerator.is_main_process:
+            keep_metrics_before(metrics_file, progress["step"])
+    show = _Progress(accelerator, run, schedule.steps, progress["step"])
     model.train()
-    for step in range(schedule.steps):
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate_at(step)
-        metrics = backward(model, [tensor.to(accelerator.device) for tensor in batch_at(step)])
-        grad_norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"step {step}: the gradient is not finite ({metrics}); lower the learning rate")
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics |= {
-            "grad_norm": float(grad_norm),
-            "learning_rate": schedule.learning_rate_at(step),
-            "seconds": time.perf_counter() - started,
-        }
-        if metrics_file is not None and accelerator.is_main_process:
-            with metrics_file.open("a") as file:
-                file.write(json.dumps({"step": step} | metrics) + "\n")
-        if on_step is not None:
-            on_step(step + 1, metrics)
+    with _stop_signals(run is not None) as received:
+        for step in range(progress["step"], schedule.steps):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.learning_rate_at(step)
+            metrics, weight, stop = _accumulate(accelerator, model, micro_batches(step), backward, received)
+            grad_norm = _finish_gradients(accelerator, model, schedule.max_grad_norm)
+            _check_step(step, metrics, grad_norm, losses, run, checkpoints)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses = [*losses, metrics["loss"]][-SPIKE_WINDOW:]
+            seconds = time.perf_counter() - started
+            metrics |= {
+                "grad_norm": grad_norm,
+                "learning_rate": schedule.learning_rate_at(step),
+                "seconds": seconds,
+                "tokens_per_second": weight / seconds,
+                "memory_gb": _memory_gb(accelerator),
+            }
+            if run and run.evaluate_every and (step + 1) % run.evaluate_every == 0:
+                metrics |= run.evaluate()
+                model.train()
+            if metrics_file is not None and accelerator.is_main_process:
+                with metrics_file.open("a") as file:
+                    file.write(json.dumps({"step": step} | metrics) + "\n")
+            _track(accelerator, metrics, step)
+            show(step, metrics)
+            if run and (stop or (step + 1) % run.save_every == 0 or step + 1 == schedule.steps):
+                checkpoints.save(accelerator, step + 1, {"losses": losses})
+            if on_step is not None:
+                on_step(step + 1, metrics)
+            if stop and step + 1 < schedule.steps:
+                raise Stopped(stop, checkpoints.newest())
     return model.eval()
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule):
+    """
+    Model and optimiser on their device, sharded if Accelerate is configured so.
+
+    Replicas are not wrapped in DistributedDataParallel: alignment goes backward once per layer, which its hooks cannot
+    follow. Their gradients are summed once, after the last backward pass of a step.
+    """
+    optimizer = torch.optim.AdamW(
+        trained_parameters(model), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    if accelerator.distributed_type in SHARDED:
+        return accelerator.prepare(model, optimizer)
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    if accelerator.num_processes > 1:
+        for parameter in model.parameters():  # replicas start equal, whatever each machine computed
+            torch.distributed.broadcast(parameter.data, 0)
+    return model, accelerator.prepare_optimizer(optimizer)
+
+
+def _accumulate(accelerator: Accelerator, model: nn.Module, batches: list[Batch], backward, received: list[int]):
+    """Gradients and metrics of a step, its weight, and the signal that some process received, or 0."""
+    assert len(batches) == accelerator.gradient_accumulation_steps
+    batches = [batch.to(accelerator.device) for batch in batches]
+    weight = float(accelerator.reduce(sum(batch.weights.double().sum() for batch in batches), "sum"))
+    # Sharded gradients come as the mean over processes, and Accelerate divides by the accumulated batches.
+    scale = accelerator.gradient_accumulation_steps / max(weight, 1e-6)
+    if accelerator.distributed_type in SHARDED:
+        scale *= accelerator.num_processes
+    sums: dict[str, torch.Tensor] = {}
+    for batch in batches:
+        with accelerator.accumulate(model):
+            for name, value in backward(model, batch, scale).items():
+                value = value.detach().double()
+                sums[name] = sums[name] + value if name in sums else value
+    sums["stop"] = torch.tensor(float(bool(received)), device=accelerator.device, dtype=torch.double)
+    flat = accelerator.reduce(torch.cat([value.flatten() for value in sums.values()]), "sum")
+    parts = (flat / max(weight, 1e-6)).cpu().split([value.numel() for value in sums.values()])
+    metrics = {name: part.view(value.shape).tolist() for (name, value), part in zip(sums.items(), parts)}
+    stop = (received or [signal.SIGTERM])[0] if metrics.pop("stop") else 0
+    return metrics, weight, stop
+
+
+def _finish_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
+    """Sum the gradients of replicas, clip them, and give their norm before that."""
+    parameters = trained_parameters(model)
+    if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDED:
+        waiting = [torch.distributed.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
+        for each in waiting:
+            each.wait()
+    return float(accelerator.clip_grad_norm_(parameters, max_norm))
+
+
+def _check_step(step: int, metrics: dict, grad_norm: float, losses: list[float], run, checkpoints) -> None:
+    """Stop before a step that would spoil the weights."""
+    where = f"; {checkpoints.last_good()}" if checkpoints else ""
+    if not math.isfinite(grad_norm) or not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(
+            f"step {step}: the gradient is not finite (loss {metrics['loss']:.4g}); lower the learning rate{where}"
+        )
+    if run and len(losses) >= SHORTEST_WINDOW:
+        median = statistics.median(losses)
+        if metrics["loss"] > run.spike_factor * median:
+            raise FloatingPointError(
+                f"step {step}: the loss is {metrics['loss']:.4g}, its median was {median:.4g}; lower the learning "
+                f"rate, or raise run.spike_factor to go on{where}"
+            )
+
+
+@contextlib.contextmanager
+def _stop_signals(active: bool) -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them; a second one kills as ever."""
+    received: list[int] = []
+    if not active:
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def handle(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, previous[number])
+
+
+def _memory_gb(accelerator: Accelerator) -> float:
+    """Largest memory so far: of the device, or of this process where there is none."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(accelerator.device) / 1e9
+    import resource  # not on Windows, which has no business here without a GPU
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _track(accelerator: Accelerator, metrics: dict, step: int) -> None:
+    if accelerator.trackers:
+        accelerator.log({name: value for name, value in metrics.items() if isinstance(value, float)}, step=step)
+
+
+class _Progress:
+    """A bar where someone watches, twenty lines where nobody does; nothing for a loop without a run."""
+
+    def __init__(self, accelerator: Accelerator, run: Run | None, steps: int, first: int):
+        self.steps, self.name = steps, run.name if run else None
+        self.active = run is not None and accelerator.is_main_process
+        self.bar = None
+        if self.active and sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=first, desc=run.name)
+
+    def __call__(self, step: int, metrics: dict) -> None:
+        if not self.active:
+            return
+        note = (
+            f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"gradient {metrics['grad_norm']:.2f}, {metrics['memory_gb']:.1f} GB"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update()
+        elif (step + 1) * 20 // self.steps > step * 20 // self.steps:
+            print(f"{self.name} {step + 1}/{self.steps}: {note}", file=sys.stderr, flush=True)

@@ -1,72 +1,138 @@
 """Losses that never hold the logits of a whole batch."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+TeacherChunk = Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]
+"""
+The teacher's log probabilities of some tokens, at the temperature of the loss: `[n, V]` fp32 and `None`, or those of
+its `k` likeliest tokens `[n, k]` and which ones they are.
+"""
 
 
-def _chunk_losses(
-    student_states, student_head, teacher_states, teacher_head, labels, weights, temperature: float
-) -> torch.Tensor:
-    student = F.linear(student_states, student_head).float()  # [N, V]
-    with torch.no_grad():
-        teacher = F.log_softmax(F.linear(teacher_states, teacher_head).float() / temperature, dim=-1)
-    kl = F.kl_div(F.log_softmax(student / temperature, dim=-1), teacher, reduction="none", log_target=True).sum(-1)
-    ce = F.cross_entropy(student, labels, reduction="none")
-    return torch.stack([(kl * weights).sum() * temperature**2, (ce * weights).sum()])
+def _divergence(
+    log_q: torch.Tensor, log_p: torch.Tensor, indices: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `KL(p ‖ q)` `[n]`, and the probabilities `[n, V]` that its gradient `q - p` asks for.
+
+    Where only the teacher's likeliest tokens are known, all others are one event: the teacher says how likely it is,
+    the student how it is divided. This is exact where all are known and never more than the divergence elsewhere.
+    """
+    p = log_p.exp()
+    if indices is None:
+        return (p * (log_p - log_q)).sum(-1), p
+    kl = (p * (log_p - log_q.gather(-1, indices))).sum(-1)
+    if indices.shape[-1] == log_q.shape[-1]:
+        return kl, torch.zeros_like(log_q).scatter(-1, indices, p)
+    q = log_q.exp()
+    rest_q = q.scatter(-1, indices, 0.0).sum(-1).clamp_min(1e-30)
+    rest_p = (1 - p.sum(-1)).clamp_min(1e-30)
+    target = (q * (rest_p / rest_q).unsqueeze(-1)).scatter(-1, indices, p)
+    return kl + rest_p * (rest_p.log() - rest_q.log()), target
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Computes the gradient where the logits are at hand, in the forward pass: nothing is computed twice."""
+
+    @staticmethod
+    def forward(ctx, states, head_weight, labels, weights, teacher, kl_weight, ce_weight, temperature, chunk_tokens):
+        wants_states, wants_head = ctx.needs_input_grad[:2]
+        states_grad = torch.empty_like(states) if wants_states else None
+        head_grad = torch.zeros_like(head_weight) if wants_head else None
+        sums = torch.zeros(2, device=states.device)
+        for start in range(0, len(states), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            logits = F.linear(states[part], head_weight).float()  # [n, V]
+            weight, label = weights[part], labels[part].unsqueeze(-1)
+            log_q = F.log_softmax(logits / temperature, dim=-1)
+            logits_grad = torch.zeros((), device=states.device)
+            if teacher is not None:
+                kl, target = _divergence(log_q, *teacher(part))
+                sums[0] += (kl * weight).sum() * temperature**2
+                scale = (kl_weight * temperature * weight).unsqueeze(-1)
+                logits_grad = target.neg_().add_(log_q.exp()).mul_(scale)
+            log_q = log_q if temperature == 1 else F.log_softmax(logits, dim=-1)
+            sums[1] -= (log_q.gather(-1, label).squeeze(-1) * weight).sum()
+            if ce_weight and (wants_states or wants_head):
+                scale = (ce_weight * weight).unsqueeze(-1)
+                grad = log_q.exp_().mul_(scale)
+                logits_grad = logits_grad + grad.scatter_add_(-1, label, -scale)
+            if wants_states:
+                states_grad[part] = F.linear(logits_grad, head_weight.t()).to(states.dtype)
+            if wants_head:
+                head_grad += (logits_grad.t() @ states[part]).to(head_weight.dtype)
+        ctx.grads = states_grad, head_grad
+        ctx.mark_non_differentiable(sums)
+        return kl_weight * sums[0] + ce_weight * sums[1], sums
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grads, ctx.grads = ctx.grads, None
+        return *(None if each is None else each.mul_(grad.to(each.dtype)) for each in grads), *(None for _ in range(7))
 
 
 def distillation_loss(
-    student_states: torch.Tensor,
-    student_head: nn.Linear,
-    teacher_states: torch.Tensor,
-    teacher_head: nn.Linear,
+    states: torch.Tensor,
+    head_weight: torch.Tensor,
     labels: torch.Tensor,
     weights: torch.Tensor,
+    teacher: TeacherChunk | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `KL(teacher ‖ student)` on the logits and cross entropy on the labels, in fp32, computed in chunks of tokens whose
-    logits are recomputed in the backward pass: no more than `chunk_tokens` rows of logits exist at a time.
+    `kl_weight · KL(teacher ‖ student) + ce_weight · CE`, summed over tokens, in fp32 and in chunks of tokens: no more
+    than `chunk_tokens` rows of logits exist at a time. Can be differentiated once.
 
     Args:
-        student_states, teacher_states: final hidden states `[B, T, D]`.
-        labels: `[B, T]`, the token that follows each position.
-        weights: `[B, T]`, what each position weighs; 0 leaves it out.
+        states: the student's final hidden states `[N, D]`.
+        head_weight: its language-model head `[V, D]`.
+        labels: `[N]`, the token that follows each position.
+        weights: `[N]`, what each position weighs; 0 leaves it out.
+        teacher: gives the teacher's log probabilities; `None` for cross entropy alone.
         temperature: divides both logits in the KL, which is multiplied by its square to keep gradients comparable.
 
     Returns:
-        KL and cross entropy, weighted means in nats per token.
+        the loss, and weighted sums of KL and cross entropy `[2]` in nats, without gradient.
     """
-    tensors = (student_states.flatten(0, 1), teacher_states.flatten(0, 1), labels.flatten(), weights.flatten().float())
-    total = torch.zeros(2, device=student_states.device)
-    for student, teacher, label, weight in zip(*(tensor.split(chunk_tokens) for tensor in tensors)):
-        total = total + checkpoint(
-            _chunk_losses,
-            student,
-            student_head.weight,
-            teacher,
-            teacher_head.weight,
-            label,
-            weight,
-            temperature,
-            use_reentrant=False,
-        )
-    kl, ce = total / weights.sum().clamp_min(1e-6)
-    return kl, ce
+    if teacher is None:
+        kl_weight = 0.0
+    return _ChunkedLoss.apply(
+        states, head_weight, labels, weights.float(), teacher, kl_weight, ce_weight, temperature, chunk_tokens
+    )
 
 
-def head_matching_loss(heads: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def teacher_chunks(states: torch.Tensor, head_weight: torch.Tensor, temperature: float) -> TeacherChunk:
+    """The whole distribution of a teacher with final hidden states `[N, D]`, computed when it is asked for."""
+
+    def chunk(part: slice) -> tuple[torch.Tensor, None]:
+        return F.log_softmax(F.linear(states[part], head_weight).float() / temperature, dim=-1), None
+
+    return chunk
+
+
+def mean_square(heads: torch.Tensor) -> torch.Tensor:
+    """Mean square `[H]` fp32 of head outputs `[B, T, H, d]`."""
+    return heads.float().pow(2).mean((0, 1, 3))
+
+
+def head_matching_loss(
+    heads: torch.Tensor, target: torch.Tensor, target_square: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     Squared error of each head's output over the mean square of its teacher's: 0 is equal, 1 is as bad as silence.
 
     Args:
         heads, target: `[B, T, H, d]` outputs before `W_o`.
+        target_square: `[H]`, what errors are divided by where it should not depend on the batch.
 
     Returns:
         `[H]` fp32.
     """
-    heads, target = heads.float(), target.float()
-    return (heads - target).pow(2).mean((0, 1, 3)) / target.pow(2).mean((0, 1, 3)).clamp_min(1e-12)
+    square = mean_square(target) if target_square is None else target_square
+    return mean_square(heads.float() - target.float()) / square.clamp_min(1e-12)

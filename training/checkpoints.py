@@ -1,0 +1,113 @@
+"""Checkpoints of a run: whole or not at all, the newest few kept, and found again without being told."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..hub.checkpoint import whole_file
+
+# What safetensors, torch and the system say when a disk is full; torch does not say why a write failed.
+_DISK_FULL = ("No space left", "os error 28", "file write failed", "failed writing file")
+
+
+class Checkpoints:
+    """
+    Folders `checkpoint-N` of N steps done, beside the record of the run.
+
+    One is written as `checkpoint-N.partial`, forced to the disk and then renamed: a folder without that ending is
+    whole. Weights are safetensors; Accelerate keeps the optimiser in PyTorch's own format, which is read without
+    running code from it.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def all(self) -> list[Path]:
+        """Whole checkpoints, the oldest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+    def newest(self) -> Path | None:
+        return next(reversed(self.all()), None)
+
+    def save(self, accelerator: Accelerator, step: int, progress: dict) -> None:
+        """
+        Write what `accelerator` has prepared and `progress`, something that JSON can hold, after `step` steps.
+
+        Raises:
+            OSError: the disk is full; older checkpoints are as they were.
+        """
+        done, partial = self.folder / f"checkpoint-{step}", self.folder / f"checkpoint-{step}.partial"
+        if done.is_dir():
+            return
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (partial / "progress.json").write_text(json.dumps({"step": step} | progress))
+                force_to_disk(partial)
+                partial.rename(done)
+                force_to_disk(self.folder)
+        except Exception as error:
+            if getattr(error, "errno", None) != errno.ENOSPC and not any(part in str(error) for part in _DISK_FULL):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(errno.ENOSPC, f"{partial.name} does not fit on the disk; {self.last_good()}") from None
+        if accelerator.is_main_process:
+            self._forget_old()
+        accelerator.wait_for_everyone()
+
+    def _forget_old(self) -> None:
+        for path in self.all()[: -self.keep]:
+            # Renamed first: a folder that is being deleted must never look whole.
+            path.rename(partial := path.with_name(f"{path.name}.partial"))
+            shutil.rmtree(partial)
+
+    def resume(self, accelerator: Accelerator) -> dict:
+        """Bring back the newest checkpoint, if there is one, and give its progress; what is not whole is removed."""
+        if accelerator.is_main_process:
+            for partial in self.folder.glob("checkpoint-*.partial"):
+                shutil.rmtree(partial)
+        accelerator.wait_for_everyone()
+        newest = self.newest()
+        if newest is None:
+            return {"step": 0}
+        accelerator.load_state(str(newest))
+        return json.loads((newest / "progress.json").read_text())
+
+    def last_good(self) -> str:
+        """Where a stopped run would go on, in words."""
+        newest = self.newest()
+        return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def force_to_disk(folder: Path) -> None:
+    """Return when a folder and everything in it would survive a power failure."""
+    for path in [*folder.rglob("*"), folder] if folder.name.endswith(".partial") else [folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def keep_metrics_before(file: Path, step: int) -> None:
+    """Cut a record of steps back to those before `step`, and a line that was never finished with them."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] >= step:
+            break
+        kept.append(line)
+    with whole_file(file) as partial:
+        partial.write_text("".join(kept))

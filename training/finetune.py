@@ -1,0 +1,58 @@
+"""Stage 3: next-token prediction at long length, on rows packed with text (METHOD §3).
+
+    accelerate launch -m hydrahead.training.finetune --config demo
+    accelerate launch -m hydrahead.training.finetune --config RECIPE.yaml finetune.learning_rate=2e-5
+
+Starts from the student that distillation wrote, or from `finetune.student`. `finetune.curriculum` grows the length in
+steps; every step has the same number of tokens. Writes `OUTPUT/finetune/student`, a folder for the Hub.
+"""
+
+from pathlib import Path
+
+import torch
+
+from ..modeling_hydrahead import HydraHeadForCausalLM
+from .cost import print_cost
+from .distill import student_facts
+from .launch import Stage, one_line_errors
+from .recipe import Recipe, read_arguments
+from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
+
+
+def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
+    """The whole stage, from a recipe to a student folder; nothing where that is there already."""
+    stage = Stage(recipe, "finetune")
+    section = stage.section
+    folder = Path(section.student or Path(recipe.output) / "distill" / "student")
+    if dry_run:
+        return print_cost(recipe, stage.name, stage.adapter, stage.config(stage.masks))
+    stage.check_student(folder)
+    if (stage.folder / "student").is_dir():
+        return print(f"{stage.folder / 'student'} is there already")
+
+    job = stage.start()
+
+    def build() -> Trainee:
+        student = HydraHeadForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return prepare_student(student, section.lora, section.gradient_checkpointing)
+
+    trainee = build()
+    run = job.run(lambda: job.evaluate_student(trainee.student))
+    trained = train_student(
+        job.accelerator,
+        StudentLoss(trainee.student),
+        job.micro_batches,
+        job.schedule(),
+        run=run,
+        autocast=job.autocast,
+    )
+    finish_student(job, trained, build, student_facts(folder))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    with one_line_errors():
+        run_finetune(*read_arguments(arguments, __doc__))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""Start and end of a stage: what can be wrong is refused first, what was done already is not done again."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import set_seed
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from ..configuration_hydrahead import HydraHeadConfig
+from ..convert.folder import read_masks
+from ..convert.migration import student_config, teacher_config
+from ..convert.teachers import TeacherAdapter, adapter_for, find_checkpoint
+from ..evaluation.niah import evaluate_niah, make_niah
+from ..evaluation.perplexity import text_loss
+from ..hub.card import model_card
+from ..hub.checkpoint import save_checkpoint, whole_file
+from ..modeling_hydrahead import HydraHeadForCausalLM
+from .data import Batch, StageData, check_stage_data
+from .loop import SHARDED, Run, Schedule, Stopped
+from .pictures import draw_training
+from .recipe import Recipe, StageSection, stage_record
+
+EMBEDDED_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
+MAX_NEW_TOKENS = 16
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Bad input, a full disk and a stopped run end in one line on stderr and a status other than 0."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, as they should
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"hydrahead: {stopped}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + stopped.signal_number) from None
+    except (ValueError, OSError, FloatingPointError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        print(f"hydrahead: {lines[0]}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+
+
+def teacher_path(recipe: Recipe) -> str:
+    """Hub id or folder of the recipe's teacher."""
+    return str(EMBEDDED_TEACHER) if recipe.teacher.name == "demo" else recipe.teacher.name
+
+
+def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """
+    The teacher's tokenizer.
+
+    Raises:
+        ValueError: it is not a fast one, or has no end-of-text token to part documents with.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe), revision=recipe.teacher.revision)
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(f"{recipe.teacher.name}: training needs a fast tokenizer with an end-of-text token")
+    return tokenizer
+
+
+class Stage:
+    """A stage of a recipe that has been found possible: configs are read, weights and data are not."""
+
+    def __init__(self, recipe: Recipe, name: str):
+        """
+        Raises:
+            ValueError: lengths, batches, masks, data, trackers or an earlier run do not fit; one line.
+        """
+        self.recipe, self.name = recipe, name
+        self.section: StageSection = recipe.stage(name)
+        self.folder = Path(recipe.output) / name
+        config, self.fetch = find_checkpoint(teacher_path(recipe), recipe.teacher.revision)
+        self.adapter: TeacherAdapter = adapter_for(config)
+        self.processes = int(os.environ.get("WORLD_SIZE", 1))
+        check_stage_data(recipe, name, config.max_position_embeddings, self.processes)
+        if min(recipe.run.save_every, recipe.run.keep) < 1:
+            raise ValueError("run.save_every and run.keep must be at least 1")
+        tracker = recipe.run.report_to
+        if tracker and tracker not in (known := [str(each) for each in get_available_trackers()]):
+            raise ValueError(f"run.report_to: {tracker} is not installed; there is {', '.join(known) or 'none'}")
+        self._check_earlier_run()
+
+    def _check_earlier_run(self) -> None:
+        file = self.folder / "recipe.json"
+        if file.is_file():
+            before, now = (json.loads(text) for text in (file.read_text(), json.dumps(self.record())))
+            if changed := _first_difference(before, now):
+                raise ValueError(f"{self.folder} holds a run with another {changed}: choose another output")
+
+    def record(self) -> dict:
+        """What decides the stage's numbers."""
+        return stage_record(self.recipe, self.name)
+
+    @cached_property
+    def options(self) -> dict:
+        """Options of the student that the recipe sets."""
+        return {key: value for key, value in asdict(self.recipe.student).items() if value is not None}
+
+    @cached_property
+    def masks(self) -> list[list[int]]:
+        """
+        The recipe's head masks.
+
+        Raises:
+            ValueError: there are none.
+        """
+        masks = self.recipe.masks
+        if masks is None:
+            raise ValueError(f"masks: missing from the recipe; {self.name} needs them (hydrahead score, select)")
+        if isinstance(masks, str):
+            if not Path(masks).is_file():
+                raise ValueError(f"masks: {masks}: no such file; hydrahead score and select write one")
+            return read_masks(Path(masks))
+        return masks
+
+    def config(self, masks: list[list[int]] | None = None) -> HydraHeadConfig:
+        """Configuration of the student under `masks`; of one whose heads are all linear without."""
+        blank = [[0] * self.adapter.num_heads] * self.adapter.num_layers
+        return student_config(self.adapter, masks or blank, **self.options)
+
+    def check_student(self, folder: Path) -> HydraHeadConfig:
+        """
+        Configuration of a student folder.
+
+        Raises:
+            ValueError: there is none, or it is not a student of the recipe's teacher.
+        """
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder}: no student there; the stage before this one writes it")
+        config = HydraHeadConfig.from_pretrained(folder)
+        for field, value in self.adapter.student_fields().items():
+            if field not in ("rope_parameters", "use_cache") and (found := getattr(config, field, None)) != value:
+                raise ValueError(f"{folder}: not a student of this teacher: {field} is {found}, the teacher's {value}")
+        return config
+
+    def check_forms(self, file: Path) -> Path:
+        """
+        The file of aligned heads.
+
+        Raises:
+            ValueError: there is none, or its heads are not this teacher's.
+        """
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; alignment writes it")
+        adapter, config = self.adapter, self.adapter.config
+        expected = [adapter.num_heads, adapter.head_dim, config.hidden_size]
+        with safe_open(file, framework="pt") as forms:
+            names = set(forms.keys())
+            name = f"{adapter.num_layers - 1}.linear.q_proj.weight"
+            found = forms.get_slice(name).get_shape() if name in names else None
+        if found != expected or f"{adapter.num_layers}.linear.q_proj.weight" in names:
+            raise ValueError(
+                f"{file}: heads of another teacher, expected {adapter.num_layers} layers of {expected}, got "
+                f"{found or 'another number of layers'}"
+            )
+        return file
+
+    def start(self) -> "Job":
+        """Tokens, tokenizer and processes, when all checks are done."""
+        return Job(self)
+
+
+def _first_difference(before: dict, now: dict, prefix: str = "") -> str | None:
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            if found := _first_difference(one, other, f"{prefix}{key}."):
+                return found
+        elif one != other:
+            return f"{prefix}{key} ({one!r}, now {other!r})"
+    return None
+
+
+class Job:
+    """A stage that is running: its data, its processes, and its way of ending."""
+
+    def __init__(self, stage: Stage):
+        recipe, section = stage.recipe, stage.section
+        self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
+        self.checkpoint = stage.fetch()
+        self.tokenizer = prepare_tokenizer(recipe)
+        self.data = StageData(recipe, stage.name, self.tokenizer)
+        self.accelerator = Accelerator(
+            mixed_precision="no",  # autocast is ours: FSDP's own policy would round gates and decay to bf16
+            gradient_accumulation_steps=section.batch_tokens // recipe.run.micro_batch_tokens // stage.processes,
+            log_with=recipe.run.report_to,
+            project_dir=str(stage.folder),
+        )
+        assert self.accelerator.num_processes == stage.processes
+        set_seed(recipe.run.seed)
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.folder / "recipe.json") as partial_file:
+                partial_file.write_text(json.dumps(stage.record(), indent=2) + "\n")
+        if recipe.run.report_to:
+            self.accelerator.init_trackers(stage.name)
+        self.autocast: Callable[[], torch.autocast] = partial(
+            torch.autocast,
+            self.accelerator.device.type,
+            dtype=torch.bfloat16,
+            enabled=recipe.run.mixed_precision == "bf16",
+        )
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The teacher in the recipe's dtype, without gradients, on this process's device."""
+        dtype = getattr(torch, self.recipe.teacher.dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=dtype).eval().requires_grad_(False)
+        return teacher.to(self.accelerator.device)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """What this process accumulates in a step."""
+        return self.data.micro_batches(step, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def schedule(self) -> Schedule:
+        section = self.section
+        steps = section.tokens // section.batch_tokens
+        return Schedule(steps, section.learning_rate, section.final_learning_rate, section.warmup_steps)
+
+    def run(self, evaluate: Callable[[], dict[str, float]]) -> Run:
+        """How the loop keeps itself and is watched; `evaluate` is the stage's own."""
+        run, every = self.recipe.run, self.recipe.evaluate.every
+        if every and self.accelerator.distributed_type in SHARDED:
+            raise ValueError("evaluate.every: sharded weights cannot generate here; set it to 0, evaluate checkpoints")
+        return Run(self.folder, run.save_every, run.keep, run.spike_factor, self.stage.name, evaluate, every)
+
+    @property
+    def evaluated_length(self) -> int:
+        return self.recipe.evaluate.length or self.section.length
+
+    def evaluate_student(self, student: HydraHeadForCausalLM) -> dict[str, float]:
+        """Loss on held-out text, and needles found by generation with one and with four keys."""
+        settings, length = self.recipe.evaluate, self.evaluated_length
+        student.eval()
+        with self.autocast():
+            result = {
+                "heldout_loss": text_loss(student, self.data.heldout.astype("int64"), length, settings.text_windows)
+            }
+            for name, keys in (("niah_single", 1), ("niah_four", 4)) if settings.niah_prompts else ():
+                prompts = [
+                    make_niah(self.tokenizer, self.data.heldout, length, num_keys=keys, seed=1_000_000 + index)
+                    for index in range(max(1, settings.niah_prompts // 2))
+                ]
+                found = evaluate_niah(student, prompts, self.tokenizer, 4, MAX_NEW_TOKENS)
+                result[name] = found["exact"]
+        return result
+
+    def save_student(self, student: HydraHeadForCausalLM, history: list[dict]) -> None:
+        """The student as a folder for the Hub, with the masks, a card and what it was trained on."""
+        dtype = getattr(torch, self.recipe.run.save_dtype)
+        for name, parameter in student.named_parameters():
+            if not any(part in name for part in student._keep_in_fp32_modules_strict):
+                parameter.data = parameter.data.to(dtype)
+        student.config.dtype = dtype
+        teacher = self.recipe.teacher
+        is_folder = Path(teacher_path(self.recipe)).is_dir()
+        history = [*history, self.facts()]
+        facts = {"Teacher": "a local folder" if is_folder else teacher.name, "Revision": teacher.revision or "default"}
+        for entry in history:
+            facts[entry["stage"].capitalize()] = entry["summary"]
+        name = None if is_folder else teacher.name
+        card = model_card(student.config, teacher_config(self.stage.adapter), name, facts)
+        files = {"README.md": card, "head_masks.json": student.config.head_masks, "training.json": history}
+        save_checkpoint(student, self.tokenizer, self.folder / "student", files, overwrite=True)
+
+    def facts(self) -> dict:
+        """What this stage trained on, in numbers and in words."""
+        section, data = self.section, self.recipe.data
+        source = Path(data.name).name if Path(data.name).exists() else data.name
+        source = "the Python standard library" if source == "demo" else source
+        mixed = [f"{section.retrieval_share:.0%} of rows from a mixture with synthetic retrieval"]
+        mixed = mixed if section.retrieval_share else []
+        if section.long_share:
+            mixed.append(f"{section.long_share:.0%} of rows from long documents ({self.recipe.long_data.name})")
+        summary = f"{section.tokens:,} tokens, rows of {section.length:,}, {', '.join([source, *mixed])}"
+        return {"stage": self.stage.name, "summary": summary, "recipe": asdict(section)}
+
+    def draw(self) -> None:
+        """Pictures of the run beside its record."""
+        draw_training(self.folder / "metrics.jsonl", self.folder)

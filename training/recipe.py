@@ -1,0 +1,331 @@
+"""Recipes: one YAML file that says how a teacher becomes a student, in sections that the three stages share."""
+
+import argparse
+import difflib
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+STAGES = ("align", "distill", "finetune")
+
+
+@dataclass
+class TeacherSection:
+    """
+    Attributes:
+        name: Hub id or folder; `demo` is the teacher that ships with the package.
+        revision: of a Hub id.
+        dtype: in which the teacher computes.
+    """
+
+    name: str
+    revision: str | None = None
+    dtype: typing.Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclass
+class StudentSection:
+    """What full-attention heads and the fusion look like; see `HydraHeadConfig`."""
+
+    full_attention_position: str = "nope"
+    logit_scale_base: float | None = None
+    full_attention_gate: bool = True
+    fusion: str = "scale"
+    fusion_norm: str = "all"
+
+
+@dataclass
+class DataSection:
+    """
+    Attributes:
+        name: a data set on the Hub, `demo` (the Python standard library), or files: `.txt`, `.jsonl`, `.parquet`,
+            a folder of them or a pattern.
+        subset, split, column: which part of a data set, and the column that holds the text.
+        cache: folder of the token file; `tokens` in the output by default. Runs may share it.
+        heldout_tokens: the first so many tokens are kept for evaluation.
+        separate_documents: positions restart at every document, and none sees another. Not in alignment.
+    """
+
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    cache: str | None = None
+    heldout_tokens: int = 262_144
+    separate_documents: bool = False
+
+
+@dataclass
+class RunSection:
+    """
+    Attributes:
+        micro_batch_tokens: tokens of one forward pass on one process; the rest of a batch is accumulated.
+        mixed_precision: `bf16` computes in bf16 under autocast; weights and optimiser are fp32 either way.
+        save_every: steps between checkpoints.
+        keep: checkpoints kept.
+        spike_factor: a loss of so many times the median of the last 50 steps stops the run.
+        report_to: a tracker that Accelerate knows, such as `tensorboard` or `wandb`.
+        save_dtype: of the student that distillation and finetuning write.
+    """
+
+    seed: int = 0
+    micro_batch_tokens: int = 8192
+    mixed_precision: typing.Literal["no", "bf16"] = "bf16"
+    save_every: int = 500
+    keep: int = 2
+    spike_factor: float = 5.0
+    report_to: str | None = None
+    save_dtype: typing.Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass
+class EvaluateSection:
+    """
+    Attributes:
+        every: steps between evaluations; 0 for none.
+        length: tokens of a prompt and of a window of text; the stage's own by default.
+        niah_prompts: needles asked for, half of them among four keys; 0 for none. Not in alignment.
+        text_windows: windows of held-out text.
+    """
+
+    every: int = 0
+    length: int | None = None
+    niah_prompts: int = 0
+    text_windows: int = 16
+
+
+@dataclass
+class LoraSection:
+    """Low-rank adapters instead of all weights (PEFT), merged into the student when it is saved."""
+
+    r: int = 16
+    alpha: int = 32
+    target_modules: typing.Any = "all-linear"
+    modules_to_save: list = field(default_factory=lambda: ["fusion"])
+
+
+@dataclass
+class StageSection:
+    """
+    Attributes:
+        tokens, batch_tokens: of the whole stage, and of one optimiser step.
+        length: tokens of a row.
+        learning_rate, final_learning_rate: after warm-up, and at the end of a cosine.
+        retrieval_share: share of rows from the demo's mixture, three in four of which hide needles and ask for them.
+        answer_weight: what a token of such an answer weighs in the loss; a token of text weighs 1.
+        long_share: share of rows from `long_data`.
+    """
+
+    tokens: int
+    batch_tokens: int
+    length: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int = 50
+    retrieval_share: float = 0.0
+    answer_weight: float = 1.0
+    long_share: float = 0.0
+
+
+@dataclass
+class AlignSection(StageSection):
+    """
+    Attributes:
+        mode: `heads` fits both forms of every head before `W_o`, for all masks at once; `layers` (the paper) fits
+            each layer's attention under the masks.
+    """
+
+    mode: typing.Literal["heads", "layers"] = "heads"
+    calibration_tokens: int = 8192
+
+
+@dataclass
+class TeacherCacheSection:
+    """
+    Attributes:
+        folder: where the teacher's likeliest tokens are kept, for further epochs and other students.
+        top_k: tokens per position; the vocabulary size is exact.
+    """
+
+    folder: str
+    top_k: int = 64
+
+
+@dataclass
+class DistillSection(StageSection):
+    """
+    Attributes:
+        head_forms: aligned forms; those of the alignment in the output by default.
+        student: a student folder to train on instead of converting the teacher.
+    """
+
+    kl_weight: float = 1.0
+    ce_weight: float = 0.1
+    temperature: float = 1.0
+    gradient_checkpointing: bool = False
+    head_forms: str | None = None
+    student: str | None = None
+    teacher_cache: TeacherCacheSection | None = None
+    lora: LoraSection | None = None
+
+
+@dataclass
+class FinetuneSection(StageSection):
+    """
+    Attributes:
+        student: a student folder; the one that distillation wrote into the output by default.
+        curriculum: `[length, share of the tokens]` one after the other; `length` throughout by default.
+    """
+
+    gradient_checkpointing: bool = True
+    student: str | None = None
+    curriculum: list | None = None
+    lora: LoraSection | None = None
+
+
+@dataclass
+class Recipe:
+    """
+    Attributes:
+        output: folder; each stage writes one of its own name.
+        masks: JSON file of head masks `[layers][heads]`, or the masks themselves. Alignment by heads needs none.
+        long_data: long documents, for stages with a `long_share`.
+    """
+
+    output: str
+    teacher: TeacherSection
+    data: DataSection
+    masks: typing.Any = None
+    student: StudentSection = field(default_factory=StudentSection)
+    long_data: DataSection | None = None
+    run: RunSection = field(default_factory=RunSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    align: AlignSection | None = None
+    distill: DistillSection | None = None
+    finetune: FinetuneSection | None = None
+
+    def stage(self, name: str) -> StageSection:
+        """The section of a stage; `ValueError` where the recipe has none."""
+        section = getattr(self, name)
+        if section is None:
+            raise ValueError(f"the recipe has no section {name}, which this stage needs")
+        return section
+
+
+def read_arguments(arguments: list[str] | None, description: str) -> tuple[Recipe, bool]:
+    """
+    Recipe from a command line `--config RECIPE [key=value …] [--dry-run]`, and whether to print the plan only.
+
+    Raises:
+        ValueError: see `load_recipe`.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--config", required=True, help=f"YAML file, or one of {', '.join(shipped_recipes())}")
+    parser.add_argument("--dry-run", action="store_true", help="check the recipe, print what it costs, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.seed=1 or distill.tokens=1e9")
+    options = parser.parse_intermixed_args(arguments)
+    return load_recipe(options.config, options.overrides), options.dry_run
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
+    """
+    A recipe from a file, or from the package by its name alone, with `key=value` overrides.
+
+    Raises:
+        ValueError: no such file, no YAML, an unknown or missing key, a value of a wrong kind; one line.
+    """
+    path = Path(name) if Path(name).suffix or Path(name).is_file() else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"{name}: no such recipe; expected a YAML file or one of {', '.join(shipped_recipes())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        pairs = [item.split("=", 1) for item in overrides if "=" in item]
+        changes = [(key, yaml.safe_load(value)) for key, value in pairs]
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected a mapping of keys to values")
+    for item in overrides:
+        if "=" not in item:
+            raise ValueError(f"{item}: expected key=value")
+    for key, value in changes:
+        _override(values, key, value)
+    return _build(Recipe, values, "")
+
+
+def _override(values: dict, key: str, value) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}: {section} is a value, not a section")
+    values[last] = value
+
+
+def _build(section: type, values, prefix: str):
+    """A section from plain values, keys and kinds checked."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.')}: expected a section of keys, got {values!r}")
+    kinds = typing.get_type_hints(section)
+    known = {item.name: item for item in fields(section)}
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"{prefix}{key}: unknown key, expected one of {', '.join(known)}{hint}")
+    missing = [
+        name
+        for name, item in known.items()
+        if name not in values and item.default is MISSING and item.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]}: missing from the recipe")
+    return section(**{key: _convert(kinds[key], value, prefix + key) for key, value in values.items()})
+
+
+def _convert(kind, value, key: str):
+    """A value as `kind`. Numbers may be written 1e-3 or 8e8, which YAML takes for text."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    if is_dataclass(kind):
+        return _build(kind, value, f"{key}.")
+    if typing.get_origin(kind) is typing.Literal:
+        value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML's own reading of no
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{key}: expected one of {', '.join(typing.get_args(kind))}, got {value!r}")
+        return value
+    if kind in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{key}: expected a number, got {value!r}") from None
+        if kind is int and number != int(number):
+            raise ValueError(f"{key}: expected a whole number, got {value!r}")
+        return kind(number)
+    if kind is not typing.Any and not isinstance(value, kind):
+        raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def stage_record(recipe: Recipe, stage: str) -> dict:
+    """What decides the numbers of a stage: its recipe without the other stages and without how it is watched."""
+    record = {key: value for key, value in asdict(recipe).items() if key not in (*STAGES, "output", "evaluate")}
+    for key in ("save_every", "keep", "spike_factor", "report_to", "micro_batch_tokens"):
+        record["run"].pop(key)
+    for section in ("data", "long_data"):
+        if record[section]:
+            record[section].pop("cache")
+    return record | {stage: asdict(recipe.stage(stage))}

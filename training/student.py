@@ -1,0 +1,146 @@
+"""Training a whole student: its loss as a module, adapters, and the loop that distillation and finetuning share."""
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from ..modeling_hydrahead import HydraHeadForCausalLM
+from .data import Batch
+from .launch import Job
+from .loop import Run, Schedule, train
+from .losses import TeacherChunk, distillation_loss
+from .recipe import LoraSection
+
+
+class StudentLoss(nn.Module):
+    """
+    A student and its loss in one forward pass, which is where sharded weights are gathered.
+
+    Args:
+        kl_weight, ce_weight, temperature: as in `distillation_loss`.
+    """
+
+    _no_split_modules = ["HydraHeadDecoderLayer"]
+
+    def __init__(
+        self, student: HydraHeadForCausalLM, kl_weight: float = 0.0, ce_weight: float = 1.0, temperature: float = 1.0
+    ):
+        super().__init__()
+        self.student = student
+        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
+
+    def forward(self, batch: Batch, teacher: TeacherChunk | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            batch: rows `[B, T + 1]`: the student reads all tokens but the last and predicts all but the first.
+            teacher: of the `B * T` predictions, row by row.
+
+        Returns:
+            the loss, summed over tokens by their weights, and sums of KL and cross entropy `[2]`.
+        """
+        states = self.student.model(
+            batch.token_ids[:, :-1], position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        return distillation_loss(
+            states.flatten(0, 1),
+            self.student.lm_head.weight,
+            labels=batch.token_ids[:, 1:].flatten(),
+            weights=batch.weights[:, 1:].flatten(),
+            teacher=teacher,
+            **self.weights,
+        )
+
+
+def train_student(
+    accelerator: Accelerator,
+    model: StudentLoss,
+    micro_batches: Callable[[int], list[Batch]],
+    schedule: Schedule,
+    teacher_of: Callable[[Batch], TeacherChunk | None] = lambda batch: None,
+    run: Run | None = None,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    metrics_file: Path | None = None,
+    on_step: Callable[[int, dict], None] | None = None,
+) -> nn.Module:
+    """
+    Train a student's parameters that require a gradient.
+
+    Args:
+        teacher_of: the teacher's view of a batch, without gradient.
+
+    Returns:
+        the trained `StudentLoss`, as prepared by `accelerator`.
+    """
+
+    def backward(model: nn.Module, batch: Batch, scale: float) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            teacher = teacher_of(batch)
+        with autocast():
+            loss, sums = model(batch, teacher)
+        accelerator.backward(loss * scale)
+        return {"loss": loss.detach(), "ce": sums[1]} | ({} if teacher is None else {"kl": sums[0]})
+
+    def predicted(step: int) -> list[Batch]:
+        batches = micro_batches(step)
+        for batch in batches:
+            batch.weights[:, 0] = 0  # nothing predicts the first token: it must not count in the mean
+        return batches
+
+    return train(accelerator, model, predicted, backward, schedule, run, metrics_file, on_step)
+
+
+@dataclass
+class Trainee:
+    """
+    A student that is to be trained, and how to save it.
+
+    Attributes:
+        student: in fp32, with gradients where it is trained.
+        merge: gives the plain student: adapters become part of its weights.
+    """
+
+    student: HydraHeadForCausalLM
+    merge: Callable[[], HydraHeadForCausalLM]
+
+
+def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, checkpointing: bool) -> Trainee:
+    """
+    Decide what is trained: everything, or low-rank adapters and the modules that are named.
+
+    Raises:
+        ValueError: PEFT does not find the modules.
+    """
+    student.train()
+    if checkpointing:
+        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable`")  # its new name came in 5.23
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora is None:
+        return Trainee(student, lambda: student)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(student, settings)  # puts adapters into the student itself
+    return Trainee(student, lambda: adapted.merge_and_unload())
+
+
+def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], history: list[dict]) -> None:
+    """Write the trained student from the main process, whole whatever the weights were sharded into."""
+    state = job.accelerator.get_state_dict(trained)
+    if not job.accelerator.is_main_process:
+        return
+    trainee = build()
+    trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
+    job.save_student(trainee.merge().eval(), history)
+    job.draw()
+    print(f"written to {job.folder / 'student'}")
