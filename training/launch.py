@@ -194,12 +194,18 @@ class Job:
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = StageData(recipe, stage.name, self.tokenizer)
         self.accelerator = Accelerator(
+            # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision="no",  # autocast is ours: FSDP's own policy would round gates and decay to bf16
             gradient_accumulation_steps=section.batch_tokens // recipe.run.micro_batch_tokens // stage.processes,
             log_with=recipe.run.report_to,
             project_dir=str(stage.folder),
         )
-        assert self.accelerator.num_processes == stage.processes
+        if self.accelerator.num_processes != stage.processes:
+            raise ValueError(
+                f"{stage.processes} processes were launched, Accelerate joined {self.accelerator.num_processes}: "
+                "check distributed_type in its config"
+            )
         set_seed(recipe.run.seed)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
