@@ -401,9 +401,9 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
     if job.accelerator.is_main_process:
         trained = build()
         trained.load_state_dict(state)
-        with whole_file(output) as partial:
-            save_file(trained.forms(), partial)
         job.draw()
+        with whole_file(output) as partial:  # last: it says that the stage is done
+            save_file(trained.forms(), partial)
         print(f"written to {output}")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -209,6 +210,8 @@ class Job:
         set_seed(recipe.run.seed)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left_behind in self.folder.glob(".student.*"):  # of a process that was killed while it wrote
+                shutil.rmtree(left_behind)
             with whole_file(self.folder / "recipe.json") as partial_file:
                 partial_file.write_text(json.dumps(stage.record(), indent=2) + "\n")
         if recipe.run.report_to:

@@ -141,6 +141,6 @@ def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], h
         return
     trainee = build()
     trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
-    job.save_student(trainee.merge().eval(), history)
     job.draw()
+    job.save_student(trainee.merge().eval(), history)  # last: it says that the stage is done
     print(f"written to {job.folder / 'student'}")

@@ -1,0 +1,175 @@
+"""Runs that are killed, stopped, or meet a full disk lose nothing."""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, start_stage, write_recipe
+from hydrahead.training.checkpoints import Checkpoints, keep_metrics_before
+from hydrahead.training.data import Batch
+from hydrahead.training.loop import Run, Schedule, train
+
+KILLS = 7  # of each stage: 21 in all
+RESULTS = {
+    "align": "head_forms.safetensors",
+    "distill": "student/model.safetensors",
+    "finetune": "student/model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """All stages, run without interruption: folder, recipe, and how long each took, in seconds."""
+    folder = tmp_path_factory.mktemp("runs")
+    path, seconds = write_recipe(folder, make_inputs(folder)), {}
+    start_stage("align", ["--config", path, "--dry-run"]).join()  # what all are forked from is there now
+    for stage in RESULTS:
+        started = time.perf_counter()
+        finish_stage(stage, ["--config", path])
+        seconds[stage] = time.perf_counter() - started
+    return folder, path, seconds
+
+
+def put_earlier_stages(folder, out, stage) -> None:
+    """What a stage starts from."""
+    for earlier in list(RESULTS)[: list(RESULTS).index(stage)]:
+        shutil.copytree(folder / "out" / earlier, out / earlier)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", RESULTS)
+def test_a_run_killed_at_random_instants_is_the_uninterrupted_run_bit_for_bit(stage, finished):
+    folder, path, seconds = finished
+    expected, weights = metrics_of(folder / "out" / stage), load_file(folder / "out" / stage / RESULTS[stage])
+    rng, kills, out = random.Random(stage), 0, folder / f"killed-{stage}"
+    arguments = ["--config", path, f"output={out}", f"data.cache={folder / 'out' / 'tokens'}"]
+    while kills < KILLS:
+        shutil.rmtree(out, ignore_errors=True)
+        put_earlier_stages(folder, out, stage)
+        while True:
+            process = start_stage(stage, arguments)
+            process.join(rng.uniform(0, seconds[stage]))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            kills += 1
+        assert process.exitcode == 0
+        assert metrics_of(out / stage) == expected
+        found = load_file(out / stage / RESULTS[stage])
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weights[name]) for name in weights)
+        assert not list((out / stage).glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_finishes_the_step_and_saves(number, finished, tmp_path):
+    folder, path, _ = finished
+    out = tmp_path / "stopped"
+    arguments = ["--config", path, f"output={out}", f"data.cache={folder / 'out' / 'tokens'}"]
+    arguments += ["align.tokens=25600", "run.save_every=1000"]
+    process = start_stage("align", arguments, errors=tmp_path / "errors.txt")
+    while not (out / "align" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    sent_after = len(metrics_of(out / "align"))
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number
+    (checkpoint,) = (out / "align").glob("checkpoint-*")
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert sent_after <= done < 100 and len(metrics_of(out / "align")) == done
+    said = (tmp_path / "errors.txt").read_text().splitlines()[-1]
+    assert said.startswith(f"hydrahead: stopped by {number.name}; ") and checkpoint.name in said
+
+
+class Line(torch.nn.Module):
+    """The smallest thing that can be trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+
+def train_line(folder, steps=6, loss_of=lambda step, weight: weight.pow(2).sum(), keep=2, save_every=1, spike=5.0):
+    accelerator, step_of = Accelerator(cpu=True), []
+
+    def micro_batches(step):
+        step_of[:] = [step]
+        return [Batch(torch.ones(1, 1, dtype=torch.long), torch.ones(1, 1))]
+
+    def backward(model, batch, scale):
+        loss = loss_of(step_of[0], model.weight)
+        accelerator.backward(loss * scale)
+        return {"loss": loss.detach()}
+
+    run = Run(folder, save_every, keep, spike, "line")
+    return train(accelerator, Line(), micro_batches, backward, Schedule(steps, 1e-2, 1e-2, 1), run)
+
+
+def test_checkpoints_are_kept_to_their_number_and_no_step_is_recorded_twice(tmp_path):
+    train_line(tmp_path, steps=4)
+    assert [path.name for path in Checkpoints(tmp_path, 2).all()] == ["checkpoint-3", "checkpoint-4"]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1}\n{"step": 5, "lo')  # what a kill leaves
+    (tmp_path / "checkpoint-5.partial").mkdir()
+    train_line(tmp_path, steps=6)
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(6))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_metrics_from_the_checkpoint_on_are_forgotten(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"ste')
+    keep_metrics_before(file, 2)
+    assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("said", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(said, tmp_path, monkeypatch):
+    train_line(tmp_path, steps=2)
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
+
+    def full(self, folder):
+        (tmp_path / "checkpoint-3.partial" / "half").write_text("written")
+        raise said
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(
+        OSError, match=r"^[^\n]*does not fit on the disk; the last good checkpoint is [^\n]*checkpoint-2"
+    ) as e:
+        train_line(tmp_path, steps=4)
+    assert e.value.errno == errno.ENOSPC
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == before
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoiled(loss, tmp_path):
+    def loss_of(step, weight):
+        return weight.pow(2).sum() * (loss if step == 4 else 1)
+
+    with pytest.raises(FloatingPointError, match=r"^step 4: the gradient is not finite [^\n]*checkpoint-3$"):
+        train_line(tmp_path, loss_of=loss_of, save_every=3)
+    assert torch.isfinite(load_file(tmp_path / "checkpoint-3" / "model.safetensors")["weight"]).all()
+
+
+def test_a_loss_spike_stops_with_the_last_good_checkpoint(tmp_path):
+    def loss_of(step, weight):
+        return weight.pow(2).sum() * (50 if step == 25 else 1)
+
+    with pytest.raises(FloatingPointError, match=r"^step 25: the loss is [^\n]*run.spike_factor[^\n]*checkpoint-20$"):
+        train_line(tmp_path, steps=30, loss_of=loss_of, save_every=20)
+    with contextlib.suppress(FloatingPointError):  # the window travels in the checkpoint: it is seen again
+        train_line(tmp_path, steps=30, loss_of=loss_of, save_every=20)
+    assert len(metrics_of(tmp_path)) == 25
+    train_line(tmp_path, steps=30, loss_of=loss_of, save_every=20, spike=100.0)
+    assert len(metrics_of(tmp_path)) == 30

@@ -1,0 +1,87 @@
+"""Tiny runs of the three stages in processes that start quickly, for tests that kill and compare them."""
+
+import json
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import yaml
+from transformers import AutoTokenizer
+
+from hydrahead.tests.families import HEADS, LAYERS, MIXED, make_teacher
+from hydrahead.training import align, distill, finetune
+from hydrahead.training.launch import EMBEDDED_TEACHER
+
+MAINS = {"align": align.main, "distill": distill.main, "finetune": finetune.main}
+CLOCKS = ("seconds", "tokens_per_second", "memory_gb")
+STAGE = {"tokens": 2048, "batch_tokens": 256, "length": 32, "learning_rate": 1e-2, "final_learning_rate": 1e-3}
+
+
+def make_inputs(folder: Path, **teacher_changes) -> dict:
+    """A tiny teacher with the demo's tokenizer, a text of some pages, and a recipe of all stages on them."""
+    teacher = make_teacher("qwen3-tied", vocab_size=2048, eos_token_id=0, pad_token_id=1, **teacher_changes)
+    teacher.save_pretrained(folder / "teacher")
+    AutoTokenizer.from_pretrained(EMBEDDED_TEACHER).save_pretrained(folder / "teacher")
+    words = ["amber", "basket", "candle", "desert", "engine", "falcon", "garden", "harbor", "island", "jacket"]
+    pages = [" ".join(words[(page * step) % 10] for step in range(1, 120)) for page in range(1, 25)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": page}) + "\n" for page in pages))
+    (folder / "masks.json").write_text(json.dumps(MIXED))
+    assert (len(MIXED), len(MIXED[0])) == (LAYERS, HEADS)
+    return {
+        "output": str(folder / "out"),
+        "teacher": {"name": str(folder / "teacher"), "dtype": "float32"},
+        "masks": str(folder / "masks.json"),
+        "data": {"name": str(folder / "text.jsonl"), "heldout_tokens": 512},
+        "run": {"micro_batch_tokens": 64, "mixed_precision": "no", "save_every": 1},
+        "align": STAGE | {"warmup_steps": 2, "calibration_tokens": 128},
+        "distill": STAGE | {"warmup_steps": 2},
+        "finetune": STAGE | {"warmup_steps": 2, "curriculum": [[16, 0.5], [32, 0.5]]},
+    }
+
+
+def write_recipe(folder: Path, recipe: dict) -> str:
+    """The recipe as a file."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return str(folder / "recipe.yaml")
+
+
+def run_stage(stage: str, arguments: list[str], environment: dict[str, str], errors: Path | None) -> None:
+    """What a child process does: a stage's command line, with what it says on stderr in a file if one is given."""
+    os.environ.update(environment)
+    if errors is not None:
+        sys.stderr = errors.open("w")
+    MAINS[stage](arguments)
+
+
+def start_stage(
+    stage: str, arguments: list[str], environment: dict[str, str] | None = None, errors: Path | None = None
+):
+    """A stage in a child of a server process that has imported everything: it starts in a blink."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hydrahead.tests.training_runs"])
+    process = context.Process(target=run_stage, args=(stage, arguments, environment or {}, errors))
+    process.start()
+    return process
+
+
+def finish_stage(stage: str, arguments: list[str], processes: int = 1) -> None:
+    """Run a stage to its end, on one process or on several that share a batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
+    ]
+    running = [start_stage(stage, arguments, environment) for environment in ranks]
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * processes
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The record of a run without its clocks."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
