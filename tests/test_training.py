@@ -1,17 +1,23 @@
 """Losses against their plain form, and that the two stages train what they should."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.teachers import adapter_for
-from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, make_teacher, random_ids
-from hydrahead.training.align import HeadForms, align_heads, teacher_heads
+from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
+from hydrahead.training.align import HeadForms, LayerForms, align, align_heads, teacher_heads, walk_teacher
+from hydrahead.training.data import Batch
 from hydrahead.training.distill import distill
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import distillation_loss, teacher_chunks
+from hydrahead.training.recipe import LoraSection
+from hydrahead.training.student import StudentLoss, prepare_student, train_student
 
 
 def plain_distillation(states, heads, labels, weights, temperature):
@@ -144,3 +150,134 @@ def test_a_gradient_that_is_not_finite_stops_training_with_a_line():
         student.model.norm.weight.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match=r"^step 0: the gradient is not finite[^\n]*$"):
         distill(Accelerator(cpu=True), teacher, student, same_batch, Schedule(2, 1e-3, 1e-3))
+
+
+def test_the_gradient_of_alignment_is_that_of_the_sum_of_all_layers_losses():
+    """Layer by layer in the teacher's forward pass, in two batches, against one graph over everything."""
+    teacher = make_teacher("qwen3-tied")
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR)
+    forms = head_forms_of(teacher, random_ids(2, 24), config)
+    ids = random_ids(4, 16)
+    plain = HeadForms(config, forms)
+    pairs = teacher_heads(teacher, ids)
+    total = sum(plain(layer, states, heads).sum() for layer, (states, heads) in enumerate(pairs))
+    expected = torch.autograd.grad(total, list(plain.parameters()))
+
+    module, found = HeadForms(config, forms), {}
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    batches = [Batch(rows, torch.ones(rows.shape)) for rows in ids.split(2)]
+
+    def keep_gradients(*_):
+        found.update({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
+
+    hook = register_optimizer_step_pre_hook(keep_gradients)
+    try:
+        align(accelerator, teacher, module, lambda step: batches, Schedule(1, 1e-3, 1e-3, warmup_steps=1))
+    finally:
+        hook.remove()
+    for (name, _), gradient in zip(plain.named_parameters(), expected):
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_alignment_keeps_nothing_of_a_layer_when_the_next_begins():
+    """What makes its memory flat: when a layer is visited, what earlier ones read and wrote is gone."""
+    teacher, seen = make_teacher("qwen3-tied", num_hidden_layers=4), []
+
+    def visit(layer, states, heads):
+        assert not any(each() is not None for each in seen)
+        seen.extend([weakref.ref(heads), weakref.ref(heads.untyped_storage())])
+
+    walk_teacher(teacher, random_ids(2, 8), visit)
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("masks", [MIXED, ALL_FULL, ALL_LINEAR], ids=["mixed", "full", "linear"])
+def test_alignment_by_layers_fits_the_masked_student_and_nothing_else(masks):
+    teacher = make_teacher("qwen3-tied")
+    config = student_config(adapter_for(teacher.config), masks)
+    start = head_forms_of(teacher, random_ids(2, 24), config)
+    outputs = [layer.self_attn.o_proj.weight.detach() for layer in teacher.model.layers]
+    module, seen = LayerForms(config, start, outputs), []
+
+    # It starts as the student's own attention, and its forms put back give that student.
+    untrained = convert_model(teacher, masks, head_forms=module.forms())
+    states, heads = teacher_heads(teacher, random_ids(2, 12))[0]
+    expected = untrained.model.layers[0].self_attn(states, **module.positions(states))
+    target = teacher.model.layers[0].self_attn.o_proj(heads.flatten(2))
+    loss = (expected - target).pow(2).mean() / target.pow(2).mean()
+    torch.testing.assert_close(module(0, states, heads).squeeze(), loss, rtol=1e-5, atol=1e-6)
+
+    batch = Batch(random_ids(2, 24), torch.ones(2, 24))
+    schedule = Schedule(25, 3e-3, 3e-3, warmup_steps=1)
+    align(Accelerator(cpu=True), teacher, module, lambda step: [batch], schedule, on_step=lambda _, m: seen.append(m))
+    assert seen[-1]["layer_loss"] < 0.8 * seen[0]["layer_loss"]
+    assert len(seen[-1]["layers"]) == LAYERS
+    forms = module.forms()
+    assert all(
+        torch.equal(layer.branches["student"].o_proj.weight, output) for layer, output in zip(module.layers, outputs)
+    )
+    for layer, mask in enumerate(masks):
+        for branch, chosen in (("linear", 0), ("full", 1)):
+            name = f"{layer}.{branch}.q_proj.weight"
+            moved = [not torch.equal(one, other) for one, other in zip(forms[name], start[name])]
+            assert moved == [kept == chosen for kept in mask]
+
+
+def test_after_twenty_steps_all_that_is_trained_has_moved_and_nothing_else():
+    """Adapters on attention with the fusion trained whole: γ moves, gates and decay, frozen here, do not."""
+    teacher = make_teacher("qwen3-tied")
+    frozen_teacher = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    for lora in (None, LoraSection(r=2, target_modules=["q_proj", "v_proj"])):
+        student = convert_model(teacher, MIXED, calibration_ids=random_ids(2, 24))
+        trainee = prepare_student(student, lora, checkpointing=True)
+        before = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
+        trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        distill(Accelerator(cpu=True), teacher, student, same_batch, Schedule(20, 1e-2, 1e-2, warmup_steps=1))
+        moved = {name for name, tensor in student.named_parameters() if not torch.equal(tensor, before[name])}
+        assert moved == trained
+        if lora is None:
+            assert moved == set(before)
+            for part in ("A_log", "dt_bias", "b_proj.bias", "fusion.weight", "output_gate", "short_conv"):
+                assert any(part in name for name in moved)
+        else:
+            assert all("lora_" in name or "fusion" in name for name in moved)
+            assert any("fusion" in name for name in moved)
+            merged = trainee.merge()
+            assert set(merged.state_dict()) == set(convert_model(teacher, MIXED).state_dict())
+    assert all(torch.equal(tensor, frozen_teacher[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_autocast_leaves_masters_and_gates_in_fp32():
+    """bf16 in the projections, fp32 in weights, gradients, gates and decay."""
+    teacher = make_teacher("qwen3-tied")
+    student = convert_model(teacher, MIXED, calibration_ids=random_ids(2, 24)).train()
+    seen = {}
+    gates = student.model.layers[0].self_attn.linear_attention.gates
+    gates.register_forward_hook(lambda _, __, output: seen.update(gates=[each.dtype for each in output]))
+    projection = student.model.layers[0].self_attn.linear_attention.q_proj
+    projection.register_forward_hook(lambda _, __, output: seen.update(projection=output.dtype))
+    batch = Batch(*same_batch(0))
+    train_student(
+        Accelerator(cpu=True),
+        StudentLoss(student),
+        lambda step: [batch],
+        Schedule(2, 1e-3, 1e-3, warmup_steps=1),
+        autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+    )
+    assert seen == {"gates": [torch.float32] * 2, "projection": torch.bfloat16}
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+def test_packed_documents_are_trained_as_if_they_stood_alone():
+    """Two documents in one row with restarting positions, against two rows."""
+    student = make_student().train()
+    ids = random_ids(1, 17)
+    first, second = ids[:, :9], ids[:, 8:]
+    weights = torch.ones(1, 17)
+    weights[:, 0] = 0
+    positions = torch.cat([torch.arange(8), torch.arange(8)]).unsqueeze(0)
+    packed, _ = StudentLoss(student)(Batch(ids, weights, positions))
+    apart = sum(StudentLoss(student)(Batch(rows, weights[:, :9]))[0] for rows in (first, second))
+    torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import AutoTokenizer
 
 from hydrahead.tests.families import HEADS, LAYERS, MIXED, make_teacher
-from hydrahead.training import align, distill, finetune
+from hydrahead.training import align, distill, finetune, launch
 from hydrahead.training.launch import EMBEDDED_TEACHER
 
 MAINS = {"align": align.main, "distill": distill.main, "finetune": finetune.main}
@@ -47,26 +49,49 @@ def write_recipe(folder: Path, recipe: dict) -> str:
     return str(folder / "recipe.yaml")
 
 
-def run_stage(stage: str, arguments: list[str], environment: dict[str, str], errors: Path | None) -> None:
+class ShardedAccelerator(Accelerator):
+    """FSDP2 on a CPU: Accelerate's own path, but for its refusal to take it without a GPU."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            state_dict_type="SHARDED_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        PartialState._shared_state["distributed_type"] = self.state.distributed_type = DistributedType.FSDP
+
+
+def run_stage(
+    stage: str, arguments: list[str], environment: dict[str, str], errors: Path | None, sharded: bool
+) -> None:
     """What a child process does: a stage's command line, with what it says on stderr in a file if one is given."""
     os.environ.update(environment)
+    if sharded:
+        launch.Accelerator = ShardedAccelerator
     if errors is not None:
         sys.stderr = errors.open("w")
     MAINS[stage](arguments)
 
 
 def start_stage(
-    stage: str, arguments: list[str], environment: dict[str, str] | None = None, errors: Path | None = None
+    stage: str,
+    arguments: list[str],
+    environment: dict[str, str] | None = None,
+    errors: Path | None = None,
+    sharded: bool = False,
 ):
     """A stage in a child of a server process that has imported everything: it starts in a blink."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hydrahead.tests.training_runs"])
-    process = context.Process(target=run_stage, args=(stage, arguments, environment or {}, errors))
+    process = context.Process(target=run_stage, args=(stage, arguments, environment or {}, errors, sharded))
     process.start()
     return process
 
 
-def finish_stage(stage: str, arguments: list[str], processes: int = 1) -> None:
+def finish_stage(stage: str, arguments: list[str], processes: int = 1, sharded: bool = False) -> None:
     """Run a stage to its end, on one process or on several that share a batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +100,7 @@ def finish_stage(stage: str, arguments: list[str], processes: int = 1) -> None:
     ranks = [
         shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
     ]
-    running = [start_stage(stage, arguments, environment) for environment in ranks]
+    running = [start_stage(stage, arguments, environment, sharded=sharded) for environment in ranks]
     for process in running:
         process.join()
     assert [process.exitcode for process in running] == [0] * processes

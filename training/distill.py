@@ -121,17 +121,8 @@ def earlier_facts(student: str | Path | None, forms: Path) -> list[dict]:
     """What was trained before: from the student that a stage starts from, or from beside the aligned heads."""
     if student is not None:
         return student_facts(Path(student))
-    record = forms.parent / "recipe.json"
-    if not record.is_file():
-        return []
-    recipe = json.loads(record.read_text())
-    section = recipe["align"]
-    summary = (
-        f"{section['tokens']:,} tokens by {section['mode']}, rows of {section['length']:,}, {recipe['data']['name']}"
-    )
-    if section["retrieval_share"]:
-        summary += f", {section['retrieval_share']:.0%} of rows from a mixture with synthetic retrieval"
-    return [{"stage": "align", "summary": summary, "recipe": section}]
+    facts = forms.parent / "facts.json"
+    return [json.loads(facts.read_text())] if facts.is_file() else []
 
 
 def student_facts(folder: Path) -> list[dict]:

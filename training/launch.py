@@ -28,13 +28,14 @@ from ..evaluation.perplexity import text_loss
 from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint, whole_file
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from .data import Batch, StageData, check_stage_data
+from .data import Batch, StageData, check_stage_data, find_files
 from .loop import SHARDED, Run, Schedule, Stopped
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
 EMBEDDED_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 MAX_NEW_TOKENS = 16
+PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
 
 
 @contextlib.contextmanager
@@ -70,6 +71,11 @@ def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(f"{recipe.teacher.name}: training needs a fast tokenizer with an end-of-text token")
     return tokenizer
+
+
+def public_source(name: str) -> str:
+    """A source of text as records name it: without the folders of this machine."""
+    return "the Python standard library" if name == "demo" else name if find_files(name) is None else Path(name).name
 
 
 class Stage:
@@ -191,9 +197,9 @@ class Job:
     def __init__(self, stage: Stage):
         recipe, section = stage.recipe, stage.section
         self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
-        self.checkpoint = stage.fetch()
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = StageData(recipe, stage.name, self.tokenizer)
+        self.checkpoint = stage.fetch()
         self.accelerator = Accelerator(
             # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
             cpu=not torch.accelerator.is_available(),
@@ -212,8 +218,9 @@ class Job:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left_behind in self.folder.glob(".student.*"):  # of a process that was killed while it wrote
                 shutil.rmtree(left_behind)
-            with whole_file(self.folder / "recipe.json") as partial_file:
-                partial_file.write_text(json.dumps(stage.record(), indent=2) + "\n")
+            for name, content in (("recipe.json", stage.record()), ("facts.json", self.facts())):
+                with whole_file(self.folder / name) as partial_file:
+                    partial_file.write_text(json.dumps(content, indent=2) + "\n")
         if recipe.run.report_to:
             self.accelerator.init_trackers(stage.name)
         self.autocast: Callable[[], torch.autocast] = partial(
@@ -286,15 +293,14 @@ class Job:
 
     def facts(self) -> dict:
         """What this stage trained on, in numbers and in words."""
-        section, data = self.section, self.recipe.data
-        source = Path(data.name).name if Path(data.name).exists() else data.name
-        source = "the Python standard library" if source == "demo" else source
-        mixed = [f"{section.retrieval_share:.0%} of rows from a mixture with synthetic retrieval"]
-        mixed = mixed if section.retrieval_share else []
+        section, long_data = self.section, self.recipe.long_data
+        parts = [f"{section.tokens:,} tokens", f"rows of {section.length:,}", public_source(self.recipe.data.name)]
+        if section.retrieval_share:
+            parts.append(f"{section.retrieval_share:.0%} of rows from a mixture with synthetic retrieval")
         if section.long_share:
-            mixed.append(f"{section.long_share:.0%} of rows from long documents ({self.recipe.long_data.name})")
-        summary = f"{section.tokens:,} tokens, rows of {section.length:,}, {', '.join([source, *mixed])}"
-        return {"stage": self.stage.name, "summary": summary, "recipe": asdict(section)}
+            parts.append(f"{section.long_share:.0%} of rows from long documents ({public_source(long_data.name)})")
+        plain = {key: value for key, value in asdict(section).items() if key not in PATHS}
+        return {"stage": self.stage.name, "summary": ", ".join(parts), "recipe": plain}
 
     def draw(self) -> None:
         """Pictures of the run beside its record."""

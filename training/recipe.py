@@ -243,7 +243,7 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     Raises:
         ValueError: no such file, no YAML, an unknown or missing key, a value of a wrong kind; one line.
     """
-    path = Path(name) if Path(name).suffix or Path(name).is_file() else RECIPES / f"{name}.yaml"
+    path = RECIPES / f"{name}.yaml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
         raise ValueError(f"{name}: no such recipe; expected a YAML file or one of {', '.join(shipped_recipes())}")
     try:

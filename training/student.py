@@ -118,8 +118,9 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
         ValueError: PEFT does not find the modules.
     """
     student.train()
+    # Renamed in transformers 5.23; the old name is the one that all supported versions know, PEFT among its users.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     if checkpointing:
-        warnings.filterwarnings("ignore", message="`gradient_checkpointing_enable`")  # its new name came in 5.23
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is None:
         return Trainee(student, lambda: student)

@@ -1,0 +1,208 @@
+"""Text to rows: the same rows for a step whoever reads them, whenever, and however often it was interrupted."""
+
+import json
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from hydrahead.tests.training_runs import make_inputs, write_recipe
+from hydrahead.training import data as data_module
+from hydrahead.training.data import (
+    DataSection,
+    Rows,
+    StageData,
+    TokenFile,
+    document_positions,
+    open_source,
+    read_documents,
+    stage_phases,
+)
+from hydrahead.training.launch import EMBEDDED_TEACHER
+from hydrahead.training.recipe import load_recipe
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return load_recipe(write_recipe(folder, make_inputs(folder)))
+
+
+def texts(count: int) -> list[str]:
+    return [f"Page {index} of " + "many words " * (index % 7 + 1) for index in range(count)]
+
+
+def write_texts(folder, kind: str) -> str:
+    rows = texts(40)
+    folder = folder / "pages"
+    folder.mkdir()
+    if kind == "txt":
+        for index, text in enumerate(rows):
+            (folder / f"{index:03}.txt").write_text(text)
+        return str(folder)
+    name = folder / f"pages.{kind}"
+    if kind == "jsonl":
+        name.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in rows))
+    else:
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(name)
+    return str(name)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_a_file_of_any_kind_gives_the_same_tokens(kind, tmp_path, tokenizer):
+    data = DataSection(name=write_texts(tmp_path, kind))
+    file = TokenFile(tmp_path / "tokens", data, tokenizer)
+    file.fill(10**9)
+    ids = file.read()
+    end = tokenizer.eos_token_id
+    expected = [token for text in texts(40) for token in [*tokenizer(text).input_ids, end]]
+    assert ids.tolist() == expected and file.state()["complete"]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_an_interrupted_token_file_goes_on_where_it_was(kind, tmp_path, tokenizer, monkeypatch):
+    """Killed between the tokens and their count, and between two documents."""
+    monkeypatch.setattr(data_module, "DOCUMENTS_AT_A_TIME", 3)
+    data = DataSection(name=write_texts(tmp_path, kind))
+    whole = TokenFile(tmp_path / "whole", data, tokenizer)
+    whole.fill(10**9)
+    file = TokenFile(tmp_path / "tokens", data, tokenizer)
+    file.fill(200)
+    done = file.state()["tokens"]
+    assert 200 <= done < whole.state()["tokens"]
+    with (file.folder / "tokens.bin").open("ab") as torn:
+        torn.write(b"half a token is left")
+    read = []
+    monkeypatch.setattr(
+        data_module,
+        "read_documents",
+        lambda *arguments: (read.append(part) or part for part in read_documents(*arguments)),
+    )
+    TokenFile(tmp_path / "tokens", data, tokenizer).fill(10**9)
+    assert file.read().tolist() == whole.read().tolist()
+    assert sum(len(part) for part, _ in read) < 40  # what was done is not done again
+
+
+def test_a_token_file_of_another_source_or_tokenizer_is_refused(tmp_path, tokenizer):
+    data = DataSection(name=write_texts(tmp_path, "jsonl"))
+    TokenFile(tmp_path / "tokens", data, tokenizer).fill(10)
+    with pytest.raises(ValueError, match=r"^[^\n]*holds tokens of [^\n]*choose another data.cache$"):
+        TokenFile(tmp_path / "tokens", replace(data, name="demo"), tokenizer)
+    other = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+    other.add_tokens(["<another>"])
+    with pytest.raises(ValueError, match="another tokenizer"):
+        TokenFile(tmp_path / "tokens", data, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"name": "nowhere/pages.jsonl"}, "no such file"),
+        ({"name": "./empty"}, "no such file"),
+        ({"column": "body"}, r"has no body, only text"),
+    ],
+)
+def test_a_missing_file_or_column_is_one_line(changes, line, tmp_path, tokenizer):
+    name = write_texts(tmp_path, "parquet")
+    with pytest.raises(ValueError, match=rf"^data[^\n]*{line}[^\n]*$"):
+        open_source(DataSection(**{"name": name} | changes))
+
+
+def test_every_row_is_read_once_an_epoch_and_rows_overlap_by_one_token():
+    tokens = np.arange(1000, dtype=np.uint32)
+    rows = Rows(tokens, first=100, wanted=512, heldout=100, length=32, seed=[0, 1])
+    assert rows.count == 16
+    epochs = [[int(rows[epoch * 16 + index][0]) for index in range(16)] for epoch in range(3)]
+    assert all(sorted(starts) == list(range(100, 612, 32)) for starts in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert rows[5].tolist() == list(range(int(rows[5][0]), int(rows[5][0]) + 33))
+
+
+def test_a_text_too_short_for_every_stage_is_read_whole_by_each_but_what_is_held_out():
+    tokens = np.arange(300, dtype=np.uint32)
+    rows = Rows(tokens, first=5000, wanted=10**6, heldout=40, length=32, seed=[0])
+    assert rows.count == 8
+    assert min(int(rows[index].min()) for index in range(8)) == 40
+    with pytest.raises(ValueError, match=r"^data: 300 tokens, 290 of them held out: [^\n]*$"):
+        Rows(tokens, first=5000, wanted=10**6, heldout=290, length=32, seed=[0])
+
+
+@pytest.mark.parametrize("stage", ["align", "distill", "finetune"])
+def test_a_step_has_the_same_rows_however_they_are_divided(stage, recipe, tokenizer):
+    def rows_of(step, micro_tokens, processes):
+        stage_data = StageData(
+            replace(recipe, run=replace(recipe.run, micro_batch_tokens=micro_tokens)), stage, tokenizer
+        )
+        batches = [batch for each in range(processes) for batch in stage_data.micro_batches(step, each, processes)]
+        assert len(batches) * micro_tokens == 256
+        assert all(batch.token_ids.shape[0] * stage_data.phases[-1][1].rows.length >= 32 for batch in batches)
+        return sorted(map(tuple, torch.cat([batch.token_ids for batch in batches]).tolist()))
+
+    for step in (0, 3, 7):
+        expected = rows_of(step, 256, 1)
+        assert (
+            rows_of(step, 32, 1) == rows_of(step, 64, 2) == rows_of(step, 128, 2) == rows_of(step, 32, 8) == expected
+        )
+    assert rows_of(0, 256, 1) != rows_of(1, 256, 1)
+
+
+def test_stages_read_text_of_their_own_and_none_the_held_out(recipe, tokenizer):
+    seen = {}
+    for stage in ("align", "distill"):
+        stage_data = StageData(recipe, stage, tokenizer)
+        rows = stage_data.phases[0][1].rows
+        seen[stage] = (rows.first, rows.first + rows.count * rows.length)
+        assert len(stage_data.heldout) == recipe.data.heldout_tokens
+    assert seen["align"] == (512, 2560) and seen["distill"] == (2560, 4608)
+
+
+def test_the_curriculum_grows_the_length_at_equal_tokens(recipe, tokenizer):
+    assert stage_phases(recipe.finetune) == [(16, 4), (32, 4)]
+    stage_data = StageData(recipe, "finetune", tokenizer)
+    shapes = [[tuple(batch.token_ids.shape) for batch in stage_data.micro_batches(step)] for step in (3, 4)]
+    assert shapes == [[(4, 17)] * 4, [(2, 33)] * 4]
+
+
+def test_positions_restart_after_the_end_of_a_document():
+    positions = document_positions(np.array([5, 6, 0, 7, 8, 9, 0, 0, 4]), end_token=0)
+    assert positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 0]
+
+
+def test_separate_documents_restart_and_nothing_is_predicted_across_them(recipe, tokenizer):
+    apart = replace(recipe, data=replace(recipe.data, separate_documents=True))
+    batch = StageData(apart, "distill", tokenizer).micro_batches(0)[0]
+    whole = StageData(recipe, "distill", tokenizer).micro_batches(0)[0]
+    assert torch.equal(batch.token_ids, whole.token_ids) and whole.position_ids is None
+    ends = batch.token_ids[:, :-1] == tokenizer.eos_token_id
+    assert ends.any() and not batch.weights[:, 1:][ends].any() and batch.weights[:, 1:][~ends].all()
+    assert not batch.position_ids[:, 1:][ends[:, :-1]].any()
+    aligned = StageData(apart, "align", tokenizer).micro_batches(0)[0]
+    assert aligned.position_ids is None and aligned.token_ids.shape[1] == 32
+
+
+def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, tokenizer):
+    """Off by default; where on, a row's kind is drawn from its number, so every reader draws the same."""
+    values = make_inputs(tmp_path)
+    values["finetune"] |= {"length": 128, "batch_tokens": 128 * 200, "tokens": 128 * 200, "curriculum": None}
+    values["finetune"] |= {"retrieval_share": 0.3, "long_share": 0.2, "answer_weight": 3}
+    values["run"]["micro_batch_tokens"] = 128 * 200
+    (tmp_path / "long.txt").write_text("zebra " * 5000)
+    values["long_data"] = {"name": str(tmp_path / "long.txt"), "heldout_tokens": 0}
+    (batch,) = StageData(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
+    texts = tokenizer.batch_decode(batch.token_ids)
+    needles = sum("magic number" in text for text in texts) / 200
+    assert 0.14 < needles < 0.32  # 0.3 · 3/4, 3 standard deviations
+    assert 0.11 < sum("zebra zebra" in text for text in texts) / 200 < 0.29
+    assert batch.weights.max() == 3
+    plain = {"retrieval_share": 0.0, "long_share": 0.0}
+    values["finetune"] |= plain
+    (batch,) = StageData(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
+    assert not any("magic number" in text or "zebra" in text for text in tokenizer.batch_decode(batch.token_ids))

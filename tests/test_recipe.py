@@ -1,0 +1,199 @@
+"""Recipes: what is wrong is one line, before anything is downloaded or allocated; what ships is right."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from hydrahead.configuration_hydrahead import HydraHeadConfig
+from hydrahead.convert import migration
+from hydrahead.tests.families import make_student
+from hydrahead.tests.training_runs import MAINS, make_inputs, write_recipe
+from hydrahead.training import launch
+from hydrahead.training.cost import body_parameters, estimate
+from hydrahead.training.data import stage_phases
+from hydrahead.training.recipe import RECIPES, STAGES, load_recipe, shipped_recipes
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """A recipe whose weights nobody may read."""
+    recipe = make_inputs(tmp_path)
+
+    def read(*_, **__):
+        pytest.fail("read weights or started processes before the recipe was checked")
+
+    monkeypatch.setattr(launch.AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(launch, "Accelerator", read)
+    monkeypatch.setattr(launch, "StageData", read)
+    monkeypatch.setattr(migration, "read_safetensors", read)
+    return tmp_path, recipe
+
+
+def refusal(stage, folder, recipe, capsys, *overrides) -> str:
+    """The one line on stderr with which a stage refuses a recipe."""
+    with pytest.raises(SystemExit) as stopped:
+        MAINS[stage](["--config", write_recipe(folder, recipe), *overrides])
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hydrahead: ") and said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "align.learning_rat=1",
+            "align.learning_rat: unknown key, expected one of .*did you mean align.learning_rate?",
+        ),
+        ("aling.tokens=1", "aling: unknown key, .*did you mean align?"),
+        ("align.tokens=many", "align.tokens: expected a number, got 'many'"),
+        ("align.tokens=10.5", "align.tokens: expected a whole number"),
+        ("align.mode=rows", "align.mode: expected one of heads, layers, got 'rows'"),
+        ("data=demo", "data: expected a section of keys"),
+        ("output.name=1", "output.name: output is a value, not a section"),
+        ("tokens", "tokens: expected key=value"),
+        ("data.name=nowhere/text.jsonl", "data: nowhere/text.jsonl: no such file"),
+        ("teacher.name=./nowhere", "nowhere: no such folder"),
+        ("align.length=128", "align: rows of 128 tokens, the teacher's max_position_embeddings is 64"),
+        ("align.batch_tokens=100", "align.batch_tokens .* must be a multiple of run.micro_batch_tokens"),
+        ("run.micro_batch_tokens=48", "run.micro_batch_tokens .* must be a multiple of the align length"),
+        ("align.tokens=8", "align.tokens .* must be at least one batch"),
+        ("align.long_share=0.5", "align.long_share needs a section long_data"),
+        ("run.report_to=nosuchtracker", "run.report_to: nosuchtracker is not installed"),
+        ("run.keep=0", "run.save_every and run.keep must be at least 1"),
+        ("student.fusion=sum", "fusion must be one of"),
+        ("data.heldout_tokens=0", "data.heldout_tokens: alignment measures heads on held-out text"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_in_one_line_before_weights_are_read(override, line, inputs, capsys):
+    folder, recipe = inputs
+    assert re.match(f"hydrahead: .*({line.replace('?', '[?]')})", refusal("align", folder, recipe, capsys, override))
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("masks=null", "masks: missing from the recipe"),
+        ("masks=nowhere.json", "masks: nowhere.json: no such file"),
+        ("masks=[[1, 0], [0, 1]]", r"head_masks\[0\] must have one entry per query head"),
+        ("distill.length=128", "distill: rows of 128 tokens"),
+        ("distill.student=./nowhere", "nowhere: no student there"),
+        ("seed=1", "seed: unknown key"),
+    ],
+)
+def test_distillation_refuses_masks_and_students_that_do_not_fit(override, line, inputs, capsys):
+    folder, recipe = inputs
+    assert re.match(f"hydrahead: .*({line})", refusal("distill", folder, recipe, capsys, override))
+
+
+def test_a_student_or_heads_of_another_teacher_are_refused(inputs, capsys):
+    folder, recipe = inputs
+    make_student(vocab_size=2048, intermediate_size=80).save_pretrained(folder / "other")
+    for stage in ("distill", "finetune"):
+        said = refusal(stage, folder, recipe, capsys, f"{stage}.student={folder / 'other'}")
+        assert "not a student of this teacher: intermediate_size is 80, the teacher's 64" in said
+    assert "alignment writes it" in refusal("distill", folder, recipe, capsys)
+    for shape, layers in (((6, 16, 32), 2), ((6, 16, 48), 3), ((6, 16, 48), 1)):
+        save_file(
+            {f"{i}.linear.q_proj.weight": torch.ones(shape) for i in range(layers)}, folder / "forms.safetensors"
+        )
+        said = refusal("distill", folder, recipe, capsys, f"distill.head_forms={folder / 'forms.safetensors'}")
+        assert "heads of another teacher" in said
+
+
+def test_the_curriculum_is_checked(inputs, capsys):
+    folder, recipe = inputs
+    said = refusal("finetune", folder, recipe, capsys, "finetune.curriculum=[[16, 0.5], [128, 0.5]]")
+    assert "finetune: rows of 128 tokens" in said
+    said = refusal("finetune", folder, recipe, capsys, "finetune.curriculum=[[16, 0.5]]")
+    assert "shares add up to 1" in said
+
+
+def test_numbers_may_be_written_as_people_write_them(tmp_path):
+    path = write_recipe(tmp_path, make_inputs(tmp_path))
+    recipe = load_recipe(path, ["align.tokens=8e8", "align.learning_rate=1e-3", "run.mixed_precision=no"])
+    assert recipe.align.tokens == 800_000_000 and recipe.align.learning_rate == 1e-3
+    assert recipe.run.mixed_precision == "no" and load_recipe(path, ["distill.lora.r=4"]).distill.lora.r == 4
+
+
+def test_an_output_with_another_recipe_is_not_mixed_with_this_one(inputs, capsys):
+    folder, recipe = inputs
+    stage = launch.Stage(load_recipe(write_recipe(folder, recipe)), "align")
+    stage.folder.mkdir(parents=True)
+    (stage.folder / "recipe.json").write_text(json.dumps(stage.record()))
+    launch.Stage(load_recipe(write_recipe(folder, recipe), ["run.save_every=7", "distill.tokens=512"]), "align")
+    said = refusal("align", folder, recipe, capsys, "align.learning_rate=0.5")
+    assert "holds a run with another align.learning_rate (0.01, now 0.5)" in said
+
+
+SHAPES = {
+    "Qwen/Qwen3-1.7B": {},  # what HydraHeadConfig has by default
+    "meta-llama/Llama-3.2-1B": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "qk_norm": False,
+    },
+}
+TEACHER = {"full_attention_position": "rope", "full_attention_gate": False, "fusion": "concat"}
+
+
+@pytest.mark.parametrize("name", sorted(set(shipped_recipes()) - {"demo"}))
+def test_a_shipped_recipe_fits_its_teacher_and_states_what_it_costs(name):
+    """The comment in the file is what the cost model says now, for heads spread evenly over layers and groups."""
+    text, recipe = (RECIPES / f"{name}.yaml").read_text(), load_recipe(name)
+    teacher = HydraHeadConfig(**SHAPES[recipe.teacher.name] | TEACHER)
+    every = {"3to1": 4, "7to1": 8}[name.rsplit("-", 1)[1]]
+    masks = [[int(head % every == 0) for head in range(teacher.num_attention_heads)]] * teacher.num_hidden_layers
+    student = HydraHeadConfig(**SHAPES[recipe.teacher.name] | {"head_masks": masks})
+    assert recipe.data.name == "HuggingFaceFW/fineweb-edu"
+    assert [getattr(recipe, stage).tokens for stage in STAGES] == [8e8, 4e9, 1e9]
+    for stage in STAGES:
+        section = recipe.stage(stage)
+        for length, _ in stage_phases(section):
+            assert length <= teacher.max_position_embeddings and recipe.run.micro_batch_tokens % length == 0
+        for processes in (1, 2, 4, 8):
+            assert section.batch_tokens % (recipe.run.micro_batch_tokens * processes) == 0
+        cost = estimate(stage, section, student, teacher, recipe.run.micro_batch_tokens, 2)
+        assert f"# {stage}: {cost}\n" in text
+
+
+def test_the_cost_model_counts_parameters_as_the_model_has_them():
+    """Norms and biases, which it leaves out, are less than a hundredth here."""
+    student = make_student(hidden_size=256, intermediate_size=512)
+    counted = body_parameters(student.config) + student.config.vocab_size * student.config.hidden_size
+    assert counted == pytest.approx(sum(parameter.numel() for parameter in student.parameters()), rel=0.01)
+
+
+def test_a_dry_run_prints_the_cost_and_writes_nothing(inputs, capsys):
+    folder, recipe = inputs
+    for stage in STAGES:
+        MAINS[stage](["--config", write_recipe(folder, recipe), "--dry-run"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"{stage}: ") and "GPU-hours" in said and "computed, not measured" in said
+    assert not (folder / "out").exists()
+
+
+def test_the_demo_recipe_names_the_heads_that_the_demo_chooses():
+    measured = json.loads((RECIPES.parents[1] / "benchmarks" / "demo.json").read_text())
+    assert load_recipe("demo").masks == measured["head_masks"]
+
+
+def test_every_accelerate_configuration_leaves_precision_to_the_recipe():
+    """FSDP's own bf16 would round gates and decay; the untested one says so."""
+    files = sorted((RECIPES / "accelerate").glob("*.yaml"))
+    assert [file.stem for file in files] == ["ddp", "ddp_cpu", "deepspeed_zero3", "fsdp2"]
+    for file in files:
+        assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
+    assert "UNTESTED" in (RECIPES / "accelerate" / "deepspeed_zero3.yaml").read_text()
