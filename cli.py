@@ -3,7 +3,7 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +49,12 @@ class Position(str, Enum):
     rope = "rope"
 
 
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class FusionNorm(str, Enum):
     all = "all"
     linear = "linear"
@@ -58,6 +64,145 @@ class Fusion(str, Enum):
     scale = "scale"
     gate = "gate"
     concat = "concat"
+
+
+@contextlib.contextmanager
+def _stages() -> Iterator[Callable[[str, int | None], Callable[[], None]]]:
+    """Progress bars for stages of known length; lines where the output is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def begin(name: str, total: int | None) -> Callable[[], None]:
+            if not console.is_terminal:
+                console.print(name)
+            task = progress.add_task(name, total=total)
+            return lambda: progress.advance(task)
+
+        yield begin
+
+
+@app.command()
+def score(
+    teacher: Annotated[str, typer.Argument(help="Hub id or folder: Qwen3, Qwen2.5, Llama, Mistral, Phi-3.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write: head_scores.json and pictures.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="How heads are ranked; several are compared, the first decides. Default: replacement."),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; else the native length, 4096 at most.")
+    ] = None,
+    pairs: Annotated[int, typer.Option(help="Counterfactual pairs of each built-in probe.", min=1)] = 8,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to measure on; else Python's standard library.")
+    ] = None,
+    probe: Annotated[
+        list[Path] | None, typer.Option(help="JSONL of clean, corrupt, answer, wrong; repeatable.")
+    ] = None,
+    built_in: Annotated[bool, typer.Option(help="Needles, copying and text as probes.")] = True,
+    forms: Annotated[
+        Path | None, typer.Option(help="head_forms.safetensors of hydrahead.training.align; else a quick alignment.")
+    ] = None,
+    align_steps: Annotated[int, typer.Option(help="Steps of the quick alignment.", min=1)] = 100,
+    shortlist: Annotated[
+        int | None, typer.Option(help="Measure the replacement effect of so many heads only, estimate the others.")
+    ] = None,
+    position: Annotated[Position, typer.Option(help="Position signal of full-attention heads.")] = Position.nope,
+    logit_scale_base: Annotated[float | None, typer.Option(help="Base of the length scale with nope.")] = None,
+    fusion_norm: Annotated[FusionNorm, typer.Option(help="Which heads the fusion normalises.")] = FusionNorm.all,
+    evidence: Annotated[bool, typer.Option(help="Measure split-half stability and knock-out curves.")] = True,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, …; else a GPU if there is one, with off-loading.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="In which the teacher computes; auto: its own.")] = Dtype.auto,
+    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Revision of a teacher on the Hub.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
+) -> None:
+    """Score every query head of a teacher: which ones does a hybrid have to keep, and how sure is that."""
+    with _one_line_errors():
+        _quiet()
+        from .convert.score_folder import ScoreSettings, score_to_folder
+
+        options = {"full_attention_position": position.value, "fusion_norm": fusion_norm.value}
+        if logit_scale_base is not None:
+            options["logit_scale_base"] = logit_scale_base
+        settings = ScoreSettings(
+            teacher,
+            methods=tuple(method or ("replacement",)),
+            length=length,
+            pairs=pairs,
+            text=text,
+            probe_files=tuple(probe or ()),
+            built_in=built_in,
+            forms=forms,
+            options=options,
+            shortlist=shortlist,
+            evidence=evidence,
+            device=device,
+            dtype=dtype.value,
+            seed=seed,
+            revision=revision,
+        )
+        with _stages() as begin:
+
+            def make_forms(model, tokenizer, text_ids, options):
+                from .training.quick import quick_forms
+
+                advance = begin("align heads", align_steps)
+                return quick_forms(model, tokenizer, text_ids, options, align_steps, seed, lambda *_: advance())
+
+            scores = score_to_folder(settings, output, make_forms, overwrite, begin)
+        for warning in scores.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+@app.command()
+def select(
+    scores: Annotated[list[Path], typer.Argument(help="head_scores.json; several of one teacher are merged.")],
+    output: Annotated[Path, typer.Option(help="JSON file of head masks to write; a picture goes beside it.")],
+    ratio: Annotated[float, typer.Option(help="Share of heads (or KV groups) that stay full attention.")] = 0.25,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="global, global-constrained, layer; controls: fixed, layer-random, global-random, layerwise."
+        ),
+    ] = "global-constrained",
+    budget_unit: Annotated[
+        str, typer.Option(help="heads, or kv_groups: ratio is then the share of the cache.")
+    ] = "heads",
+    method: Annotated[str | None, typer.Option(help="Rank by this method of the file instead of its first.")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="Heads to keep, as LAYER.HEAD,LAYER.HEAD.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Heads to convert, as LAYER.HEAD,LAYER.HEAD.")] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Equal shares of every layer for so many processes.", min=1)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random controls.")] = 0,
+) -> None:
+    """Choose the heads that stay full attention, and print what the choice keeps and costs."""
+    with _one_line_errors():
+        from .convert.score_folder import select_to_file
+
+        _, lines = select_to_file(
+            scores,
+            output,
+            ratio,
+            strategy,
+            budget_unit,
+            method=method,
+            keep=keep or (),
+            drop=drop or (),
+            tensor_parallel=tensor_parallel,
+            seed=seed,
+        )
+        for line in lines:
+            typer.echo(line)
+        typer.echo(f"{output}, {output.with_suffix('.png')}")
 
 
 @app.command()

@@ -1,11 +1,25 @@
-"""Probes of a capability: pairs of prompts that differ in one fact, and the answers that tell them apart."""
+"""
+Probes of a capability: pairs of prompts that differ in one fact, and the answers that tell them apart.
 
-from collections.abc import Sequence
+Every built-in probe comes with two counterfactuals. *Value*: what is asked for reads otherwise; shows which heads
+bring it to the answer. *Key*: what it is found by reads otherwise; shows also the heads that let others find it, on
+which a value counterfactual has no effect at all.
+"""
+
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.niah import answer_text, draw_values, encode_needle, make_niah
+from ..evaluation.niah import answer_text, draw_keys, draw_values, encode_needle, make_niah
+
+COUNTERFACTUALS = ("value", "key")
+NIAH_KEYS = (1, 4)  # needles in the text of the two built-in forms
+REPEATED_TOKENS, ANSWER_TOKENS = 12, 4  # of a copied stretch: how much is repeated before, and how much is asked for
+NEAR_TOKENS = 16  # what counts as near context in the text probe
+_DRAWS = 200
 
 
 @dataclass(frozen=True)
@@ -16,7 +30,7 @@ class Pair:
     Attributes:
         clean, corrupt: `T` token ids each, the answer included.
         answer_start: index of the answer's first token in both.
-        answer, wrong: token ids of the right answer and of the one that the corrupt text supports, of equal length.
+        answer, wrong: token ids of the right answer and of one that the corrupt text supports no less, equally many.
     """
 
     clean: list[int]
@@ -32,56 +46,340 @@ class Probe:
     Pairs that ask for the same thing in the same form.
 
     Attributes:
-        name: what is asked, such as `niah-single`.
-        capability: what it takes, such as `retrieval`; the scores of a capability's probes are averaged.
-        pairs: the pairs, all usable by construction; a teacher that cannot tell a pair apart has it dropped later.
+        name: the form, such as `niah-single`. A capability's forms are its sub-probes: κ is the share of them in which
+            a head takes part; the two counterfactuals of a form count once.
+        capability: what it takes, such as `retrieval`.
+        pairs: the pairs; one that a teacher cannot tell apart is dropped when scores are measured.
+        counterfactual: `"value"` or `"key"`.
+        resampled: candidates thrown away because texts or answers had unequal numbers of tokens.
+        generated: the answer is what greedy generation should write; otherwise it need only be preferred to the wrong
+            one.
     """
 
     name: str
     capability: str
     pairs: tuple[Pair, ...]
+    counterfactual: str = "value"
+    resampled: int = 0
+    generated: bool = True
+
+
+def _collect(draw: Callable[[np.random.Generator, int], Pair | None], num_pairs: int, seed: int, what: str):
+    """`num_pairs` pairs, and how many candidates were thrown away for them; `draw` gives `None` for one that is."""
+    pairs, resampled = [], 0
+    for index in range(num_pairs):
+        for attempt in range(_DRAWS):
+            pair = draw(np.random.default_rng([seed, index, attempt]), (seed * 100_003 + index) * _DRAWS + attempt)
+            if pair is not None:
+                break
+            resampled += 1
+        else:
+            raise ValueError(
+                f"{what}: no pair of equal numbers of tokens in {_DRAWS} draws; try another length or text"
+            )
+        pairs.append(pair)
+    return tuple(pairs), resampled
+
+
+def check_counterfactual(counterfactual: str) -> None:
+    """Raise a `ValueError` unless it is one that is known."""
+    if counterfactual not in COUNTERFACTUALS:
+        raise ValueError(f"counterfactual must be one of {', '.join(COUNTERFACTUALS)}, got {counterfactual!r}")
 
 
 def niah_probe(
-    tokenizer, haystack_ids: Sequence[int], length: int, *, num_keys: int = 1, num_pairs: int = 8, seed: int = 0
+    tokenizer,
+    haystack_ids: Sequence[int],
+    length: int,
+    *,
+    num_keys: int = 1,
+    num_pairs: int = 8,
+    seed: int = 0,
+    counterfactual: str = "value",
 ) -> Probe:
     """
-    RULER's NIAH with a *value* counterfactual: in the corrupt text the needle asked for holds another number, of as
-    many tokens.
+    RULER's NIAH (arXiv 2404.06654), of `length` tokens with the answer, for any fast tokenizer.
+
+    Value: the needle asked for holds another number. Key: with one needle its key is replaced, so that the question
+    matches nothing; with several it changes places with that of another needle, whose number is then the wrong answer.
 
     Args:
         haystack_ids: token ids of the text that hides the needles, longer than `length`.
-        length: tokens of a prompt with its answer.
         num_keys: needles in the text, one of which is asked for.
 
     Raises:
-        ValueError: the length or the haystack is too short, or no number of equal token length was found in 100 draws.
+        ValueError: the length or the haystack is too short, or no replacement of equal token length was found.
     """
-    pairs = []
-    for index in range(num_pairs):
-        sample = make_niah(tokenizer, haystack_ids, length, num_keys=num_keys, seed=seed * 100_003 + index)
+    check_counterfactual(counterfactual)
+
+    def draw(rng: np.random.Generator, sample_seed: int) -> Pair | None:
+        sample = make_niah(tokenizer, haystack_ids, length, num_keys=num_keys, seed=sample_seed)
         asked = sample.query_index[0]
-        (start, end), needle_start = sample.value_spans[asked], sample.needle_spans[asked][0]
-        rng = np.random.default_rng([seed, index])
-        for _ in range(100):
+        if counterfactual == "value":
             (value,) = draw_values(rng, 1)
-            wrong = tokenizer(answer_text([value]), add_special_tokens=False).input_ids
-            ids, _, (value_start, value_end), _ = encode_needle(tokenizer, sample.keys[asked], value)
-            same_place = (needle_start + value_start, needle_start + value_end) == (start, end)
-            if value not in sample.values and same_place and len(wrong) == len(sample.answer_ids):
-                break
+            changed = {asked: (sample.keys[asked], value)}
+        elif num_keys == 1:
+            (value,), (key,) = draw_values(rng, 1), draw_keys(rng, 1)
+            changed = {asked: (key, sample.values[asked])}
         else:
-            raise ValueError(f"{tokenizer.name_or_path}: no number of {end - start} tokens found in 100 draws")
+            other = int(rng.choice([index for index in range(len(sample.keys)) if index != asked]))
+            value = sample.values[other]
+            changed = {
+                asked: (sample.keys[other], sample.values[asked]),
+                other: (sample.keys[asked], sample.values[other]),
+            }
         corrupt = list(sample.input_ids)
-        corrupt[start:end] = ids[value_start:value_end]
-        pairs.append(
-            Pair(
-                clean=sample.input_ids + sample.answer_ids,
-                corrupt=corrupt + sample.answer_ids,
-                answer_start=len(sample.input_ids),
-                answer=sample.answer_ids,
-                wrong=wrong,
-            )
+        for index, needle in changed.items():
+            start = sample.needle_spans[index][0]
+            ids = encode_needle(tokenizer, *needle)[0]
+            before = encode_needle(tokenizer, sample.keys[index], sample.values[index])[0]
+            if len(ids) != len(before) or corrupt[start : start + len(before)] != before:
+                return None
+            corrupt[start : start + len(ids)] = ids
+        wrong = tokenizer(answer_text([value]), add_special_tokens=False).input_ids
+        if len(wrong) != len(sample.answer_ids) or wrong == sample.answer_ids or corrupt == sample.input_ids:
+            return None
+        return Pair(
+            clean=sample.input_ids + sample.answer_ids,
+            corrupt=corrupt + sample.answer_ids,
+            answer_start=len(sample.input_ids),
+            answer=sample.answer_ids,
+            wrong=wrong,
         )
+
     name = "niah-single" if num_keys == 1 else f"niah-{num_keys}-keys"
-    return Probe(name=name, capability="retrieval", pairs=tuple(pairs))
+    pairs, resampled = _collect(draw, num_pairs, seed, f"{name} at {length} tokens")
+    return Probe(name, "retrieval", pairs, counterfactual, resampled)
+
+
+def induction_probe(
+    tokenizer,
+    haystack_ids: Sequence[int],
+    length: int,
+    *,
+    source: str = "tokens",
+    num_pairs: int = 8,
+    seed: int = 0,
+    counterfactual: str = "value",
+) -> Probe:
+    """
+    A stretch of tokens occurs, and later its beginning once more: the answer is how it went on.
+
+    Value: it went on otherwise. Key: its beginning reads otherwise where it first occurs.
+
+    Args:
+        haystack_ids: token ids of a text.
+        length: tokens of a text with its answer.
+        source: `"tokens"`, the text's tokens drawn at random (pure induction), or `"text"`, the text as it stands.
+
+    Raises:
+        ValueError: an unknown source, or a length or text too short.
+    """
+    check_counterfactual(counterfactual)
+    if source not in ("tokens", "text"):
+        raise ValueError(f'source must be "tokens" or "text", got {source!r}')
+    header = tokenizer("").input_ids
+    stretch = REPEATED_TOKENS + ANSWER_TOKENS
+    room = length - len(header) - stretch
+    haystack = _ordinary(tokenizer, haystack_ids)
+    if room < 2 * stretch or len(haystack) < room:
+        raise ValueError(
+            f"a copied stretch needs {len(header) + 3 * stretch} tokens and a longer text, got length={length} "
+            f"and {len(haystack)} tokens of text"
+        )
+    tokens = np.unique(haystack)
+
+    def draw(rng: np.random.Generator, _: int) -> Pair | None:
+        if source == "tokens":
+            body = rng.choice(tokens, room)
+        else:
+            start = int(rng.integers(len(haystack) - room + 1))
+            body = haystack[start : start + room].copy()
+        place = int(rng.integers(room - stretch + 1))
+        middle, end = place + REPEATED_TOKENS, place + stretch
+        repeated, answer, wrong = body[place:middle], body[middle:end].copy(), rng.choice(tokens, ANSWER_TOKENS)
+        if (answer == wrong).any():
+            return None
+        corrupt = body.copy()
+        if counterfactual == "value":
+            corrupt[middle:end] = wrong
+        else:
+            corrupt[place:middle] = rng.choice(tokens, REPEATED_TOKENS)
+        tail = [*repeated.tolist(), *answer.tolist()]
+        return Pair(
+            clean=[*header, *body.tolist(), *tail],
+            corrupt=[*header, *corrupt.tolist(), *tail],
+            answer_start=length - ANSWER_TOKENS,
+            answer=answer.tolist(),
+            wrong=wrong.tolist(),
+        )
+
+    name = "induction" if source == "tokens" else "copy"
+    pairs, resampled = _collect(draw, num_pairs, seed, f"{name} at {length} tokens")
+    return Probe(name, "copying", pairs, counterfactual, resampled)
+
+
+def text_probe(
+    tokenizer,
+    haystack_ids: Sequence[int],
+    length: int,
+    *,
+    num_pairs: int = 8,
+    seed: int = 0,
+    counterfactual: str = "value",
+) -> Probe:
+    """
+    Plain text as a general capability: which of two tokens continues it.
+
+    Value: the last 16 tokens are those of another place, whose continuation is the wrong answer. Key: everything
+    before the last 16 tokens is that of another place; the answer is a rare token that occurs in the one context and
+    not near the end, the wrong one a token that occurs in the other only.
+
+    Args:
+        haystack_ids: token ids of a text, longer than twice `length`.
+        length: tokens of a text with its answer, of one token.
+
+    Raises:
+        ValueError: a length or text too short, or a text without tokens that recur.
+    """
+    check_counterfactual(counterfactual)
+    header = tokenizer("").input_ids
+    room = length - len(header) - 1
+    haystack = _ordinary(tokenizer, haystack_ids)
+    if room < 2 * NEAR_TOKENS or len(haystack) < 2 * length:
+        raise ValueError(
+            f"the text probe needs {len(header) + 2 * NEAR_TOKENS + 1} tokens and a text of twice the length, "
+            f"got length={length} and {len(haystack)} tokens of text"
+        )
+    tokens, counts = np.unique(haystack, return_counts=True)
+    frequent = set(tokens[np.argsort(counts)[-len(tokens) // 10 :]].tolist())
+
+    def draw(rng: np.random.Generator, _: int) -> Pair | None:
+        first, second = (int(start) for start in rng.integers(len(haystack) - room, size=2))
+        if abs(first - second) < length:
+            return None
+        here, there = (haystack[start : start + room + 1].tolist() for start in (first, second))
+        context, near, answer = here[: -NEAR_TOKENS - 1], here[-NEAR_TOKENS - 1 : -1], here[-1]
+        if counterfactual == "value":
+            corrupt, wrong = context + there[-NEAR_TOKENS - 1 : -1], there[-1]
+            usable = answer != wrong
+        else:
+            other = there[: -NEAR_TOKENS - 1]
+            corrupt, wrong = other + near, int(rng.choice(other))
+            usable = answer in context and wrong not in here and not {answer, wrong} & {*near, *frequent}
+            usable = usable and answer not in other
+        if not usable:
+            return None
+        return Pair([*header, *here], [*header, *corrupt, answer], length - 1, [answer], [wrong])
+
+    # Rare tokens that recur are one in some dozens: draw more often than where only token counts can differ.
+    pairs, resampled, attempt = [], 0, 0
+    rng = np.random.default_rng([seed, COUNTERFACTUALS.index(counterfactual)])
+    while len(pairs) < num_pairs:
+        attempt += 1
+        if attempt > _DRAWS * 10 * num_pairs:
+            raise ValueError(f"text at {length} tokens: too few tokens recur in this text; give a longer one")
+        pair = draw(rng, 0)
+        if pair is None:
+            resampled += 1
+        else:
+            pairs.append(pair)
+    return Probe("text", "language", tuple(pairs), counterfactual, resampled, generated=False)
+
+
+def _ordinary(tokenizer, haystack_ids: Sequence[int]) -> np.ndarray:
+    """The text without special tokens."""
+    ids = np.asarray(haystack_ids, dtype=np.int64)
+    return ids[~np.isin(ids, tokenizer.all_special_ids)]
+
+
+def built_in_probes(
+    tokenizer, haystack_ids: Sequence[int], length: int, num_pairs: int = 8, seed: int = 0
+) -> list[Probe]:
+    """
+    Needles (one and four keys), copying (of random tokens and of text) and plain text, each with both counterfactuals.
+
+    Args:
+        haystack_ids: token ids of a text, longer than twice `length`.
+        length: tokens of every pair's text.
+
+    Raises:
+        ValueError: the length or the text is too short for one of them.
+    """
+    shared = {"num_pairs": num_pairs, "seed": seed}
+    probes = []
+    for counterfactual in COUNTERFACTUALS:
+        shared["counterfactual"] = counterfactual
+        probes += [niah_probe(tokenizer, haystack_ids, length, num_keys=keys, **shared) for keys in NIAH_KEYS]
+        probes += [
+            induction_probe(tokenizer, haystack_ids, length, source=source, **shared) for source in ("tokens", "text")
+        ]
+        probes.append(text_probe(tokenizer, haystack_ids, length, **shared))
+    return probes
+
+
+FIELDS = ("clean", "corrupt", "answer", "wrong")
+
+
+def jsonl_probes(path: str | Path, tokenizer) -> list[Probe]:
+    """
+    A user's own probes: one JSON object a line with the texts `clean`, `corrupt`, `answer`, `wrong`, and, if wanted,
+    `probe`, `capability` (both the file's name by default) and `counterfactual` (`"value"`).
+
+    `clean` and `corrupt` are prompts without the answer, to which `answer` is appended; they must be equally many
+    tokens, and so must `answer` and `wrong`.
+
+    Returns:
+        one probe for each different (probe, capability, counterfactual), in order of occurrence.
+
+    Raises:
+        ValueError: the file is empty or missing, or a line is wrong; names the first such line and how many there are.
+    """
+    path = Path(path)
+    try:
+        lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    if not lines:
+        raise ValueError(f"{path}: holds no pairs; expected a JSON object a line with {', '.join(FIELDS)}")
+    groups: dict[tuple[str, str, str], list[Pair]] = {}
+    errors = []
+    for number, line in lines:
+        try:
+            place, pair = _read_line(line, tokenizer, path.stem)
+            groups.setdefault(place, []).append(pair)
+        except ValueError as error:
+            errors.append(f"{path.name}:{number}: {error}")
+    if errors:
+        raise ValueError(errors[0] + (f" (and {len(errors) - 1} more lines are wrong)" if len(errors) > 1 else ""))
+    return [
+        Probe(name, capability, tuple(pairs), kind, generated=False)
+        for (name, capability, kind), pairs in groups.items()
+    ]
+
+
+def _read_line(line: str, tokenizer, default: str) -> tuple[tuple[str, str, str], Pair]:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg})") from None
+    known = (*FIELDS, "probe", "capability", "counterfactual")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) and entry[name] for name in FIELDS):
+        raise ValueError(f"expected an object with the texts {', '.join(FIELDS)}")
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise ValueError(f"unknown field {unknown[0]!r}, expected some of {', '.join(known)}")
+    check_counterfactual(entry.get("counterfactual", "value"))
+    clean, corrupt = (tokenizer(entry[name]).input_ids for name in FIELDS[:2])
+    answer, wrong = (tokenizer(entry[name], add_special_tokens=False).input_ids for name in FIELDS[2:])
+    for (name, ids), (other, other_ids) in (
+        (("clean", clean), ("corrupt", corrupt)),
+        (("answer", answer), ("wrong", wrong)),
+    ):
+        if len(ids) != len(other_ids):
+            raise ValueError(f"{name} has {len(ids)} tokens and {other} {len(other_ids)}; they must be equally many")
+        if ids == other_ids:
+            raise ValueError(f"{name} and {other} are the same")
+    place = tuple(str(entry.get(name, default)) for name in ("probe", "capability"))
+    pair = Pair(clean + answer, corrupt + answer, len(clean), answer, wrong)
+    return (*place, entry.get("counterfactual", "value")), pair

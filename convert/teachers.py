@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -261,8 +262,14 @@ def read_model(model: PreTrainedModel) -> Read:
     """
     if model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__}: has no language-model head, expected a ...ForCausalLM")
-    state = model.state_dict()
-    return lambda name: state[name].detach().cpu().clone()
+
+    def read(name: str) -> torch.Tensor:
+        module, _, parameter = name.rpartition(".")
+        owner = model.get_submodule(module)
+        with align_module_device(owner):  # accelerate may have off-loaded it
+            return getattr(owner, parameter).detach().cpu().clone()
+
+    return read
 
 
 def read_safetensors(folder: Path) -> Read:

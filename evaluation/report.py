@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 
 def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], title: str, path: Path) -> None:
@@ -33,6 +34,85 @@ def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[in
     axes.set_title(f"{title}\nred: stays full attention", fontsize=9)
     figure.colorbar(image, ax=axes, label="score", shrink=0.85)
     _save(figure, path)
+
+
+def plot_head_maps(
+    scores: Mapping[str, Sequence[Sequence[float]]],
+    masks: Mapping[str, Sequence[Sequence[int]]],
+    title: str,
+    path: Path,
+) -> None:
+    """
+    Draw the scores `[L][H]` of several methods side by side, each with its own best heads outlined.
+
+    Args:
+        masks: by method, `[L][H]`, 1 for the heads to outline.
+    """
+    first = next(iter(scores.values()))
+    layers, heads = len(first), len(first[0])
+    columns = min(3, len(scores))
+    rows = -(-len(scores) // columns)
+    size = (columns * max(2.6, 0.22 * heads + 1), rows * max(1.9, 0.2 * layers + 1) + 0.5)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axes in grid.flat[len(scores) :]:
+        axes.axis("off")
+    for axes, (method, values) in zip(grid.flat, scores.items()):
+        axes.imshow(values, cmap="Blues", vmin=0, aspect="auto")
+        for layer, row in enumerate(masks[method]):
+            for head, chosen in enumerate(row):
+                if chosen:
+                    place = (head - 0.46, layer - 0.46)
+                    axes.add_patch(Rectangle(place, 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=1.2))
+        axes.set_title(method, fontsize=9)
+        axes.tick_params(labelsize=6)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("layer", fontsize=8)
+    for axes in grid.flat[max(0, len(scores) - columns) : len(scores)]:
+        axes.set_xlabel("query head", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
+    """
+    Draw accuracy over the number of heads replaced: a row for each probe, a column for each method.
+
+    Args:
+        curves: by probe, what `convert.evidence.knockout` gives.
+    """
+    methods = list(next(iter(curves.values()))["methods"])
+    figure, grid = plt.subplots(
+        len(curves), len(methods), figsize=(1.9 * len(methods) + 1, 1.9 * len(curves) + 1), squeeze=False, sharey=True
+    )
+    for row, (probe, found) in zip(grid, curves.items()):
+        places = range(len(found["sizes"]))
+        low, high = (list(map(pick, zip(*found["random"]))) for pick in (min, max))
+        mean = [sum(values) / len(values) for values in zip(*found["random"])]
+        for axes, method in zip(row, methods):
+            axes.fill_between(places, low, high, color="#6c757d", alpha=0.25, linewidth=0)
+            axes.plot(places, mean, color="#6c757d", linewidth=1, label="random: mean, range")
+            axes.plot(places, found["methods"][method]["top"], "o-", color="#d1495b", markersize=3, label="its best")
+            axes.plot(
+                places, found["methods"][method]["bottom"], "s-", color="#1f6f9f", markersize=3, label="its worst"
+            )
+            axes.axhline(found["intact"], color="black", linewidth=0.6, linestyle=":")
+            axes.set_xticks(places, found["sizes"], fontsize=6)
+            axes.set_ylim(-0.05, 1.05)
+            axes.tick_params(axis="y", labelsize=6)
+            axes.grid(alpha=0.2)
+        row[0].set_ylabel(f"{probe}\naccuracy", fontsize=8)
+    for axes, method in zip(grid[0], methods):
+        axes.set_title(method, fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel("heads replaced", fontsize=7)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout(rect=(0, 0.06 if len(curves) == 1 else 0.04, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def plot_accuracy_over_length(

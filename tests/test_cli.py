@@ -140,3 +140,83 @@ def test_a_folder_is_replaced_only_when_asked_and_only_when_the_new_one_is_whole
         (partial / "new").touch()
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+SCORE = ["--length", "200", "--pairs", "2", "--seed", "1", "--device", "cpu"]
+
+
+def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
+    """The shipped teacher: its two retrieval heads, in layer 1, are kept; masks fit `hydrahead convert`."""
+    methods = ["--method", "receiver", "--method", "attention", "--no-evidence"]
+    done = hydrahead("score", EMBEDDED_TEACHER, tmp_path / "scores", *SCORE, *methods)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["head_maps.png", "head_scores.json"]
+    file = tmp_path / "scores" / "head_scores.json"
+    assert json.loads(file.read_text())["probes"][0]["used"] == 2
+
+    done = hydrahead("select", file, "--output", tmp_path / "masks.json", "--ratio", 0.25, "--keep", "5.0,5.1")
+    assert done.returncode == 0, done.stderr
+    assert "full attention: 12 of 48 query heads (25.0%), in " in done.stdout
+    assert "the same cache, budgeted in kv_groups: " in done.stdout
+    masks = json.loads((tmp_path / "masks.json").read_text())
+    assert masks[1][2] == masks[1][3] == masks[5][0] == masks[5][1] == 1 and sum(map(sum, masks)) == 12
+    assert all(map(any, masks)) and (tmp_path / "masks.png").is_file()
+
+
+@pytest.mark.slow
+def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
+    steps = ["--align-steps", "2", "--fusion-norm", "linear"]
+    done = hydrahead("score", EMBEDDED_TEACHER, tmp_path / "one", *SCORE, *steps)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {
+        "ablation.png",
+        "conversion.png",
+        "head_forms.safetensors",
+        "head_maps.png",
+        "head_scores.json",
+    }
+    forms = ["--forms", tmp_path / "one" / "head_forms.safetensors", "--no-evidence"]
+    done = hydrahead("score", EMBEDDED_TEACHER, tmp_path / "two", *SCORE, *forms)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "head_scores.json").read_text()) for name in ("one", "two"))
+    assert one["method"] == two["method"] == "replacement" and one["scores"] == two["scores"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "best"], "method must be one of replacement, "),
+        (["--length", "4096"], "length 4096 is more than the 1024 positions"),
+        (["--text", "none.txt"], "none.txt: no such file"),
+        (["--forms", "none.safetensors"], "none.safetensors: no such file"),
+        (["--probe", "none.jsonl", "--method", "receiver"], "none.jsonl: cannot be read"),
+        (["--no-built-in"], "no probes"),
+    ],
+)
+def test_bad_score_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["score", str(EMBEDDED_TEACHER), str(tmp_path / "out"), *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr and result.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "1"], "'1': expected LAYER.HEAD"),
+        (["--strategy", "best"], "strategy must be one of"),
+        (["--method", "attention"], "attention was not measured"),
+        (["--output", "masks.txt"], "masks.txt: expected a name that ends in .json"),
+    ],
+)
+def test_bad_select_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+    effects = {"receiver": [[[0.5, 0.1, 0.0, 0.0]] * 2]}
+    probe = {"name": "a", "capability": "a", "pairs": 1, "used": 1, "effects": effects}
+    scores = {"scores": [[1.0, 0.2, 0, 0]] * 2, "tie_break": [[0.0] * 4] * 2, "num_key_value_heads": 2}
+    scores |= {"probes": [probe], "capabilities": {}, "method": "receiver", "teacher": "t", "head_dim": 16}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    output = ["--output", str(tmp_path / "masks.json")]
+    result = CliRunner().invoke(app, ["select", str(tmp_path / "scores.json"), *output, *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr and result.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "masks.json").exists()

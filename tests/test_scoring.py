@@ -1,181 +1,246 @@
-"""Receiver scores against one full forward per head, score files, and the choice of heads."""
+"""Score files: what goes into a ranking, what is left out and said, and how files are merged."""
+
+import json
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from hydrahead.convert import HeadScores, score_heads, select_heads
-from hydrahead.convert.patching import readout_direction, receiver_effects
+from hydrahead.convert import HeadScores, score_heads
+from hydrahead.convert.evidence import (
+    average_ranks,
+    knockout,
+    knockout_sizes,
+    knockout_warnings,
+    ranking,
+    spearman,
+    stability,
+    with_evidence,
+)
+from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.migration import head_forms_of, student_config
+from hydrahead.convert.patching import receiver_effects
 from hydrahead.convert.probes import Pair, Probe
-from hydrahead.convert.selection import STRATEGIES
-from hydrahead.tests.families import FAMILIES, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids
+from hydrahead.convert.scoring import METHODS, ProbeResult, fuse
+from hydrahead.convert.teachers import adapter_for
+from hydrahead.tests.counterfactuals import make_pair, null_pair
+from hydrahead.tests.families import ALL_LINEAR, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids
 
 
-def make_pair(seed: int = 0, answer_tokens: int = 3) -> Pair:
-    """Two random texts that differ in three tokens, with an answer whose middle token both share."""
-    clean, answer, wrong = (random_ids(1, n, seed + i)[0].tolist() for i, n in enumerate((24, answer_tokens, 3)))
-    wrong = wrong[:answer_tokens]
-    if answer_tokens > 2:
-        wrong[1] = answer[1]
-    corrupt = [*clean[:8], *((token + 7) % 90 + 3 for token in clean[8:11]), *clean[11:]]
-    return Pair(clean + answer, corrupt + answer, len(clean), answer, wrong)
-
-
-@torch.no_grad()
-def frozen_attention_drop(model, pair: Pair, layer: int, head: int) -> float:
-    """The oracle: a forward over all tokens, a head's output taken from the corrupt text, later attention frozen."""
-    dim = model.model.layers[0].self_attn.o_proj.in_features // HEADS
-    direction = readout_direction(model, pair)
-    positions = slice(pair.answer_start - 1, pair.answer_start - 1 + len(pair.answer))
-
-    def run(ids, patch=None, freeze=None):
-        seen, outputs, hooks = [], [], []
-        for index, block in enumerate(model.model.layers):
-
-            def before(_, args, index=index):
-                states = args[0].clone()
-                if patch is not None and index == layer:
-                    states[..., head * dim : (head + 1) * dim] = patch[..., head * dim : (head + 1) * dim]
-                seen.append(states)
-                return (states,)
-
-            def after(_, args, output, index=index):
-                outputs.append(output)
-                return freeze[index] if freeze is not None and index > layer else None
-
-            projection = block.self_attn.o_proj
-            hooks += [projection.register_forward_pre_hook(before), projection.register_forward_hook(after)]
-        states = model.model(torch.tensor([ids]), use_cache=False).last_hidden_state
-        for hook in hooks:
-            hook.remove()
-        return float((states[0, positions].float() * direction).sum()), seen, outputs
-
-    clean, _, clean_outputs = run(pair.clean)
-    _, corrupt_seen, _ = run(pair.corrupt)
-    patched, _, _ = run(pair.clean, patch=corrupt_seen[layer], freeze=clean_outputs)
-    return clean - patched
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_replay_equals_one_frozen_attention_forward_per_head(family):
-    """1e-4 in logits: sums in another order."""
-    teacher, pair = make_teacher(family), make_pair()
-    drops, clean, corrupt = receiver_effects(teacher, pair)
-    assert drops.abs().max() > 1e-2 and abs(clean - corrupt) > 1e-2
-    for layer in range(LAYERS):
-        for head in range(HEADS):
-            expected = frozen_attention_drop(teacher, pair, layer, head)
-            assert drops[layer, head].item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_null_patch_has_exactly_no_effect():
-    pair = make_pair()
-    same = Pair(pair.clean, pair.clean, pair.answer_start, pair.answer, pair.wrong)
-    drops, clean, corrupt = receiver_effects(make_teacher("qwen3-tied"), same)
-    assert clean == corrupt
-    assert drops.abs().max() < 1e-5
-
-
-@torch.no_grad()
-def test_readout_discounts_later_tokens_and_ignores_shared_ones():
-    teacher, pair = make_teacher("llama3-tied"), make_pair()
-    logits = teacher(torch.tensor([pair.clean])).logits[0]
-    total, weight = 0.0, 0.0
-    for j, (right, wrong) in enumerate(zip(pair.answer, pair.wrong)):
-        if right != wrong:
-            row = logits[pair.answer_start - 1 + j]
-            total, weight = total + 0.9**j * float(row[right] - row[wrong]), weight + 0.9**j
-    _, clean, _ = receiver_effects(teacher, pair)
-    assert clean == pytest.approx(total / weight, abs=1e-4)
+def answerable(teacher, pair: Pair) -> Pair:
+    """The pair with the teacher's own greedy continuation as its answer."""
+    ids = pair.clean[: pair.answer_start]
+    output = teacher.generate(torch.tensor([ids]), max_new_tokens=2, min_new_tokens=2, do_sample=False, pad_token_id=0)
+    answer = output[0, len(ids) :].tolist()
+    return Pair(ids + answer, pair.corrupt[: pair.answer_start] + answer, len(ids), answer, pair.wrong[:2])
 
 
 def usable_pairs(teacher, count: int) -> tuple[Pair, ...]:
-    """Pairs on which a random teacher's readout happens to fall under corruption."""
-    pairs = (make_pair(seed) for seed in range(0, 4000, 10))
-    usable = (pair for pair in pairs if (effect := receiver_effects(teacher, pair))[1] - effect[2] > 0.2)
-    return tuple(next(usable) for _ in range(count))
+    """Pairs that a random teacher answers, and whose readout falls by more than a logit under corruption."""
+    found = []
+    for seed in range(0, 4000, 10):
+        pair = answerable(teacher, make_pair(seed))
+        effects = receiver_effects(teacher, pair)
+        if effects.answered and effects.clean > 0 and effects.clean - effects.corrupt > 1.2:
+            found.append(pair)
+        if len(found) == count:
+            return tuple(found)
+    raise AssertionError("too few usable pairs")
 
 
-def test_scores_are_scaled_counted_and_survive_a_file(tmp_path):
-    teacher = make_teacher("qwen3-tied")
-    good = usable_pairs(teacher, 3)
-    null = Pair(good[0].clean, good[0].clean, good[0].answer_start, good[0].answer, good[0].wrong)
-    probes = [Probe("a", "retrieval", (*good, null)), Probe("b", "copying", good[:1])]
+@pytest.fixture(scope="module")
+def teacher():
+    return make_teacher("qwen3-untied", initializer_range=0.4)
+
+
+@pytest.fixture(scope="module")
+def pairs(teacher):
+    return usable_pairs(teacher, 8)
+
+
+@pytest.fixture(scope="module")
+def forms(teacher) -> FormOutputs:
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, fusion_norm="linear")
+    return FormOutputs(config, head_forms_of(teacher, random_ids(2, 24), config)).requires_grad_(False)
+
+
+def test_scores_are_scaled_counted_and_survive_a_file(teacher, pairs, tmp_path):
+    probes = [Probe("a", "retrieval", (*pairs[:3], null_pair(pairs[0]))), Probe("b", "copying", pairs[:1])]
     scores = score_heads(teacher, None, probes)
-    assert [(probe.used, probe.dropped) for probe in scores.probes] == [(3, 1), (1, 0)]
+    assert scores.method == "receiver+sender"
+    assert [(probe.pairs, probe.used, probe.dropped, probe.answered) for probe in scores.probes] == [
+        (4, 3, 1, 4),
+        (1, 1, 0, 1),
+    ]
     for capability in scores.capabilities.values():
         assert max(map(max, capability)) == pytest.approx(1) and min(map(min, capability)) == 0
-    assert scores.num_key_value_heads == KV_HEADS
+    assert scores.num_key_value_heads == KV_HEADS and scores.seconds["receiver"] > 0
+    assert any("b (value): only 1 of 1 pairs" in warning for warning in scores.warnings)
     scores.save(tmp_path / "scores.json")
-    assert HeadScores.load(tmp_path / "scores.json") == scores
+    loaded = HeadScores.load(tmp_path / "scores.json")
+    assert ranking(loaded.scores, loaded.tie_break) == ranking(scores.scores, scores.tie_break)
+    assert loaded.using("receiver").method == "receiver"
+    with pytest.raises(ValueError, match="attention was not measured on these probes; measured: receiver"):
+        loaded.using("attention")
 
 
-def test_a_probe_that_tells_nothing_apart_and_a_broken_file_are_refused(tmp_path):
-    teacher, pair = make_teacher("qwen3-tied"), make_pair()
-    null = Pair(pair.clean, pair.clean, pair.answer_start, pair.answer, pair.wrong)
-    with pytest.raises(ValueError, match=r"^needles: the teacher tells none of its 1 pairs apart[^\n]*$"):
-        score_heads(teacher, None, [Probe("needles", "retrieval", (null,))])
-    with pytest.raises(ValueError, match="no probes"):
-        score_heads(teacher, None, [])
+def test_every_method_gives_a_ranking_of_all_heads(teacher, pairs, forms):
+    probes = [
+        Probe("a", "retrieval", pairs[:2], "value"),
+        Probe("a", "retrieval", pairs[2:4], "key"),
+        Probe("text", "language", pairs[:2], generated=False),
+    ]
+    rows = random_ids(2, 24).tolist()
+    calls = []
+    scores = score_heads(
+        teacher, None, probes, lambda: calls.append(1), methods=list(METHODS), head_forms=forms, text_rows=rows
+    )
+    assert scores.methods() == list(METHODS) and scores.method == "replacement"
+    for method in METHODS:
+        found = torch.tensor(scores.using(method).scores)
+        assert found.shape == (LAYERS, HEADS) and found.isfinite().all() and found.max() > 0, method
+    measured = {(probe.name, probe.counterfactual): set(probe.effects) for probe in scores.probes}
+    assert "linear" in measured[("a", "value")] and "linear" not in measured[("a", "key")]
+    assert "linear" not in measured[("text", "value")], "the KL on text stands for language"
+    assert set(measured[("plain-text", "value")]) == {"linear", "full"}
+    assert len(calls) == 6 + 6 * 4 + 4 + 2 + 2
+
+    short = score_heads(teacher, None, probes[:1], methods=["replacement"], head_forms=forms, shortlist=3)
+    exact, estimated = (torch.tensor(s.probes[0].effects["linear"]) for s in (scores, short))
+    same = (exact - estimated).abs() < 1e-4
+    assert (same.sum((1, 2)) >= 3).all() and not same.all()
+
+
+def test_the_larger_counterfactual_counts_and_kappa_is_the_share_of_forms():
+    def result(name, counterfactual, effect):
+        effects = torch.zeros(2, 1, 3)
+        effects[:, 0, :2] = torch.tensor(effect)
+        return ProbeResult(name, "retrieval", counterfactual, pairs=2, used=2, effects={"receiver": effects.tolist()})
+
+    probes = [result("a", "value", [0.4, 0.0]), result("a", "key", [0.2, 0.6]), result("b", "value", [0.4, 0.0])]
+    scores, _, largest = fuse(probes, "receiver")
+    assert largest[0].tolist() == pytest.approx([0.4, 0.6, 0])
+    assert scores[0].tolist() == pytest.approx([1, 0.3 * 0.5 / 0.4, 0])
+
+
+def test_a_full_form_that_is_worse_than_the_linear_one_scores_below_zero():
+    effects = {"linear": [[[0.5, 0.1, 0.0]]], "full": [[[0.1, 0.9, 0.0]]]}
+    scores, _, _ = fuse([ProbeResult("a", "retrieval", pairs=1, used=1, effects=effects)], "replacement")
+    assert scores[0].tolist() == pytest.approx([1, -2, 0])
+
+
+def test_weights_decide_what_capabilities_count():
+    probes = [
+        ProbeResult("a", "retrieval", pairs=1, used=1, effects={"receiver": [[[1.0, 0.0]]]}),
+        ProbeResult("b", "copying", pairs=1, used=1, effects={"receiver": [[[0.0, 1.0]]]}),
+    ]
+    assert fuse(probes, "receiver")[0][0].tolist() == pytest.approx([0.5, 0.5])
+    assert fuse(probes, "receiver", {"copying": 3.0})[0][0].tolist() == pytest.approx([0.25, 0.75])
+
+
+def test_what_the_teacher_cannot_do_is_left_out_and_said(teacher, pairs):
+    wrong = Pair(pairs[0].clean, pairs[0].corrupt, pairs[0].answer_start, pairs[0].wrong, pairs[0].answer)
+    scores = score_heads(teacher, None, [Probe("a", "retrieval", pairs[:4]), Probe("b", "copying", (wrong,) * 3)])
+    assert list(scores.capabilities) == ["retrieval"] and scores.probes[1].used == 0
+    assert any("b (value): left out; of 3 pairs the teacher answers 0" in warning for warning in scores.warnings)
+    with pytest.raises(ValueError, match=r"^b: the teacher answers or tells apart none of the 3 pairs[^\n]*$"):
+        score_heads(teacher, None, [Probe("b", "copying", (wrong,) * 3)])
+
+
+def test_nonsense_is_refused_in_one_line(teacher, pairs, tmp_path):
+    probe = Probe("a", "retrieval", pairs[:1])
+    for arguments, message in [
+        ({"probes": []}, "no probes"),
+        ({"methods": ["best"]}, "method must be one of"),
+        ({"methods": ["replacement"]}, "needs aligned forms"),
+    ]:
+        with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+            score_heads(teacher, None, **{"probes": [probe]} | arguments)
     (tmp_path / "scores.json").write_text("{}")
     with pytest.raises(ValueError, match="not a head score file"):
         HeadScores.load(tmp_path / "scores.json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        HeadScores.load(tmp_path / "none.json")
 
 
-def make_scores(scores: list[list[float]], kv_heads: int = 2) -> HeadScores:
-    ties = [[float(head) for head in range(len(row))] for row in scores]
-    return HeadScores(scores, ties, kv_heads, [], {}, "test", "test")
+def test_files_of_other_probes_and_other_methods_merge_into_one(teacher, pairs):
+    one, two = Probe("a", "retrieval", pairs[:2]), Probe("b", "copying", pairs[2:4])
+    whole = score_heads(teacher, None, [one, two], methods=["attribution", "attention"])
+    parts = [score_heads(teacher, None, [probe], methods=["attribution", "attention"]) for probe in (one, two)]
+    merged = parts[0].merge(parts[1])
+    torch.testing.assert_close(torch.tensor(merged.scores), torch.tensor(whole.scores))
+    with pytest.raises(ValueError, match="attention, attribution, receiver twice"):
+        parts[0].merge(parts[0])
+    other = score_heads(teacher, None, [one], methods=["attention"])
+    for probe in other.probes:
+        del probe.effects["receiver"]
+    assert set(score_heads(teacher, None, [one], methods=["receiver"]).merge(other).methods()) >= {"attention"}
+    other.teacher = "another"
+    with pytest.raises(ValueError, match="different teachers"):
+        parts[0].merge(other)
 
 
-SCORES = make_scores([[0.9, 0.8, 0, 0], [0.7, 0, 0, 0.6], [0.0, 0, 0, 0.1]])
+def test_rank_correlation_shares_the_ranks_of_ties():
+    assert average_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    one = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert spearman(one, one.exp()) == pytest.approx(1) and spearman(one, -one) == pytest.approx(-1)
+    assert spearman(one, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
+    assert spearman(one, torch.ones(4)) is None and spearman(one[:2], one[:2]) is None
 
 
-def test_global_takes_the_best_and_breaks_ties_as_the_scores_say():
-    assert select_heads(SCORES, 3 / 12, "global") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert select_heads(make_scores([[0, 0, 0, 0]] * 2), 2 / 8, "global") == [[0, 0, 0, 1]] * 2
+def scores_of(effects: torch.Tensor, method: str = "receiver") -> HeadScores:
+    """A file whose one probe has these effects `[pairs, L, H]`."""
+    pairs, layers, heads = effects.shape
+    result = ProbeResult("a", "retrieval", pairs=pairs, used=pairs, effects={method: effects.tolist()})
+    ties = torch.zeros(layers, heads).tolist()
+    return HeadScores([], ties, 2, [result], {}, method, "test").using(method)
 
 
-def test_constrained_gives_every_layer_its_best_head_first():
-    assert select_heads(SCORES, 4 / 12, "global-constrained") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+def test_stability_is_one_for_a_ranking_without_noise_and_nothing_for_noise():
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.rand(4, 8, generator=generator) * 0.5 + 0.2
+    clear = stability(scores_of(signal.expand(16, -1, -1)), "receiver")
+    assert list(clear) == ["4", "8", "16"]
+    assert all(found["rho"] == pytest.approx(1) and found["overlap"] == 1 for found in clear.values())
+    noise = stability(scores_of(torch.rand(16, 4, 8, generator=generator)), "receiver")
+    assert abs(noise["16"]["rho"]) < 0.4 and noise["16"]["rho_low"] < noise["16"]["rho"] < noise["16"]["rho_high"]
+    mixed = stability(scores_of(signal + 0.2 * torch.rand(16, 4, 8, generator=generator)), "receiver")
+    assert mixed["4"]["rho"] < mixed["8"]["rho"] < mixed["16"]["rho"] < 1
+    two = torch.zeros(16, 4, 8)
+    two[:, 1, :2] = 0.5
+    assert stability(scores_of(two), "receiver")["8"]["rho"] is None, "two heads have no rank correlation"
 
 
-def test_kv_groups_are_kept_whole_by_the_sum_of_their_heads():
-    masks = select_heads(SCORES, 2 / 6, "global", budget_unit="kv_groups")
-    assert masks == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+def test_a_knockout_takes_the_best_the_worst_and_random_heads(teacher, pairs):
+    scores = score_heads(teacher, None, [Probe("a", "retrieval", pairs)], methods=["receiver"])
+    points = []
+    curves = knockout(teacher, scores, ["receiver"], pairs, on_point=lambda: points.append(1))
+    assert curves["sizes"] == knockout_sizes(LAYERS * HEADS) == [1, 2, 4, 6]
+    assert len(points) == (2 + 5) * 4 and len(curves["random"]) == 5
+    assert curves["intact"] == 1 and curves["methods"]["receiver"]["top"][-1] < 1
+    everything = knockout(teacher, scores, ["receiver"], pairs, sizes=[LAYERS * HEADS])
+    assert len({*everything["methods"]["receiver"]["top"], *(curve[0] for curve in everything["random"])}) == 1
 
 
-def test_layerwise_keeps_whole_layers():
-    masks = select_heads(make_scores([[0.0] * 4] * 8), 0.25, "layerwise")
-    assert [sum(row) for row in masks] == [0, 0, 0, 4, 0, 0, 0, 4]
+def test_warnings_say_what_a_knockout_says_against_a_ranking():
+    fine = {"intact": 1.0, "sizes": [1, 4], "random": [[1.0, 0.6]] * 5}
+    good = {"m": {"top": [0.5, 0.0], "bottom": [1.0, 0.9]}}
+    bad = {"m": {"top": [1.0, 0.4], "bottom": [1.0, 0.2]}}
+    assert knockout_warnings(fine | {"methods": good}, "a", "ablated", ["m"]) == []
+    (warning,) = knockout_warnings(fine | {"methods": bad}, "a", "ablated", ["m"])
+    assert "bottom 4 heads of m are load-bearing" in warning
+    assert knockout_warnings(fine | {"methods": bad}, "a", "ablated", []) == []
+    robust = {"intact": 1.0, "sizes": [1], "random": [[1.0]] * 5, "methods": {"m": {"top": [0.9], "bottom": [1.0]}}}
+    assert "cannot be made to fail" in knockout_warnings(robust, "a", "ablated", ["m"])[0]
+    assert "answers none" in knockout_warnings(robust | {"intact": 0.0}, "a", "ablated", ["m"])[0]
 
 
-@given(
-    strategy=st.sampled_from(STRATEGIES),
-    unit=st.sampled_from(["heads", "kv_groups"]),
-    ratio=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
-    seed=st.integers(0, 3),
-)
-def test_every_strategy_keeps_its_budget(strategy, unit, ratio, seed):
-    masks = select_heads(make_scores(torch.rand(4, 8).tolist(), kv_heads=4), ratio, strategy, unit, seed)
-    assert sum(map(sum, masks)) == round(ratio * 32)
-    assert masks == select_heads(make_scores(torch.rand(4, 8).tolist(), kv_heads=4), ratio, strategy, unit, seed) or (
-        strategy in ("global", "global-constrained", "layer")
+def test_a_file_carries_its_evidence(teacher, pairs, forms, tmp_path):
+    probe = Probe("a", "retrieval", pairs)
+    scores = score_heads(teacher, None, [probe], methods=["replacement", "receiver"], head_forms=forms)
+    scores = with_evidence(teacher, scores, ["replacement", "receiver"], {"a": pairs}, forms)
+    assert set(scores.evidence) == {"stability", "ablation", "conversion"}
+    assert set(scores.evidence["conversion"]["a"]["methods"]) == {"replacement", "receiver"}
+    scores.save(tmp_path / "scores.json")
+    assert (
+        json.loads((tmp_path / "scores.json").read_text())["evidence"]["stability"]["receiver"]["8"]["splits"] == 100
     )
-    if unit == "kv_groups":
-        assert all(row[head] == row[head + 1] for row in masks for head in range(0, 8, 2))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"ratio": 0.5, "strategy": "best"}, "strategy must be one of"),
-        ({"ratio": 0.5, "budget_unit": "bytes"}, "budget_unit must be one of"),
-        ({"ratio": 1.5}, "ratio must be in"),
-        ({"ratio": 0.01, "strategy": "global"}, "needs at least 1"),
-        ({"ratio": 1 / 12, "strategy": "layer"}, "needs at least 3"),
-    ],
-)
-def test_impossible_budgets_are_refused_in_one_line(arguments, message):
-    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
-        select_heads(SCORES, **arguments)

@@ -1,0 +1,146 @@
+"""What others rank heads by, on the same pairs: attribution patching, attention on the needle, logit contribution."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from .patching import (
+    HeadReader,
+    answer_positions,
+    first_change,
+    home,
+    readout,
+    readout_direction,
+    record,
+    unembedding,
+)
+from .probes import Pair
+
+
+def head_slopes(
+    model: PreTrainedModel, ids: Sequence[int], scalar: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """
+    Gradient, by every head's output, of a number computed from the final normed states `[T, D]`: `[L, T, H, d]` fp32.
+
+    One forward and one backward pass over `T` tokens.
+    """
+    inputs, hooks = [], []
+    for layer in model.model.layers:
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+    embeddings = model.model.embed_tokens(torch.tensor([ids], device=home(model))).detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            states = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            slopes = torch.autograd.grad(scalar(states[0]), inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stacked = torch.stack([slope[0].float().to(home(model)) for slope in slopes])
+    return stacked.unflatten(-1, (model.config.num_attention_heads, -1))
+
+
+def readout_slopes(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
+    """Gradient `[L, T, H, d]` fp32 of the clean readout by every head's output."""
+    direction, positions = readout_direction(model, pair), answer_positions(pair)
+    return head_slopes(model, pair.clean, lambda states: readout(states[positions], direction))
+
+
+@torch.no_grad()
+def attribution_effects(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
+    """
+    First-order estimate of the drop of the readout when a head's output is taken from the corrupt text at all
+    positions and nothing is frozen: attribution patching (AtP).
+
+    Returns:
+        `[L, H]` fp32, in logits.
+    """
+    changed = slice(first_change(pair), len(pair.clean))
+    clean, corrupt = (record(model, ids, changed).heads.float() for ids in (pair.clean, pair.corrupt))
+    return -(readout_slopes(model, pair)[:, changed] * (corrupt - clean)).sum((1, 3)).cpu()
+
+
+@torch.no_grad()
+def query_key_effects(reader: HeadReader, pair: Pair) -> torch.Tensor:
+    """
+    Attribution patching with the query and key correction of AtP* (arXiv 2403.00745): a head's nodes are its queries,
+    its keys and its values; the attention that patched queries or keys give is computed, not linearised, and only what
+    follows is. A head's effect is the largest of its three.
+
+    Returns:
+        `[L, H]` fp32, in logits.
+    """
+    model, reader = reader.model, reader.for_length(len(pair.clean))
+    changed = slice(first_change(pair), len(pair.clean))
+    streams = [record(model, ids, changed, full_residual=True).residual for ids in (pair.clean, pair.corrupt)]
+    slopes = readout_slopes(model, pair)[:, changed]
+    heads, everywhere = list(range(model.config.num_attention_heads)), slice(0, len(pair.clean))
+    effects = []
+    for layer, slope in enumerate(slopes):
+        (query, key, value), (other_query, other_key, other_value) = (
+            (
+                reader.project(layer, "q", heads, stream[layer, None, changed].float(), changed),
+                *reader.keys_values(layer, heads, stream[layer, None].float(), everywhere),
+            )
+            for stream in streams
+        )
+        clean = reader.attend(query, key, value, changed)
+        patched = [(other_query, key, value), (query, other_key, value), (query, key, other_value)]
+        drops = [-((reader.attend(*nodes, changed) - clean)[0] * slope).sum((0, 2)) for nodes in patched]
+        effects.append(torch.stack(drops).amax(0))
+    return torch.stack(effects).cpu()
+
+
+def _answer_attention(reader: HeadReader, pair: Pair):
+    """For each layer, `W_o` `[D, H, d]`, attention weights `[H, A, T]` of the answer's positions, and values."""
+    model, reader = reader.model, reader.for_length(len(pair.clean))
+    stream = record(model, pair.clean, answer_positions(pair), full_residual=True)
+    heads = list(range(model.config.num_attention_heads))
+    everywhere, queries = slice(0, len(pair.clean)), answer_positions(pair)
+    for layer, residual in enumerate(stream.residual[:, None].float()):
+        query = reader.project(layer, "q", heads, residual[:, queries], queries)
+        key, value = reader.keys_values(layer, heads, residual, everywhere)
+        weight = reader.attention(layer).o.unflatten(1, (len(heads), -1))
+        yield weight, reader.scores(query, key, queries)[0], value[0]
+
+
+def needle_positions(pair: Pair) -> torch.Tensor:
+    """Positions at which the two texts differ."""
+    return torch.tensor([i for i, (one, other) in enumerate(zip(pair.clean, pair.corrupt)) if one != other])
+
+
+@torch.no_grad()
+def attention_mass(reader: HeadReader, pair: Pair) -> torch.Tensor:
+    """Share of each head's attention, from where the answer is predicted, that falls on what the pair changes."""
+    needle = needle_positions(pair).to(home(reader.model))
+    return torch.stack(
+        [weights[..., needle].sum(-1).mean(-1) for _, weights, _ in _answer_attention(reader, pair)]
+    ).cpu()
+
+
+@torch.no_grad()
+def logit_contribution(reader: HeadReader, pair: Pair) -> torch.Tensor:
+    """
+    Logit-contribution scores (LOCOS, arXiv 2607.01002): what a head writes from the needle towards the answer's
+    unembedding, less what it would write if every position gave what the others give on average; mean over those
+    tokens of the answer that the teacher gets right. The final norm's scale, one factor for all heads, is left out.
+
+    Returns:
+        `[L, H]` fp32.
+    """
+    model = reader.model
+    needle = torch.zeros(len(pair.clean), dtype=torch.bool, device=home(model))
+    needle[needle_positions(pair).to(needle.device)] = True
+    answer = torch.tensor(pair.answer, device=needle.device)
+    states = record(model, pair.clean, answer_positions(pair)).states
+    logits = model.lm_head(states.to(model.dtype)).to(needle.device)
+    right = (logits.argmax(-1) == answer).float()  # [A]
+    directions = unembedding(model, pair.answer) * model.model.norm.weight.to(needle.device).float()  # [A, D]
+    scores = []
+    for weight, attention, value in _answer_attention(reader, pair):
+        written = torch.einsum("aD,Dhd,hpd->hap", directions, weight, value) * attention  # [H, A, T]
+        elsewhere = written[..., ~needle].mean(-1) * needle.sum()
+        contrast = written[..., needle].sum(-1) - elsewhere  # [H, A]
+        scores.append((contrast * right).sum(-1) / right.sum().clamp_min(1))
+    return torch.stack(scores).cpu()

@@ -1,0 +1,114 @@
+"""Both forms of every head of a teacher, running: what stands in a head's place when it is converted."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..configuration_hydrahead import HydraHeadConfig
+from ..hub.checkpoint import whole_file
+from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
+from .ablation import Replace
+from .migration import Forms, attention_state, load_meta
+from .teachers import TeacherAdapter
+
+BRANCHES = ("linear", "full")
+
+
+class FormOutputs(nn.Module):
+    """
+    The attention layers of two students, one of Gated DeltaNet heads only and one of full-attention heads only,
+    without their output projections, in fp32.
+    """
+
+    def __init__(self, config: HydraHeadConfig, forms: Forms):
+        super().__init__()
+        self.rotary_emb = HydraHeadRotaryEmbedding(config)
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        self.branches = nn.ModuleDict()
+        self.configs = {}
+        for value, branch in enumerate(BRANCHES):
+            branch_config = HydraHeadConfig(**config.to_dict() | {"head_masks": [[value] * heads] * layers})
+            branch_config._attn_implementation = "sdpa"
+            self.configs[branch] = branch_config
+            self.branches[branch] = nn.ModuleList(
+                self._attention(branch_config, layer, forms) for layer in range(layers)
+            )
+
+    @staticmethod
+    def _attention(config: HydraHeadConfig, layer: int, forms: Forms) -> HydraHeadAttention:
+        with init_empty_weights(include_buffers=False):
+            attention = HydraHeadAttention(config, layer)
+        attention.o_proj = nn.Identity()
+        return load_meta(attention, attention_state(forms, layer, config), torch.float32)
+
+    def outputs(self, layer: int, hidden_states: torch.Tensor, branches: Sequence[str] = BRANCHES) -> torch.Tensor:
+        """What forms of a layer write when it reads `[B, T, D]`: `[branches, B, T, H, d]` fp32."""
+        hidden_states = hidden_states.float()
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        positions = {
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
+            "query_scale": log_position_scale(self.configs["full"], position_ids),
+        }
+        return torch.stack(
+            [self.branches[branch][layer].head_outputs(hidden_states, **positions) for branch in branches]
+        )
+
+
+def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Replace:
+    """The heads of the student that `masks` `[L][H]` make, in the teacher: conversion without building it."""
+    full = torch.tensor(masks, dtype=torch.bool)
+
+    def replace(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        linear_output, full_output = forms.outputs(layer, hidden_states)
+        return torch.where(full[layer][:, None].to(heads.device), full_output, linear_output)
+
+    return replace
+
+
+def linear_heads(forms: FormOutputs, ablated: Sequence[Sequence[int]]) -> Replace:
+    """The linear forms in place of the heads that `ablated` `[L][H]` names, all others the teacher's own."""
+    masks = torch.tensor(ablated, dtype=torch.bool)
+
+    def replace(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        if not masks[layer].any():
+            return heads
+        (linear,) = forms.outputs(layer, hidden_states, ("linear",))
+        return torch.where(masks[layer][:, None].to(heads.device), linear.to(heads.dtype), heads)
+
+    return replace
+
+
+def save_forms(forms: Forms, options: dict, path: Path) -> None:
+    """Write forms with the student's options that they were aligned under, whole or not at all (safetensors)."""
+    with whole_file(path) as partial:
+        save_file(forms, partial, metadata={"student": json.dumps(options)})
+
+
+def load_forms(path: Path, adapter: TeacherAdapter) -> tuple[Forms, dict]:
+    """
+    Forms and the student's options that they were aligned under.
+
+    Raises:
+        ValueError: the file is missing, holds something else, or belongs to a teacher of another shape.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; hydrahead.training.align writes head_forms.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            options = json.loads((file.metadata() or {})["student"])
+            forms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            heads, dim, hidden = forms[f"{adapter.num_layers - 1}.linear.q_proj.weight"].shape
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not the aligned forms of a teacher with {adapter.num_layers} layers ({error})"
+        ) from None
+    found, expected = (heads, dim, hidden), (adapter.num_heads, adapter.head_dim, adapter.config.hidden_size)
+    if found != expected:
+        raise ValueError(f"{path}: forms of (heads, head size, hidden size) {found}, the teacher has {expected}")
+    return forms, options

@@ -1,0 +1,304 @@
+"""Scores from a teacher's name to a folder on disk, and masks from there: `hydrahead score` and `hydrahead select`."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..demo.corpus import encode_corpus, load_corpus
+from ..evaluation.report import plot_head_map, plot_head_maps, plot_knockout
+from ..hub.checkpoint import check_free, whole_file, whole_folder
+from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
+from .forms import FormOutputs, load_forms, save_forms
+from .migration import Forms, student_config
+from .probes import Pair, Probe, built_in_probes, jsonl_probes
+from .scoring import CLEAN_ONLY, METHODS, NEEDS_FORMS, HeadScores, score_heads
+from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
+from .teachers import TeacherAdapter, adapter_for, find_checkpoint, public_name
+
+DEFAULT_LENGTH = 4096
+TEXT_ROWS, TEXT_LENGTH = 4, 512
+MakeForms = Callable[[PreTrainedModel, object, np.ndarray, dict], Forms]
+"""Teacher, tokenizer, text ids, student's options: aligned forms. How is not this package's business."""
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """
+    What to score, and on what.
+
+    Attributes:
+        teacher: Hub id or folder.
+        methods: names in `METHODS`, the one to rank by first.
+        length: tokens of a prompt; the teacher's native length, but 4,096 at most, by default.
+        pairs: counterfactual pairs of each built-in probe.
+        text: UTF-8 text to hide needles in and to measure on; the Python standard library by default.
+        probe_files: JSONL files with probes of the user's own.
+        built_in: use the built-in probes.
+        forms: aligned forms of the heads (`head_forms.safetensors`).
+        options: the student's options, where no forms file says them.
+        shortlist: heads whose replacement effect is measured; all by default.
+        evidence: measure stability and knock-out curves.
+        device: `cpu`, `cuda`, …; a GPU, with off-loading as needed, where there is one, by default.
+        dtype: of the teacher.
+        seed, revision: as everywhere.
+    """
+
+    teacher: str
+    methods: tuple[str, ...]
+    length: int | None = None
+    pairs: int = 8
+    text: Path | None = None
+    probe_files: tuple[Path, ...] = ()
+    built_in: bool = True
+    forms: Path | None = None
+    options: dict | None = None
+    shortlist: int | None = None
+    evidence: bool = True
+    device: str | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    revision: str | None = None
+
+
+def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[], Path], int]:
+    """
+    Everything that can be known to be wrong before a weight is read.
+
+    Returns:
+        the teacher's adapter, what fetches its checkpoint, and the length of a prompt.
+
+    Raises:
+        ValueError: a one-line reason.
+    """
+    for method in settings.methods:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if settings.text is not None and not settings.text.is_file():
+        raise ValueError(f"{settings.text}: no such file")
+    if not settings.built_in and not settings.probe_files:
+        raise ValueError("no probes: pass a JSONL file, or leave the built-in ones on")
+    config, fetch = find_checkpoint(settings.teacher, settings.revision)
+    adapter = adapter_for(config)
+    native = config.max_position_embeddings
+    length = settings.length or min(DEFAULT_LENGTH, native)
+    if length > native:
+        raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
+    if settings.forms is not None:
+        load_forms(settings.forms, adapter)
+    return adapter, fetch, length
+
+
+def score_to_folder(
+    settings: ScoreSettings,
+    output: Path,
+    make_forms: MakeForms,
+    overwrite: bool = False,
+    on_stage: Callable[[str, int | None], Callable[[], None]] = lambda name, total: lambda: None,
+) -> HeadScores:
+    """
+    Score a teacher's heads and write `head_scores.json`, pictures and, where they were made here, the aligned forms.
+
+    Args:
+        make_forms: aligns the heads where a method needs forms and no file holds them.
+        on_stage: told what begins and in how many steps; gives what to call after each.
+
+    Raises:
+        ValueError: see `check_settings` and `score_heads`.
+    """
+    check_free(output, overwrite)
+    adapter, fetch, length = check_settings(settings)
+    checkpoint = fetch()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    documents = load_corpus("train") if settings.text is None else [settings.text.read_text(encoding="utf-8")]
+    text_ids = encode_corpus(tokenizer, documents)
+    probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
+    if settings.built_in:
+        probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed) + probes
+
+    on_stage("reading the teacher", None)
+    teacher = load_teacher(checkpoint, settings)
+    made: tuple[Forms, dict] | None = None
+    forms = None
+    if set(settings.methods) & set(NEEDS_FORMS):
+        if settings.forms is not None:
+            tensors, options = load_forms(settings.forms, adapter)
+        else:
+            options = settings.options or {}
+            made = make_forms(teacher, tokenizer, text_ids, options), options
+            tensors = made[0]
+        blank = [[0] * adapter.num_heads] * adapter.num_layers
+        forms = FormOutputs(student_config(adapter, blank, **options), tensors)
+        forms = forms.to(teacher.device).eval().requires_grad_(False)
+
+    row = min(TEXT_LENGTH, len(text_ids) // TEXT_ROWS)
+    rows = [text_ids[index * row : (index + 1) * row].tolist() for index in range(TEXT_ROWS)]
+    steps = score_steps(probes, settings.methods, len(rows))
+    scores = score_heads(
+        teacher,
+        tokenizer,
+        probes,
+        on_stage("score heads", steps),
+        methods=settings.methods,
+        head_forms=forms,
+        text_rows=rows if forms is not None else (),
+        shortlist=settings.shortlist,
+        revision=settings.revision,
+        seed=settings.seed,
+    )
+    if settings.evidence:
+        pairs = knockout_pairs(probes, scores)
+        points = knockout_points(len(settings.methods), adapter.num_layers * adapter.num_heads)
+        points *= len(pairs) * (1 if forms is None else 2)
+        scores = with_evidence(teacher, scores, settings.methods, pairs, forms, on_stage("replace many heads", points))
+    with whole_folder(output, overwrite) as partial:
+        scores.save(partial / "head_scores.json")
+        draw_scores(scores, partial)
+        if made is not None:
+            save_forms(*made, partial / "head_forms.safetensors")
+    return scores
+
+
+def load_teacher(checkpoint: Path, settings: ScoreSettings) -> PreTrainedModel:
+    """The teacher in eval mode; on a GPU as much of it as fits, the rest off-loaded."""
+    device = settings.device or ("auto" if torch.cuda.is_available() else "cpu")
+    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device).eval()
+
+
+def score_steps(probes: Sequence[Probe], methods: Sequence[str], text_rows: int) -> int:
+    """At most how often `score_heads` calls back."""
+    steps, seen = text_rows if "replacement" in methods else 0, set()
+    for probe in probes:
+        also = [m for m in methods if "receiver" not in m and m != "sender"]
+        also = [m for m in also if m not in CLEAN_ONLY or probe.name not in seen]
+        seen.add(probe.name)
+        steps += len(probe.pairs) * (1 + len(also))
+    return steps
+
+
+def knockout_pairs(probes: Sequence[Probe], scores: HeadScores) -> dict[str, list[Pair]]:
+    """Prompts to knock heads out on: those of every usable form whose answers are generated, once."""
+    used = {probe.name for probe in scores.probes if probe.used}
+    pairs: dict[str, list[Pair]] = {}
+    for probe in probes:
+        if probe.name in used and probe.name not in pairs and probe.generated:
+            pairs[probe.name] = list(probe.pairs)
+    return pairs
+
+
+def draw_scores(scores: HeadScores, folder: Path) -> None:
+    """`head_maps.png` of all methods with each one's best eighth outlined, `ablation.png` and `conversion.png`."""
+    layers, width = len(scores.scores), len(scores.scores[0])
+    best = max(1, round(TOP_SHARE * layers * width))
+    maps, masks = {}, {}
+    for method in scores.methods():
+        found = scores.using(method)
+        maps[method] = found.scores
+        masks[method] = as_masks(ranking(found.scores, found.tie_break)[:best], layers, width)
+    plot_head_maps(
+        maps, masks, f"{scores.teacher}: scores; red: each method's best {best} heads", folder / "head_maps.png"
+    )
+    for kind, what in (("ablation", "writing their mean"), ("conversion", "replaced by their linear forms")):
+        if scores.evidence.get(kind):
+            title = f"{scores.teacher}: accuracy by generation, heads {what}"
+            plot_knockout(scores.evidence[kind], title, folder / f"{kind}.png")
+
+
+def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """
+    Heads from `LAYER.HEAD` words, separated by commas: `3.5,3.7`.
+
+    Raises:
+        ValueError: one is not of this form.
+    """
+    heads = []
+    for word in ",".join(texts).split(","):
+        layer, _, head = word.strip().partition(".")
+        if not word.strip():
+            continue
+        if not (layer.isdigit() and head.isdigit()):
+            raise ValueError(f"{word.strip()!r}: expected LAYER.HEAD, such as 3.5")
+        heads.append((int(layer), int(head)))
+    return heads
+
+
+def read_scores(files: Sequence[Path], method: str | None = None) -> HeadScores:
+    """
+    One ranking from one or several score files of the same teacher.
+
+    Raises:
+        ValueError: see `HeadScores.load`, `merge` and `using`.
+    """
+    scores = HeadScores.load(files[0])
+    for file in files[1:]:
+        scores = scores.merge(HeadScores.load(file))
+    return scores.using(method) if method else scores
+
+
+def select_to_file(
+    files: Sequence[Path],
+    output: Path,
+    ratio: float,
+    strategy: str,
+    budget_unit: str,
+    *,
+    method: str | None = None,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    tensor_parallel: int = 1,
+    seed: int = 0,
+) -> tuple[Masks, list[str]]:
+    """
+    Choose heads and write `output` (JSON masks) and, beside it, a picture of the choice.
+
+    Returns:
+        the masks, and what they keep and cost, line by line.
+
+    Raises:
+        ValueError: see `read_scores` and `select_heads`.
+    """
+    if output.suffix != ".json":
+        raise ValueError(f"{output}: expected a name that ends in .json")
+    scores = read_scores(files, method)
+    masks = select_heads(
+        scores,
+        ratio,
+        strategy,
+        budget_unit,
+        seed,
+        keep=parse_heads(keep),
+        drop=parse_heads(drop),
+        tensor_parallel=tensor_parallel,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as partial:
+        partial.write_text(json.dumps(masks) + "\n")
+    title = f"{public_name(scores.teacher)}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}"
+    plot_head_map(scores.scores, masks, title, output.with_suffix(".png"))
+    return masks, describe_choice(scores, masks, strategy, budget_unit)
+
+
+def describe_choice(scores: HeadScores, masks: Masks, strategy: str, budget_unit: str) -> list[str]:
+    """What a choice keeps and costs, what the same cache would buy otherwise, and warnings: lines of text."""
+    cost = selection_cost(scores, masks)
+    lines = [
+        f"full attention: {cost.full_attention_heads} of {cost.heads} query heads "
+        f"({cost.full_attention_heads / cost.heads:.1%}), in {cost.kv_heads} of {cost.all_kv_heads} KV heads",
+        f"cache: {cost.kv_bytes_per_token:,} bytes per token in bf16 (teacher {cost.teacher_kv_bytes_per_token:,}: "
+        f"{cost.kv_bytes_per_token / cost.teacher_kv_bytes_per_token:.1%}), {cost.state_bytes:,} bytes of state",
+    ]
+    if strategy in BY_SCORE:
+        unit, other = same_cache_in_other_unit(scores, masks, strategy, budget_unit)
+        count = sum(map(sum, other))
+        lines.append(f"the same cache, budgeted in {unit}: {count} query heads ({count / cost.heads:.1%})")
+        if cost.decided_by_tie_break > cost.full_attention_heads / 2:
+            lines.append(
+                f"warning: {cost.decided_by_tie_break} of the {cost.full_attention_heads} heads were decided by "
+                f"tie-break (attention distance), not by their {scores.method} score"
+            )
+    return lines + [f"warning: {warning}" for warning in scores.warnings]

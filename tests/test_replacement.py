@@ -1,0 +1,218 @@
+"""Heads replaced one by one and many at once, against whole forwards and real conversions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hydrahead.convert.ablation import (
+    answer_measure,
+    answers_found,
+    constant_heads,
+    each_head_replaced,
+    mean_heads,
+    replaced_heads,
+)
+from hydrahead.convert.forms import FormOutputs, converted_heads, linear_heads, load_forms, save_forms
+from hydrahead.convert.migration import convert_model, head_forms_of, student_config
+from hydrahead.convert.replacement import (
+    answer_effects,
+    answer_estimates,
+    conversion_loss,
+    form_changes,
+    search_masks,
+    shortlisted,
+    text_effects,
+    text_estimates,
+)
+from hydrahead.convert.teachers import adapter_for
+from hydrahead.tests.counterfactuals import make_pair, measured, run
+from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, FAMILIES, HEADS, LAYERS, MIXED, make_teacher, random_ids
+
+OPTIONS = {"fusion_norm": "linear", "logit_scale_base": 64}
+
+
+def make_forms(teacher, **options) -> tuple[FormOutputs, dict]:
+    """The untrained forms of a teacher, running and as tensors."""
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, **OPTIONS | options)
+    tensors = head_forms_of(teacher, random_ids(2, 24), config)
+    return FormOutputs(config, tensors).eval().requires_grad_(False), tensors
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_replaced_in_its_layers_batch_equals_a_whole_forward_with_it_replaced(family):
+    """Readouts within 1e-4, for every head and two kinds of replacement at once."""
+    teacher, pair = make_teacher(family), make_pair()
+    kinds = torch.randn(2, LAYERS, len(pair.clean), HEADS, 16, generator=torch.Generator().manual_seed(0))
+    found = each_head_replaced(teacher, pair.clean, lambda layer, *_: kinds[:, layer], answer_measure(teacher, pair))
+    *_, states = run(teacher, pair.clean)
+    assert found.shape == (3, LAYERS, HEADS, 2)
+    assert found[0, ..., 0].flatten().tolist() == pytest.approx([measured(teacher, pair, states)] * 12, abs=1e-4)
+    for kind in range(2):
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                mask = torch.zeros(len(pair.clean), HEADS, dtype=torch.bool)
+                mask[:, head] = True
+                *_, states = run(teacher, pair.clean, {layer: (kinds[kind, layer], mask)})
+                expected = measured(teacher, pair, states)
+                assert found[1 + kind, layer, head, 0].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_wanted_heads_are_measured_and_their_own_output_changes_nothing():
+    teacher, pair = make_teacher("qwen3-tied"), make_pair()
+    found = each_head_replaced(
+        teacher, pair.clean, lambda _, __, heads: heads[None], answer_measure(teacher, pair), {(0, 2), (1, 5)}
+    )
+    measured_ones = ~found[1, ..., 0].isnan()
+    assert measured_ones.nonzero().tolist() == [[0, 2], [1, 5]]
+    torch.testing.assert_close(found[1][measured_ones], found[0][measured_ones], rtol=0, atol=1e-5)
+
+
+def test_eager_attention_stays_causal_when_a_model_is_entered_in_the_middle():
+    pair, results = make_pair(), []
+    for implementation in ("sdpa", "eager"):
+        teacher = make_teacher("llama3-tied")
+        teacher.set_attn_implementation(implementation)
+        measure = answer_measure(teacher, pair)
+        results.append(each_head_replaced(teacher, pair.clean, lambda _, __, heads: heads.flip(1)[None], measure))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-4)
+
+
+def test_mean_ablated_heads_write_their_mean():
+    teacher, ids = make_teacher("qwen2-tied"), random_ids(2, 20).tolist()
+    means = mean_heads(teacher, ids)
+    heads = torch.stack([run(teacher, row)[0] for row in ids])  # [2, L, T, H, d]
+    torch.testing.assert_close(means, heads.mean((0, 2)), rtol=0, atol=1e-5)
+    ablated = [[1, 0, 0, 0, 0, 0], [0] * HEADS]
+    with replaced_heads(teacher, constant_heads(means, ablated)):
+        found, *_ = run(teacher, ids[0])
+    torch.testing.assert_close(found[0, :, 0], means[0, 0].expand(20, -1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[0, :, 1:], heads[0, 0, :, 1:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"full_attention_position": "rope", "logit_scale_base": None}])
+@pytest.mark.parametrize("family", ["qwen3-tied", "llama-bias", "phi3"])
+@torch.no_grad()
+def test_converted_heads_in_the_teacher_are_the_student(family, options):
+    teacher, ids = make_teacher(family), random_ids(1, 24)
+    forms, tensors = make_forms(teacher, **options)
+    student = convert_model(teacher, MIXED, head_forms=tensors, **OPTIONS | options)
+    with replaced_heads(teacher, converted_heads(forms, MIXED)):
+        found = teacher(ids).logits
+    torch.testing.assert_close(found, student(ids).logits, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_linear_heads_are_a_student_whose_other_heads_are_the_teachers():
+    """With RoPE kept, the untrained full forms are the teacher's heads."""
+    teacher, ids = make_teacher("qwen3-tied"), random_ids(1, 24)
+    rope = {"full_attention_position": "rope", "logit_scale_base": None}
+    forms, tensors = make_forms(teacher, **rope)
+    student = convert_model(teacher, MIXED, head_forms=tensors, **OPTIONS | rope)
+    converted = [[1 - kept for kept in row] for row in MIXED]
+    with replaced_heads(teacher, linear_heads(forms, converted)):
+        found = teacher(ids).logits
+    torch.testing.assert_close(found, student(ids).logits, rtol=0, atol=1e-4)
+    assert (answer_effects(teacher, forms, make_pair())[0][1].abs() < 1e-4).all(), "the full form costs nothing"
+
+
+@torch.no_grad()
+def test_the_replacement_effect_is_the_readout_lost_in_a_one_head_conversion():
+    teacher, pair = make_teacher("mistral"), make_pair()
+    forms, _ = make_forms(teacher)
+    drops, answered = answer_effects(teacher, forms, pair)
+    assert set(answered.unique().tolist()) <= {0.0, 1.0}
+    *_, inputs, states = run(teacher, pair.clean)
+    for layer, head in [(0, 1), (1, 4)]:
+        outputs = forms.outputs(layer, teacher.model.layers[layer].input_layernorm(inputs[layer]))[:, 0]
+        for branch in range(2):
+            mask = torch.zeros(len(pair.clean), HEADS, dtype=torch.bool)
+            mask[:, head] = True
+            *_, patched = run(teacher, pair.clean, {layer: (outputs[branch], mask)})
+            expected = measured(teacher, pair, states) - measured(teacher, pair, patched)
+            assert drops[branch, layer, head].item() == pytest.approx(expected, abs=1e-4)
+
+
+@torch.no_grad()
+def test_text_effects_are_the_divergence_of_all_predictions():
+    teacher, ids = make_teacher("llama3-tied"), random_ids(1, 24)
+    forms, _ = make_forms(teacher)
+    found = text_effects(teacher, forms, ids[0].tolist())
+    only = [[0] * HEADS for _ in range(LAYERS)]
+    only[1][3] = 1
+    clean = F.log_softmax(teacher(ids).logits[0], -1)
+    with replaced_heads(teacher, linear_heads(forms, only)):
+        patched = F.log_softmax(teacher(ids).logits[0], -1)
+    expected = F.kl_div(patched, clean, log_target=True, reduction="none").sum(-1).mean()
+    assert found[0, 1, 3].item() == pytest.approx(float(expected), abs=1e-5)
+
+
+def nearly(forms: FormOutputs, teacher, ids, share: float) -> None:
+    """Make forms write what the teacher's heads write plus a share of what they wrote beyond it."""
+    changes = form_changes(teacher, forms, ids)
+    heads, *_ = run(teacher, ids)
+    forms.outputs = lambda layer, *_: (heads[layer] + share * changes[:, layer])[:, None]
+
+
+def test_estimates_agree_with_small_effects():
+    """First order for the readout (3% of the largest); second order, by draws from the teacher, for the KL (40%)."""
+    teacher, pair = make_teacher("qwen3-untied"), make_pair()
+    forms, _ = make_forms(teacher)
+    nearly(forms, teacher, pair.clean, 1e-2)
+    exact, _ = answer_effects(teacher, forms, pair)
+    estimate = answer_estimates(teacher, forms, pair)
+    assert (exact - estimate).abs().max() < 0.03 * exact.abs().max()
+    exact = text_effects(teacher, forms, pair.clean)
+    drawn = torch.stack([text_estimates(teacher, forms, pair.clean, seed=seed) for seed in range(40)]).mean(0)
+    ratio = (drawn.sum() / exact.sum()).item()
+    assert 0.6 < ratio < 1.4, ratio
+    correlation = torch.corrcoef(torch.stack([drawn.flatten(), exact.flatten()]))[0, 1]
+    assert correlation > 0.8
+
+
+def test_the_shortlist_holds_the_largest_of_either_form():
+    estimates = torch.zeros(2, LAYERS, HEADS)
+    estimates[0, 0, 1], estimates[1, 1, 2], estimates[0, 1, 3] = 1, -5, 2
+    assert shortlisted(estimates, 2) == {(1, 2), (1, 3)}
+
+
+def test_greedy_exchange_keeps_the_budget_and_what_is_fixed_and_never_gets_worse():
+    teacher = make_teacher("qwen3-tied")
+    forms, _ = make_forms(teacher)
+    pairs, rows = [make_pair(seed) for seed in (0, 10)], random_ids(1, 24).tolist()
+    start = [[1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1]]
+    masks, history = search_masks(teacher, forms, start, pairs, rows, fixed={(0, 0), (1, 0)}, max_exchanges=4)
+    assert sum(map(sum, masks)) == 3 and masks[0][0] == 1 and masks[1][0] == 0
+    losses = [record["answer_loss"] + record["divergence"] for record in history]
+    assert len(losses) > 1, "a random choice of heads can be improved"
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert conversion_loss(teacher, forms, masks, pairs, rows)["answer_loss"] == pytest.approx(
+        history[-1]["answer_loss"]
+    )
+
+    groups, _ = search_masks(teacher, forms, [[1, 1, 1, 0, 0, 0], [0] * 6], pairs, rows, unit_size=3)
+    assert sum(map(sum, groups)) == 3 and all(len(set(row[i : i + 3])) == 1 for row in groups for i in (0, 3))
+
+
+def test_conversion_loss_is_nothing_where_nothing_changes():
+    """With RoPE kept, all heads full attention."""
+    teacher, pair = make_teacher("qwen3-tied"), make_pair()
+    forms, _ = make_forms(teacher, full_attention_position="rope", logit_scale_base=None)
+    found = conversion_loss(teacher, forms, ALL_FULL, [pair], [pair.clean])
+    assert found["divergence"] == pytest.approx(0, abs=1e-5)
+    assert found["accuracy"] == float(answers_found(teacher, [pair])[0])
+    assert math.isfinite(found["answer_loss"])
+
+
+def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
+    teacher = make_teacher("qwen3-tied")
+    adapter, (_, tensors) = adapter_for(teacher.config), make_forms(teacher)
+    save_forms(tensors, OPTIONS, tmp_path / "forms.safetensors")
+    found, options = load_forms(tmp_path / "forms.safetensors", adapter)
+    assert options == OPTIONS and all((found[name] == tensor).all() for name, tensor in tensors.items())
+    other = adapter_for(make_teacher("qwen3-tied", num_hidden_layers=3).config)
+    with pytest.raises(ValueError, match=r"^[^\n]*not the aligned forms of a teacher with 3 layers[^\n]*$"):
+        load_forms(tmp_path / "forms.safetensors", other)
+    with pytest.raises(ValueError, match="no such file"):
+        load_forms(tmp_path / "none.safetensors", adapter)

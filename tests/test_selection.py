@@ -1,0 +1,145 @@
+"""The choice of heads: strategies, budgets, what the user asks for, and what it costs."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hydrahead import HydraHeadConfig
+from hydrahead.convert import HeadScores, select_heads
+from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
+from hydrahead.tests.families import student_fields
+
+
+def make_scores(scores: list[list[float]], kv_heads: int = 2) -> HeadScores:
+    ties = [[float(head) for head in range(len(row))] for row in scores]
+    return HeadScores(scores, ties, kv_heads, [], {}, "test", "test")
+
+
+SCORES = make_scores([[0.9, 0.8, 0, 0], [0.7, 0, 0, 0.6], [0.0, 0, 0, 0.1]])
+
+
+def test_global_takes_the_best_and_breaks_ties_as_the_scores_say():
+    assert select_heads(SCORES, 3 / 12, "global") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert select_heads(make_scores([[0, 0, 0, 0]] * 2), 2 / 8, "global") == [[0, 0, 0, 1]] * 2
+
+
+def test_constrained_gives_every_layer_its_best_head_first():
+    assert select_heads(SCORES, 4 / 12, "global-constrained") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+def test_kv_groups_are_kept_whole_by_the_sum_of_their_heads():
+    masks = select_heads(SCORES, 2 / 6, "global", budget_unit="kv_groups")
+    assert masks == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_layerwise_keeps_whole_layers():
+    masks = select_heads(make_scores([[0.0] * 4] * 8), 0.25, "layerwise")
+    assert [sum(row) for row in masks] == [0, 0, 0, 4, 0, 0, 0, 4]
+
+
+@given(
+    strategy=st.sampled_from(STRATEGIES),
+    unit=st.sampled_from(["heads", "kv_groups"]),
+    ratio=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
+    seed=st.integers(0, 3),
+)
+def test_every_strategy_keeps_its_budget(strategy, unit, ratio, seed):
+    masks = select_heads(make_scores(torch.rand(4, 8).tolist(), kv_heads=4), ratio, strategy, unit, seed)
+    assert sum(map(sum, masks)) == round(ratio * 32)
+    assert masks == select_heads(make_scores(torch.rand(4, 8).tolist(), kv_heads=4), ratio, strategy, unit, seed) or (
+        strategy in ("global", "global-constrained", "layer")
+    )
+    if unit == "kv_groups":
+        assert all(row[head] == row[head + 1] for row in masks for head in range(0, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ratio": 0.5, "strategy": "best"}, "strategy must be one of"),
+        ({"ratio": 0.5, "budget_unit": "bytes"}, "budget_unit must be one of"),
+        ({"ratio": 1.5}, "ratio must be in"),
+        ({"ratio": 0.01, "strategy": "global"}, "needs at least 1"),
+        ({"ratio": 1 / 12, "strategy": "layer"}, "needs at least 3"),
+    ],
+)
+def test_impossible_budgets_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        select_heads(SCORES, **arguments)
+
+
+def test_kept_and_dropped_heads_have_the_last_word():
+    masks = select_heads(SCORES, 3 / 12, "global", keep=[(2, 0)], drop=[(0, 0)])
+    assert masks == [[0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
+    groups = select_heads(SCORES, 2 / 6, "global", "kv_groups", keep=[(2, 0)])
+    assert groups == [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
+    layer = select_heads(SCORES, 3 / 12, "layer", drop=[(0, 0), (0, 1)])
+    assert [sum(row) for row in layer] == [1, 1, 1] and layer[0][:2] == [0, 0]
+
+
+@given(
+    strategy=st.sampled_from(BY_SCORE),
+    unit=st.sampled_from(["heads", "kv_groups"]),
+    processes=st.sampled_from([1, 2, 4]),
+    ratio=st.sampled_from([0.5, 0.6, 0.75, 1.0]),
+    keep=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=2),
+)
+def test_tensor_parallel_layers_hold_equal_shares_within_the_budget(strategy, unit, processes, ratio, keep):
+    scores = make_scores(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)).tolist(), kv_heads=4)
+    try:
+        masks = select_heads(scores, ratio, strategy, unit, keep=keep, tensor_parallel=processes)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return
+    size = 2 if unit == "kv_groups" else 1
+    assert all(masks[layer][head] for layer, head in keep)
+    assert sum(map(sum, masks)) <= round(ratio * 32 / size) * size
+    if processes > 1:
+        assert all(sum(row) // size % processes == 0 for row in masks)
+        assert sum(map(sum, masks)) // size > round(ratio * 32 / size) - processes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": [(0, 9)]}, "head 9 of layer 0 does not exist"),
+        ({"keep": [(0, 1)], "drop": [(0, 1)]}, "both to be kept and to be dropped"),
+        ({"keep": [(0, 1)], "strategy": "fixed"}, "need a strategy by score"),
+        ({"ratio": 1 / 4, "keep": [(0, h) for h in range(4)]}, "which does not fit"),
+        ({"ratio": 0.9, "drop": [(0, 0), (0, 1)], "strategy": "global"}, "which does not fit"),
+        ({"ratio": 1 / 4, "keep": [(0, 2), (0, 3)]}, "needs a head in each of 3 layers"),
+        ({"tensor_parallel": 3}, "cannot be shared by 3 processes"),
+        ({"ratio": 1 / 4, "tensor_parallel": 2}, "multiples of 2"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
+        select_heads(SCORES, **{"ratio": 0.5} | arguments)
+
+
+def test_the_cost_of_a_choice_is_what_the_models_config_says():
+    scores = make_scores(torch.rand(2, 6).tolist())
+    masks = [[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0]]
+    cost, config = selection_cost(scores, masks, head_dim=16), HydraHeadConfig(**student_fields(head_masks=masks))
+    assert (cost.kv_heads, cost.all_kv_heads) == (3, 4)
+    assert cost.kv_bytes_per_token == config.kv_bytes_per_token()
+    convolution = 7 * 3 * 16 * 4 * 2  # linear heads, q k v, head size, kernel, bf16
+    assert cost.state_bytes == config.state_bytes() - convolution
+    with pytest.raises(ValueError, match="pass head_dim"):
+        selection_cost(scores, masks)
+
+
+def test_heads_that_no_score_sets_apart_are_counted():
+    assert selection_cost(SCORES, select_heads(SCORES, 3 / 12, "global"), 16).decided_by_tie_break == 0
+    assert selection_cost(SCORES, select_heads(SCORES, 7 / 12, "global"), 16).decided_by_tie_break == 2
+
+
+def test_the_same_cache_buys_more_heads_in_groups_and_fewer_groups_in_heads():
+    heads = select_heads(SCORES, 3 / 12, "global")  # two KV heads of layer 0 and 1, 3 query heads
+    unit, groups = same_cache_in_other_unit(SCORES, heads, "global", "heads")
+    assert unit == "kv_groups" and sum(map(sum, groups)) == 4
+    unit, back = same_cache_in_other_unit(SCORES, groups, "global", "kv_groups")
+    assert unit == "heads"
+    assert selection_cost(SCORES, back, 16).kv_heads <= selection_cost(SCORES, groups, 16).kv_heads
+    assert sum(map(sum, back)) == 3
