@@ -197,3 +197,20 @@ def test_every_accelerate_configuration_leaves_precision_to_the_recipe():
     for file in files:
         assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
     assert "UNTESTED" in (RECIPES / "accelerate" / "deepspeed_zero3.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("stage", "environment", "line"),
+    [
+        ("finetune", {"PARALLELISM_CONFIG_CP_SIZE": "2"}, "parallelism_config cp_size: only data can be parallel"),
+        ("distill", {"PARALLELISM_CONFIG_SP_SIZE": "2"}, "parallelism_config sp_size: only data can be parallel"),
+        ("align", {"ACCELERATE_USE_DEEPSPEED": "true"}, "alignment goes backward once per layer"),
+        ("distill", {"ACCELERATE_USE_FSDP": "true"}, "evaluate.every: weights sharded by FSDP cannot generate"),
+        ("distill", {"WORLD_SIZE": "3"}, "distill.batch_tokens .* times the processes"),
+    ],
+)
+def test_engines_that_would_compute_something_else_are_refused(stage, environment, line, inputs, capsys, monkeypatch):
+    folder, recipe = inputs
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert re.match(f"hydrahead: {line}", refusal(stage, folder, recipe, capsys, "evaluate.every=5"))

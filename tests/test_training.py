@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, on_main_process
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
@@ -281,3 +282,34 @@ def test_packed_documents_are_trained_as_if_they_stood_alone():
     packed, _ = StudentLoss(student)(Batch(ids, weights, positions))
     apart = sum(StudentLoss(student)(Batch(rows, weights[:, :9]))[0] for rows in (first, second))
     torch.testing.assert_close(packed, apart, rtol=1e-5, atol=1e-5)
+
+
+class ListTracker(GeneralTracker):
+    """Keeps what it is told."""
+
+    name = "list"
+    requires_logging_directory = False
+
+    @on_main_process
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    @property
+    def tracker(self):
+        return self.told
+
+    @on_main_process
+    def log(self, values, step=None, **kwargs):
+        self.told.append((step, values))
+
+
+def test_every_step_reaches_the_tracker():
+    teacher = make_teacher("qwen3-tied")
+    student = convert_model(teacher, MIXED, calibration_ids=random_ids(2, 24))
+    tracker = ListTracker()
+    accelerator = Accelerator(cpu=True, log_with=tracker)
+    accelerator.init_trackers("distill")
+    distill(accelerator, teacher, student, same_batch, Schedule(3, 1e-3, 1e-3, warmup_steps=1))
+    assert [step for step, _ in tracker.told] == [0, 1, 2]
+    assert {"loss", "kl", "ce", "grad_norm", "tokens_per_second", "memory_gb"} <= tracker.told[0][1].keys()

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,8 +134,15 @@ def test_metrics_from_the_checkpoint_on_are_forgotten(tmp_path):
     assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
-@pytest.mark.parametrize("said", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("file write failed")])
-def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "free"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2**30),
+        (RuntimeError("unexpected pos 450880 vs 450768"), 512),
+    ],
+    ids=["the system's own words", "PyTorch's"],
+)
+def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(said, free, tmp_path, monkeypatch):
     train_line(tmp_path, steps=2)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
 
@@ -143,13 +151,19 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(said, tmp_path, m
         raise said
 
     monkeypatch.setattr(Accelerator, "save_state", full)
-    with pytest.raises(
-        OSError, match=r"^[^\n]*does not fit on the disk; the last good checkpoint is [^\n]*checkpoint-2"
-    ) as e:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    line = r"^[^\n]*does not fit on the disk; the last good checkpoint is [^\n]*checkpoint-2$"
+    with pytest.raises(OSError, match=line) as stopped:
         train_line(tmp_path, steps=4)
-    assert e.value.errno == errno.ENOSPC
+    assert stopped.value.errno == errno.ENOSPC
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_error_that_is_no_full_disk_is_not_called_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "save_state", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train_line(tmp_path, steps=1)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

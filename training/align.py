@@ -405,6 +405,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
         with whole_file(output) as partial:  # last: it says that the stage is done
             save_file(trained.forms(), partial)
         print(f"written to {output}")
+    job.end()
 
 
 @torch.no_grad()

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 
 from ..hub.checkpoint import whole_file
 
-# What safetensors, torch and the system say when a disk is full; torch does not say why a write failed.
-_DISK_FULL = ("No space left", "os error 28", "file write failed", "failed writing file")
+_NOTHING_FREE = 2**20  # bytes
 
 
 class Checkpoints:
@@ -58,7 +57,9 @@ class Checkpoints:
                 partial.rename(done)
                 force_to_disk(self.folder)
         except Exception as error:
-            if getattr(error, "errno", None) != errno.ENOSPC and not any(part in str(error) for part in _DISK_FULL):
+            # PyTorch and safetensors fail with errors of their own, which do not say why: the disk does.
+            is_full = shutil.disk_usage(self.folder).free < _NOTHING_FREE
+            if not is_full and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(errno.ENOSPC, f"{partial.name} does not fit on the disk; {self.last_good()}") from None

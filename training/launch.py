@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
@@ -29,7 +30,7 @@ from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint, whole_file
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .data import Batch, StageData, check_stage_data, find_files
-from .loop import SHARDED, Run, Schedule, Stopped
+from .loop import Run, Schedule, Stopped
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
@@ -49,7 +50,7 @@ def one_line_errors() -> Iterator[None]:
     except Stopped as stopped:
         print(f"hydrahead: {stopped}", file=sys.stderr, flush=True)
         raise SystemExit(128 + stopped.signal_number) from None
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, HfHubHTTPError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         print(f"hydrahead: {lines[0]}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
@@ -98,7 +99,24 @@ class Stage:
         tracker = recipe.run.report_to
         if tracker and tracker not in (known := [str(each) for each in get_available_trackers()]):
             raise ValueError(f"run.report_to: {tracker} is not installed; there is {', '.join(known) or 'none'}")
+        self._check_engine()
         self._check_earlier_run()
+
+    def _check_engine(self) -> None:
+        """What Accelerate was launched with, as it tells its processes."""
+        for size in ("CP_SIZE", "SP_SIZE", "TP_SIZE"):
+            if int(os.environ.get(f"PARALLELISM_CONFIG_{size}", 1)) > 1:
+                raise ValueError(
+                    f"parallelism_config {size.lower()}: only data can be parallel; a recurrent state does not travel "
+                    "between processes"
+                )
+        kinds = [each for each in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{each}") == "true"]
+        if self.name == "align" and "DEEPSPEED" in kinds:
+            raise ValueError("alignment goes backward once per layer, which DeepSpeed does not: use FSDP2 or replicas")
+        if kinds and self.recipe.evaluate.every:
+            raise ValueError(
+                f"evaluate.every: weights sharded by {kinds[0]} cannot generate; set it to 0 and evaluate checkpoints"
+            )
 
     def _check_earlier_run(self) -> None:
         file = self.folder / "recipe.json"
@@ -248,8 +266,6 @@ class Job:
     def run(self, evaluate: Callable[[], dict[str, float]]) -> Run:
         """How the loop keeps itself and is watched; `evaluate` is the stage's own."""
         run, every = self.recipe.run, self.recipe.evaluate.every
-        if every and self.accelerator.distributed_type in SHARDED:
-            raise ValueError("evaluate.every: sharded weights cannot generate here; set it to 0, evaluate checkpoints")
         return Run(self.folder, run.save_every, run.keep, run.spike_factor, self.stage.name, evaluate, every)
 
     @property
@@ -283,7 +299,8 @@ class Job:
         teacher = self.recipe.teacher
         is_folder = Path(teacher_path(self.recipe)).is_dir()
         history = [*history, self.facts()]
-        facts = {"Teacher": "a local folder" if is_folder else teacher.name, "Revision": teacher.revision or "default"}
+        shown = "the one that ships with hydrahead" if teacher.name == "demo" else "a local folder"
+        facts = {"Teacher": shown if is_folder else teacher.name, "Revision": teacher.revision or "default"}
         for entry in history:
             facts[entry["stage"].capitalize()] = entry["summary"]
         name = None if is_folder else teacher.name
@@ -305,3 +322,7 @@ class Job:
     def draw(self) -> None:
         """Pictures of the run beside its record."""
         draw_training(self.folder / "metrics.jsonl", self.folder)
+
+    def end(self) -> None:
+        """Close trackers and leave the other processes."""
+        self.accelerator.end_training()

@@ -62,7 +62,7 @@ class Run:
         save_every, keep: steps between checkpoints, and how many of them stay.
         spike_factor: a loss of so many times the median of the last 50 steps stops the run.
         name: of the stage, for the progress bar.
-        evaluate: called every `evaluate_every` steps; what it gives is recorded.
+        evaluate: called every `evaluate_every` steps, if any, and after the last; what it gives is recorded.
     """
 
     folder: Path
@@ -146,7 +146,7 @@ def train(
                 "tokens_per_second": weight / seconds,
                 "memory_gb": _memory_gb(accelerator),
             }
-            if run and run.evaluate_every and (step + 1) % run.evaluate_every == 0:
+            if run and run.evaluate_every and ((step + 1) % run.evaluate_every == 0 or step + 1 == schedule.steps):
                 metrics |= run.evaluate()
                 model.train()
             if metrics_file is not None and accelerator.is_main_process:
@@ -175,8 +175,14 @@ def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule):
     follow. Their gradients are summed once, after the last backward pass of a step.
     """
     optimizer = torch.optim.AdamW(
-        trained_parameters(model), lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        trained_parameters(model),
+        lr=schedule.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=accelerator.device.type == "cuda",  # without copies of the size of the weights
     )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what only a data loader would tell it
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     if accelerator.distributed_type in SHARDED:
         return accelerator.prepare(model, optimizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -24,17 +24,23 @@ class StudentLoss(nn.Module):
     A student and its loss in one forward pass, which is where sharded weights are gathered.
 
     Args:
-        kl_weight, ce_weight, temperature: as in `distillation_loss`.
+        kl_weight, ce_weight, temperature, chunk_tokens: as in `distillation_loss`.
     """
 
     _no_split_modules = ["HydraHeadDecoderLayer"]
 
     def __init__(
-        self, student: HydraHeadForCausalLM, kl_weight: float = 0.0, ce_weight: float = 1.0, temperature: float = 1.0
+        self,
+        student: HydraHeadForCausalLM,
+        kl_weight: float = 0.0,
+        ce_weight: float = 1.0,
+        temperature: float = 1.0,
+        chunk_tokens: int = 1024,
     ):
         super().__init__()
         self.student = student
-        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
+        self.kl_weight, self.ce_weight = kl_weight, ce_weight
+        self.temperature, self.chunk_tokens = temperature, chunk_tokens
 
     def forward(self, batch: Batch, teacher: TeacherChunk | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -54,7 +60,10 @@ class StudentLoss(nn.Module):
             labels=batch.token_ids[:, 1:].flatten(),
             weights=batch.weights[:, 1:].flatten(),
             teacher=teacher,
-            **self.weights,
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
         )
 
 
@@ -138,10 +147,10 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
 def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], history: list[dict]) -> None:
     """Write the trained student from the main process, whole whatever the weights were sharded into."""
     state = job.accelerator.get_state_dict(trained)
-    if not job.accelerator.is_main_process:
-        return
-    trainee = build()
-    trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
-    job.draw()
-    job.save_student(trainee.merge().eval(), history)  # last: it says that the stage is done
-    print(f"written to {job.folder / 'student'}")
+    if job.accelerator.is_main_process:
+        trainee = build()
+        trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
+        job.draw()
+        job.save_student(trainee.merge().eval(), history)  # last: it says that the stage is done
+        print(f"written to {job.folder / 'student'}")
+    job.end()

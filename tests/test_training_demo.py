@@ -1,0 +1,43 @@
+"""The demo recipe from end to end as people launch it, in a shortened form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from hydrahead.hub.checkpoint import answer_in_clean_process
+
+SHORT = [
+    *("align.tokens=4096", "distill.tokens=4096", "finetune.tokens=4096"),
+    *("evaluate.every=2", "evaluate.length=192", "evaluate.niah_prompts=2", "evaluate.text_windows=2"),
+]
+WATCHED = {
+    "align": {"linear_loss", "full_loss", "linear_layers", "full_layers"},
+    "distill": {"kl", "ce", "niah_single", "niah_four", "heldout_loss"},
+    "finetune": {"ce", "niah_single", "niah_four", "heldout_loss"},
+}
+
+
+@pytest.mark.slow
+def test_the_demo_recipe_runs_end_to_end_and_its_student_answers_without_hydrahead(tmp_path):
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--quiet", "--num_processes", "1"]
+    for stage, watched in WATCHED.items():
+        command = [*launcher, "-m", f"hydrahead.training.{stage}", "--config", "demo", f"output={tmp_path}", *SHORT]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / stage
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [0, 1]
+        assert watched <= lines[1].keys() and "heldout_loss" not in lines[0]
+        assert (folder / "training.png").stat().st_size > 10_000
+    assert (tmp_path / "align" / "layers.png").stat().st_size > 10_000
+
+    student = tmp_path / "finetune" / "student"
+    answer_in_clean_process(student, "def main():", max_new_tokens=2)
+    AutoTokenizer.from_pretrained(student)
+    card = (student / "README.md").read_text()
+    assert "100% of rows from a mixture with synthetic retrieval" in card and "the Python standard library" in card
+    assert str(tmp_path) not in card
