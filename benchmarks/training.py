@@ -1,7 +1,7 @@
 """Memory and speed of the training stages, with random weights: chunked against naive distillation, alignment at
 2, 8 and 32 layers, and tokens per second of each stage beside a plain forward and backward pass of the teacher.
 
-    python benchmarks/training.py                                # CPU, fp32, a small Qwen3 shape (Linux)
+    python benchmarks/training.py                                # CPU, fp32, a small Qwen3 shape (Linux, glibc)
     python benchmarks/training.py --device cuda --shape 1.7b     # a GPU, bf16, the shape of Qwen3-1.7B
 
 Writes `training-<device>.json` beside itself. What is compared takes turns, so that a slow moment of the machine hits
@@ -9,12 +9,12 @@ all alike; times are medians.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -83,6 +83,8 @@ class Machine:
     def start_peak(self) -> int:
         """Forget the peak so far; gives the bytes in use."""
         gc.collect()
+        if not self.is_cuda:
+            ctypes.CDLL(None).malloc_trim(0)  # else memory that is free already counts as in use
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
@@ -271,10 +273,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, help="default: training-<device>.json beside this script")
     options = parser.parse_args()
-    if options.device == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        # Else the C library keeps freed memory, and what was needed once counts for ever.
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
-
     machine, shape, settings = Machine(options.device), SHAPES[options.shape], SETTINGS[options.shape]
     report = {
         "shape": {"name": options.shape} | shape,

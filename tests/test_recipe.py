@@ -66,6 +66,7 @@ def refusal(stage, folder, recipe, capsys, *overrides) -> str:
         ("align.long_share=0.5", "align.long_share needs a section long_data"),
         ("run.report_to=nosuchtracker", "run.report_to: nosuchtracker is not installed"),
         ("run.keep=0", "run.save_every and run.keep must be at least 1"),
+        ("evaluate={every: 5, length: 600}", "evaluate: 512 tokens are held out .*, a window of 600 needs more"),
         ("student.fusion=sum", "fusion must be one of"),
         ("data.heldout_tokens=0", "data.heldout_tokens: alignment measures heads on held-out text"),
     ],
@@ -205,7 +206,12 @@ def test_every_accelerate_configuration_leaves_precision_to_the_recipe():
         ("finetune", {"PARALLELISM_CONFIG_CP_SIZE": "2"}, "parallelism_config cp_size: only data can be parallel"),
         ("distill", {"PARALLELISM_CONFIG_SP_SIZE": "2"}, "parallelism_config sp_size: only data can be parallel"),
         ("align", {"ACCELERATE_USE_DEEPSPEED": "true"}, "alignment goes backward once per layer"),
-        ("distill", {"ACCELERATE_USE_FSDP": "true"}, "evaluate.every: weights sharded by FSDP cannot generate"),
+        ("align", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2 is needed"),
+        (
+            "distill",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            "evaluate.every: weights sharded by FSDP cannot generate",
+        ),
         ("distill", {"WORLD_SIZE": "3"}, "distill.batch_tokens .* times the processes"),
     ],
 )

@@ -411,7 +411,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
 @torch.no_grad()
 def evaluate_forms(job: Job, teacher: PreTrainedModel, module: HeadForms) -> dict[str, float]:
     """Alignment errors on held-out text, against that text's own mean squares."""
-    length, losses = job.evaluated_length, []
+    length, losses = job.stage.evaluated_length, []
     ids = torch.from_numpy(job.data.heldout[: job.recipe.evaluate.text_windows * length].astype("int64"))
     for row in ids[: len(ids) // length * length].view(-1, 1, length).to(job.accelerator.device):
         of_row = []

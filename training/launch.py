@@ -24,7 +24,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.folder import read_masks
 from ..convert.migration import student_config, teacher_config
 from ..convert.teachers import TeacherAdapter, adapter_for, find_checkpoint
-from ..evaluation.niah import evaluate_niah, make_niah
+from ..evaluation.niah import NiahSample, evaluate_niah, make_niah
 from ..evaluation.perplexity import text_loss
 from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint, whole_file
@@ -47,6 +47,8 @@ def one_line_errors() -> Iterator[None]:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, as they should
     try:
         yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Stopped as stopped:
         print(f"hydrahead: {stopped}", file=sys.stderr, flush=True)
         raise SystemExit(128 + stopped.signal_number) from None
@@ -97,10 +99,20 @@ class Stage:
         if min(recipe.run.save_every, recipe.run.keep) < 1:
             raise ValueError("run.save_every and run.keep must be at least 1")
         tracker = recipe.run.report_to
-        if tracker and tracker not in (known := [str(each) for each in get_available_trackers()]):
+        if tracker and tracker not in (known := [each.value for each in get_available_trackers()]):
             raise ValueError(f"run.report_to: {tracker} is not installed; there is {', '.join(known) or 'none'}")
+        if recipe.evaluate.every and recipe.data.heldout_tokens <= self.evaluated_length:
+            raise ValueError(
+                f"evaluate: {recipe.data.heldout_tokens:,} tokens are held out (data.heldout_tokens), a window of "
+                f"{self.evaluated_length:,} needs more"
+            )
         self._check_engine()
         self._check_earlier_run()
+
+    @property
+    def evaluated_length(self) -> int:
+        """Tokens of an evaluation's prompts and windows."""
+        return self.recipe.evaluate.length or self.section.length
 
     def _check_engine(self) -> None:
         """What Accelerate was launched with, as it tells its processes."""
@@ -111,6 +123,8 @@ class Stage:
                     "between processes"
                 )
         kinds = [each for each in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{each}") == "true"]
+        if "FSDP" in kinds and os.environ.get("FSDP_VERSION") != "2":
+            raise ValueError("fsdp_version: 2 is needed in Accelerate's config")
         if self.name == "align" and "DEEPSPEED" in kinds:
             raise ValueError("alignment goes backward once per layer, which DeepSpeed does not: use FSDP2 or replicas")
         if kinds and self.recipe.evaluate.every:
@@ -217,6 +231,7 @@ class Job:
         self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = StageData(recipe, stage.name, self.tokenizer)
+        self.prompts = self.make_prompts() if stage.name != "align" else {}
         self.checkpoint = stage.fetch()
         self.accelerator = Accelerator(
             # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
@@ -268,25 +283,28 @@ class Job:
         run, every = self.recipe.run, self.recipe.evaluate.every
         return Run(self.folder, run.save_every, run.keep, run.spike_factor, self.stage.name, evaluate, every)
 
-    @property
-    def evaluated_length(self) -> int:
-        return self.recipe.evaluate.length or self.section.length
+    def make_prompts(self) -> dict[str, list[NiahSample]]:
+        """Needles in held-out text, by task: made before training, so that what cannot be made is known at once."""
+        settings, length = self.recipe.evaluate, self.stage.evaluated_length
+        count = max(1, settings.niah_prompts // 2) if settings.every and settings.niah_prompts else 0
+        return {
+            name: [
+                make_niah(self.tokenizer, self.data.heldout, length, num_keys=keys, seed=1_000_000 + index)
+                for index in range(count)
+            ]
+            for name, keys in (("niah_single", 1), ("niah_four", 4))
+        }
 
     def evaluate_student(self, student: HydraHeadForCausalLM) -> dict[str, float]:
         """Loss on held-out text, and needles found by generation with one and with four keys."""
-        settings, length = self.recipe.evaluate, self.evaluated_length
         student.eval()
+        heldout, windows = self.data.heldout.astype("int64"), self.recipe.evaluate.text_windows
         with self.autocast():
-            result = {
-                "heldout_loss": text_loss(student, self.data.heldout.astype("int64"), length, settings.text_windows)
-            }
-            for name, keys in (("niah_single", 1), ("niah_four", 4)) if settings.niah_prompts else ():
-                prompts = [
-                    make_niah(self.tokenizer, self.data.heldout, length, num_keys=keys, seed=1_000_000 + index)
-                    for index in range(max(1, settings.niah_prompts // 2))
-                ]
-                found = evaluate_niah(student, prompts, self.tokenizer, 4, MAX_NEW_TOKENS)
-                result[name] = found["exact"]
+            result = {"heldout_loss": text_loss(student, heldout, self.stage.evaluated_length, windows)}
+            for name, prompts in self.prompts.items():
+                if prompts:
+                    found = evaluate_niah(student, prompts, self.tokenizer, 4, MAX_NEW_TOKENS)
+                    result[name] = found["exact"]
         return result
 
     def save_student(self, student: HydraHeadForCausalLM, history: list[dict]) -> None:
