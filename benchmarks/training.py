@@ -9,12 +9,13 @@ all alike; times are medians.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -56,10 +57,12 @@ SHAPES = {
 }
 VOCABULARY = 151_936
 LAYERS = (2, 8, 32)
-# Rows and tokens of a row; the vocabulary of the speed measurement; tokens of a chunk, an eighth of a batch or less.
+ALIGN_LENGTH = 512
+# Rows and tokens of a row; rows of 512 tokens for the memory of alignment; the vocabulary of the speed measurement;
+# tokens of a chunk, an eighth of a batch.
 SETTINGS = {
-    "small": {"rows": 4, "length": 512, "speed_vocabulary": 8192, "chunk_tokens": 256},
-    "1.7b": {"rows": 2, "length": 4096, "speed_vocabulary": VOCABULARY, "chunk_tokens": 1024},
+    "small": {"rows": 4, "length": 512, "align_rows": 4, "speed_vocabulary": 8192, "chunk_tokens": 256},
+    "1.7b": {"rows": 2, "length": 4096, "align_rows": 8, "speed_vocabulary": VOCABULARY, "chunk_tokens": 1024},
 }
 
 
@@ -83,8 +86,6 @@ class Machine:
     def start_peak(self) -> int:
         """Forget the peak so far; gives the bytes in use."""
         gc.collect()
-        if not self.is_cuda:
-            ctypes.CDLL(None).malloc_trim(0)  # else memory that is free already counts as in use
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
             return torch.cuda.memory_allocated(self.device)
@@ -176,7 +177,7 @@ def measure_alignment(machine: Machine, shape: dict, settings: dict) -> dict:
     result = {"layer_by_layer": {}, "one_graph": {}}
     for layers in LAYERS:
         teacher = make_teacher(machine, shape, 1024, num_hidden_layers=layers)
-        batch = make_batch(machine, 1024, settings["rows"], settings["length"] - 1)
+        batch = make_batch(machine, 1024, settings["align_rows"], ALIGN_LENGTH - 1)
         config, module = align_inputs(machine, teacher)
         marks: list[int] = []
 
@@ -266,20 +267,44 @@ def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -
     return {"tokens_per_second": speeds, "relative_to_teacher": {name: speed / base for name, speed in speeds.items()}}
 
 
+def measure_memory(machine: Machine, shape: dict, settings: dict) -> dict:
+    """Peak bytes of alignment, by layers, and of distillation."""
+    alignment = measure_alignment(machine, shape, settings)
+    distillation = measure_distillation(machine, shape, settings, repeats=1)
+    return {
+        "alignment_peak_bytes": alignment,
+        "distillation_peak_bytes": {name: result["peak_bytes"] for name, result in distillation.items()},
+    }
+
+
+def measure_memory_apart(arguments: list[str]) -> dict:
+    """The same in a process whose C library gives back at once what is freed: slow, but then memory is what it is."""
+    command = [sys.executable, __file__, *arguments, "--memory-only"]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return json.loads(subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-only", action="store_true", help="print peak memory as JSON and write nothing")
     parser.add_argument("--output", type=Path, help="default: training-<device>.json beside this script")
     options = parser.parse_args()
+
     machine, shape, settings = Machine(options.device), SHAPES[options.shape], SETTINGS[options.shape]
+    if options.memory_only:
+        return print(json.dumps(measure_memory(machine, shape, settings)))
+    memory = measure_memory(machine, shape, settings) if machine.is_cuda else measure_memory_apart(sys.argv[1:])
+    distillation = measure_distillation(machine, shape, settings, options.repeats)
     report = {
         "shape": {"name": options.shape} | shape,
         "settings": settings | {"vocabulary": VOCABULARY, "repeats": options.repeats},
-        "alignment_peak_bytes": measure_alignment(machine, shape, settings),
+        **memory,
+        "distillation_seconds": {name: result["seconds"] for name, result in distillation.items()},
+        "distillation_loss": {name: result["loss"] for name, result in distillation.items()},
         "speed": measure_speed(machine, shape, settings, options.repeats),
-        "distillation": measure_distillation(machine, shape, settings, options.repeats),
         "hardware": machine.describe(),
         "precision": "fp32" if not machine.is_cuda else "fp32 weights, bf16 autocast, bf16 teacher",
         "threads": torch.get_num_threads(),
@@ -288,7 +313,7 @@ def main() -> None:
     }
     output = options.output or Path(__file__).with_name(f"training-{options.device.split(':')[0]}.json")
     output.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps({key: report[key] for key in ("alignment_peak_bytes", "speed", "distillation")}, indent=2))
+    print(json.dumps({key: value for key, value in report.items() if isinstance(value, dict)}, indent=2))
     print(f"written to {output.name}")
 
 

@@ -53,7 +53,7 @@ class Checkpoints:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 (partial / "progress.json").write_text(json.dumps({"step": step} | progress))
-                force_to_disk(partial)
+                force_to_disk(*partial.rglob("*"), partial, *self.folder.glob("metrics.jsonl"))
                 partial.rename(done)
                 force_to_disk(self.folder)
         except Exception as error:
@@ -91,9 +91,9 @@ class Checkpoints:
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
-def force_to_disk(folder: Path) -> None:
-    """Return when a folder and everything in it would survive a power failure."""
-    for path in [*folder.rglob("*"), folder] if folder.name.endswith(".partial") else [folder]:
+def force_to_disk(*paths: Path) -> None:
+    """Return when files and folders would survive a power failure as they are."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -132,7 +132,7 @@ def train(
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
-            metrics, weight, stop = _accumulate(accelerator, model, micro_batches(step), backward, received)
+            metrics, tokens, stop = _accumulate(accelerator, model, micro_batches(step), backward, received)
             grad_norm = _finish_gradients(accelerator, model, schedule.max_grad_norm)
             _check_step(step, metrics, grad_norm, losses, run, checkpoints)
             optimizer.step()
@@ -143,7 +143,7 @@ def train(
                 "grad_norm": grad_norm,
                 "learning_rate": schedule.learning_rate_at(step),
                 "seconds": seconds,
-                "tokens_per_second": weight / seconds,
+                "tokens_per_second": tokens / seconds,
                 "memory_gb": _memory_gb(accelerator),
             }
             if run and run.evaluate_every and ((step + 1) % run.evaluate_every == 0 or step + 1 == schedule.steps):
@@ -193,10 +193,11 @@ def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule):
 
 
 def _accumulate(accelerator: Accelerator, model: nn.Module, batches: list[Batch], backward, received: list[int]):
-    """Gradients and metrics of a step, its weight, and the signal that some process received, or 0."""
+    """Gradients and metrics of a step, its tokens, and the signal that some process received, or 0."""
     assert len(batches) == accelerator.gradient_accumulation_steps
     batches = [batch.to(accelerator.device) for batch in batches]
-    weight = float(accelerator.reduce(sum(batch.weights.double().sum() for batch in batches), "sum"))
+    own = sum(torch.stack([each.weights.double().sum(), each.weights.count_nonzero()]) for each in batches)
+    weight, tokens = accelerator.reduce(own, "sum").tolist()
     # Sharded gradients come as the mean over processes, and Accelerate divides by the accumulated batches.
     scale = accelerator.gradient_accumulation_steps / max(weight, 1e-6)
     if accelerator.distributed_type in SHARDED:
@@ -212,7 +213,7 @@ def _accumulate(accelerator: Accelerator, model: nn.Module, batches: list[Batch]
     parts = (flat / max(weight, 1e-6)).cpu().split([value.numel() for value in sums.values()])
     metrics = {name: part.view(value.shape).tolist() for (name, value), part in zip(sums.items(), parts)}
     stop = (received or [signal.SIGTERM])[0] if metrics.pop("stop") else 0
-    return metrics, weight, stop
+    return metrics, tokens, stop
 
 
 def _finish_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
