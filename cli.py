@@ -182,12 +182,27 @@ def select(
     tensor_parallel: Annotated[
         int, typer.Option(help="Equal shares of every layer for so many processes.", min=1)
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of the random controls.")] = 0,
+    weight: Annotated[
+        list[str] | None, typer.Option(help="Weight of a capability in the score, as NAME=NUMBER; repeatable.")
+    ] = None,
+    exchange: Annotated[
+        int, typer.Option(help="Improve the choice by so many greedy exchanges; needs --teacher and --forms.", min=0)
+    ] = 0,
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder, for exchanges.")] = None,
+    forms: Annotated[Path | None, typer.Option(help="Its head_forms.safetensors, for exchanges.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text for exchanges; else Python's standard library.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a prompt in exchanges; as in score.")] = None,
+    device: Annotated[str | None, typer.Option(help="For exchanges: cpu, cuda, …")] = None,
+    seed: Annotated[int, typer.Option(help="Of the random controls and of the exchanges' prompts.")] = 0,
 ) -> None:
     """Choose the heads that stay full attention, and print what the choice keeps and costs."""
     with _one_line_errors():
-        from .convert.score_folder import select_to_file
+        if exchange and (teacher is None or forms is None):
+            raise ValueError("--exchange converts heads of the teacher: pass --teacher and --forms as well")
+        _quiet()
+        from .convert.score_folder import Exchange, select_to_file
 
+        improve = Exchange(teacher, forms, exchange, text, length, device) if exchange else None
         _, lines = select_to_file(
             scores,
             output,
@@ -199,6 +214,8 @@ def select(
             drop=drop or (),
             tensor_parallel=tensor_parallel,
             seed=seed,
+            weights=weight or (),
+            exchange=improve,
         )
         for line in lines:
             typer.echo(line)

@@ -1,8 +1,8 @@
 """Scores from a teacher's name to a folder on disk, and masks from there: `hydrahead score` and `hydrahead select`."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,9 @@ from ..hub.checkpoint import check_free, whole_file, whole_folder
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, load_forms, save_forms
 from .migration import Forms, student_config
-from .probes import Pair, Probe, built_in_probes, jsonl_probes
+from .patching import Head, home
+from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, jsonl_probes, niah_probe
+from .replacement import search_masks
 from .scoring import CLEAN_ONLY, METHODS, NEEDS_FORMS, HeadScores, score_heads
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 from .teachers import TeacherAdapter, adapter_for, find_checkpoint, public_name
@@ -80,7 +82,7 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if settings.text is not None and not settings.text.is_file():
         raise ValueError(f"{settings.text}: no such file")
-    if not settings.built_in and not settings.probe_files:
+    if settings.methods and not settings.built_in and not settings.probe_files:
         raise ValueError("no probes: pass a JSONL file, or leave the built-in ones on")
     config, fetch = find_checkpoint(settings.teacher, settings.revision)
     adapter = adapter_for(config)
@@ -114,29 +116,23 @@ def score_to_folder(
     adapter, fetch, length = check_settings(settings)
     checkpoint = fetch()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    documents = load_corpus("train") if settings.text is None else [settings.text.read_text(encoding="utf-8")]
-    text_ids = encode_corpus(tokenizer, documents)
+    text_ids = read_text(tokenizer, settings)
     probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
     if settings.built_in:
         probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed) + probes
 
     on_stage("reading the teacher", None)
     teacher = load_teacher(checkpoint, settings)
-    made: tuple[Forms, dict] | None = None
-    forms = None
+    made, forms = None, None
     if set(settings.methods) & set(NEEDS_FORMS):
         if settings.forms is not None:
             tensors, options = load_forms(settings.forms, adapter)
         else:
             options = settings.options or {}
-            made = make_forms(teacher, tokenizer, text_ids, options), options
-            tensors = made[0]
-        blank = [[0] * adapter.num_heads] * adapter.num_layers
-        forms = FormOutputs(student_config(adapter, blank, **options), tensors)
-        forms = forms.to(teacher.device).eval().requires_grad_(False)
-
-    row = min(TEXT_LENGTH, len(text_ids) // TEXT_ROWS)
-    rows = [text_ids[index * row : (index + 1) * row].tolist() for index in range(TEXT_ROWS)]
+            tensors = make_forms(teacher, tokenizer, text_ids, options)
+            made = tensors, options
+        forms = running_forms(adapter, tensors, options, teacher)
+    rows = text_rows(text_ids)
     steps = score_steps(probes, settings.methods, len(rows))
     scores = score_heads(
         teacher,
@@ -227,17 +223,135 @@ def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
     return heads
 
 
-def read_scores(files: Sequence[Path], method: str | None = None) -> HeadScores:
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    """
+    Weights of capabilities from `NAME=NUMBER` words.
+
+    Raises:
+        ValueError: one is not of this form, or negative.
+    """
+    weights = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{text!r}: expected NAME=NUMBER, such as language=0.5") from None
+        if not 0 <= weights[name] < float("inf"):
+            raise ValueError(f"{text!r}: a weight must be 0 or more")
+    return weights
+
+
+def read_scores(
+    files: Sequence[Path], method: str | None = None, weights: Mapping[str, float] | None = None
+) -> HeadScores:
     """
     One ranking from one or several score files of the same teacher.
 
+    Args:
+        method: of those measured; the first file's by default.
+        weights: of capabilities, in place of those in the files.
+
     Raises:
-        ValueError: see `HeadScores.load`, `merge` and `using`.
+        ValueError: see `HeadScores.load`, `merge` and `using`; or a weight for a capability that was not measured.
     """
     scores = HeadScores.load(files[0])
     for file in files[1:]:
         scores = scores.merge(HeadScores.load(file))
-    return scores.using(method) if method else scores
+    known = sorted({probe.capability for probe in scores.probes})
+    unknown = sorted(set(weights or {}) - set(known))
+    if unknown:
+        raise ValueError(f"no capability {unknown[0]!r} was measured; measured: {', '.join(known)}")
+    if weights:
+        scores = replace(scores, weights=scores.weights | weights)
+    return scores.using(method or scores.method) if method or weights else scores
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """
+    What greedy exchange needs to judge a choice of heads by.
+
+    Attributes:
+        teacher: Hub id or folder.
+        forms: aligned forms of its heads.
+        rounds: exchanges at most.
+        text, length, device, dtype, revision: as in `ScoreSettings`.
+    """
+
+    teacher: str
+    forms: Path
+    rounds: int = 16
+    text: Path | None = None
+    length: int | None = None
+    device: str | None = None
+    revision: str | None = None
+
+
+def exchange_heads(
+    scores: HeadScores, masks: Masks, exchange: Exchange, budget_unit: str, fixed: set[Head], seed: int
+) -> tuple[Masks, list[dict]]:
+    """
+    Improve a choice by greedy exchange on needles and plain text (`replacement.search_masks`).
+
+    Raises:
+        ValueError: see `check_settings`; or the scores are of another shape than the teacher.
+    """
+    settings = ScoreSettings(
+        exchange.teacher,
+        (),
+        length=exchange.length,
+        text=exchange.text,
+        forms=exchange.forms,
+        device=exchange.device,
+        revision=exchange.revision,
+    )
+    adapter, fetch, length = check_settings(settings)
+    if (len(masks), len(masks[0])) != (adapter.num_layers, adapter.num_heads):
+        raise ValueError(
+            f"the scores are of {len(masks)} layers of {len(masks[0])} heads, {exchange.teacher} has "
+            f"{adapter.num_layers} of {adapter.num_heads}"
+        )
+    checkpoint = fetch()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text_ids = read_text(tokenizer, settings)
+    teacher = load_teacher(checkpoint, settings)
+    forms = running_forms(adapter, *load_forms(exchange.forms, adapter), teacher)
+    pairs = [
+        pair
+        for keys in NIAH_KEYS
+        for pair in niah_probe(tokenizer, text_ids, length, num_keys=keys, num_pairs=4, seed=seed + 1).pairs
+    ]
+    size = adapter.num_heads // adapter.num_kv_heads if budget_unit == "kv_groups" else 1
+    return search_masks(
+        teacher,
+        forms,
+        masks,
+        pairs,
+        text_rows(text_ids),
+        unit_size=size,
+        fixed=fixed,
+        max_exchanges=exchange.rounds,
+    )
+
+
+def read_text(tokenizer, settings: ScoreSettings) -> np.ndarray:
+    """Token ids of the text to measure on."""
+    documents = load_corpus("train") if settings.text is None else [settings.text.read_text(encoding="utf-8")]
+    return encode_corpus(tokenizer, documents)
+
+
+def text_rows(text_ids: np.ndarray) -> list[list[int]]:
+    """Rows of plain text for the KL."""
+    row = min(TEXT_LENGTH, len(text_ids) // TEXT_ROWS)
+    return [text_ids[index * row : (index + 1) * row].tolist() for index in range(TEXT_ROWS)]
+
+
+def running_forms(adapter: TeacherAdapter, tensors: Forms, options: dict, teacher: PreTrainedModel) -> FormOutputs:
+    """Forms ready to stand in for the teacher's heads, where the teacher runs."""
+    blank = [[0] * adapter.num_heads] * adapter.num_layers
+    forms = FormOutputs(student_config(adapter, blank, **options), tensors)
+    return forms.to(home(teacher)).eval().requires_grad_(False)
 
 
 def select_to_file(
@@ -252,9 +366,14 @@ def select_to_file(
     drop: Sequence[str] = (),
     tensor_parallel: int = 1,
     seed: int = 0,
+    weights: Sequence[str] = (),
+    exchange: Exchange | None = None,
 ) -> tuple[Masks, list[str]]:
     """
     Choose heads and write `output` (JSON masks) and, beside it, a picture of the choice.
+
+    Args:
+        exchange: improve the choice by greedy exchange.
 
     Returns:
         the masks, and what they keep and cost, line by line.
@@ -264,23 +383,29 @@ def select_to_file(
     """
     if output.suffix != ".json":
         raise ValueError(f"{output}: expected a name that ends in .json")
-    scores = read_scores(files, method)
+    if exchange is not None and tensor_parallel > 1:
+        raise ValueError(
+            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism"
+        )
+    scores = read_scores(files, method, parse_weights(weights))
+    kept, dropped = parse_heads(keep), parse_heads(drop)
     masks = select_heads(
-        scores,
-        ratio,
-        strategy,
-        budget_unit,
-        seed,
-        keep=parse_heads(keep),
-        drop=parse_heads(drop),
-        tensor_parallel=tensor_parallel,
+        scores, ratio, strategy, budget_unit, seed, keep=kept, drop=dropped, tensor_parallel=tensor_parallel
     )
+    lines = []
+    if exchange is not None:
+        masks, history = exchange_heads(scores, masks, exchange, budget_unit, {*kept, *dropped}, seed)
+        lines = [
+            f"after {record['trials']} conversions: needles {record['accuracy']:.2f}, answer loss "
+            f"{record['answer_loss']:.3f}, text divergence {record['divergence']:.3f} (untrained)"
+            for record in (history[0], history[-1])
+        ]
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial:
         partial.write_text(json.dumps(masks) + "\n")
     title = f"{public_name(scores.teacher)}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}"
     plot_head_map(scores.scores, masks, title, output.with_suffix(".png"))
-    return masks, describe_choice(scores, masks, strategy, budget_unit)
+    return masks, lines + describe_choice(scores, masks, strategy, budget_unit)
 
 
 def describe_choice(scores: HeadScores, masks: Masks, strategy: str, budget_unit: str) -> list[str]:

@@ -115,7 +115,8 @@ def fuse(
     """
     forms: dict[str, dict[str, list[torch.Tensor]]] = {}
     for probe in probes:
-        effect = probe.effect(method, pairs(probe)) if probe.used else None
+        counts = probe.used and (weights or {}).get(probe.capability, 1.0) > 0
+        effect = probe.effect(method, pairs(probe)) if counts else None
         if effect is not None:
             forms.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
     if not forms:
@@ -308,7 +309,7 @@ def score_heads(
         shortlist: measure the replacement effect of that many heads only, chosen by gradient; the others have their
             first- (readout) and second-order (KL) estimates. All heads by default.
         sender_shortlist: see `patching.sender_effects`.
-        weights: of capabilities in the fused score, 1 for those not named.
+        weights: of capabilities in the fused score, 1 for those not named, 0 leaves one out.
         revision, seed: recorded.
 
     Raises:

@@ -115,6 +115,47 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Path) -> None:
+    """
+    Draw accuracy and text loss of converted students by ranking method, a column of panels for each condition.
+
+    Args:
+        tables: by condition and method, by column, `accuracy` and `text`; under `random` a list of such rows.
+        columns: what to draw, the fewest changes first.
+    """
+    figure, grid = plt.subplots(2, len(tables), figsize=(3 * len(tables) + 1.2, 5.6), squeeze=False, sharey="row")
+    places = range(len(columns))
+    for column, (condition, table) in enumerate(tables.items()):
+        methods = [name for name, row in table.items() if name != "random" and all(key in row for key in columns)]
+        for axes, key in zip(grid[:, column], ("accuracy", "text")):
+            values = [[row[name][key] for row in table["random"]] for name in columns]
+            axes.fill_between(places, list(map(min, values)), list(map(max, values)), color="#6c757d", alpha=0.2)
+            means = [sum(each) / len(each) for each in values]
+            axes.plot(places, means, color="#6c757d", linewidth=1, label="random: mean, range")
+            for index, method in enumerate(methods):
+                strong = method in ("replacement", "receiver+sender")
+                axes.plot(
+                    places,
+                    [table[method][name][key] for name in columns],
+                    "o-" if strong else ".--",
+                    linewidth=2 if strong else 0.8,
+                    color={"replacement": "#d1495b", "receiver+sender": "#1f6f9f"}.get(method, f"C{index}"),
+                    label=method,
+                )
+            axes.set_xticks(places, columns, fontsize=7)
+            axes.grid(alpha=0.2)
+        grid[0][column].set_title(condition, fontsize=9)
+        grid[0][column].set_ylim(-0.05, 1.05)
+    grid[0][0].set_ylabel("needles found", fontsize=8)
+    grid[1][0].set_ylabel("text loss beyond the teacher's, nats", fontsize=8)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=7, frameon=False)
+    figure.suptitle("Converted, aligned head by head, not trained any further", fontsize=10)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def plot_accuracy_over_length(
     lengths: Sequence[int],
     accuracies: Mapping[str, Mapping[str, Sequence[float]]],

@@ -181,6 +181,13 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
     one, two = (json.loads((tmp_path / name / "head_scores.json").read_text()) for name in ("one", "two"))
     assert one["method"] == two["method"] == "replacement" and one["scores"] == two["scores"]
 
+    chosen = ["--output", tmp_path / "masks.json", "--weight", "language=0.5", "--strategy", "global"]
+    exchange = ["--exchange", 1, "--teacher", EMBEDDED_TEACHER, "--forms", forms[1], "--length", 200]
+    done = hydrahead("select", tmp_path / "two" / "head_scores.json", *chosen, *exchange)
+    assert done.returncode == 0, done.stderr
+    assert "after 1 conversions: needles 0." in done.stdout and "after 5 conversions: " in done.stdout
+    assert sum(map(sum, json.loads((tmp_path / "masks.json").read_text()))) == 12
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -206,6 +213,9 @@ def test_bad_score_input_is_one_line_and_writes_nothing(tmp_path, arguments, mes
         (["--keep", "1"], "'1': expected LAYER.HEAD"),
         (["--strategy", "best"], "strategy must be one of"),
         (["--method", "attention"], "attention was not measured"),
+        (["--weight", "b=1"], "no capability 'b' was measured; measured: a"),
+        (["--weight", "a"], "'a': expected NAME=NUMBER"),
+        (["--exchange", "2"], "pass --teacher and --forms"),
         (["--output", "masks.txt"], "masks.txt: expected a name that ends in .json"),
     ],
 )
