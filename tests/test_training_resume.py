@@ -19,7 +19,7 @@ from hydrahead.training.checkpoints import Checkpoints, keep_metrics_before
 from hydrahead.training.data import Batch
 from hydrahead.training.loop import Run, Schedule, train
 
-KILLS = 7  # of each stage: 21 in all
+KILLS = 7  # of each stage, 21 in all; three or more of them with something to resume from
 RESULTS = {
     "align": "head_forms.safetensors",
     "distill": "student/model.safetensors",
@@ -40,6 +40,12 @@ def finished(tmp_path_factory):
     return folder, path, seconds
 
 
+def recorded(folder) -> int:
+    """Bytes of a run's record by now."""
+    file = folder / "metrics.jsonl"
+    return file.stat().st_size if file.exists() else 0
+
+
 def put_earlier_stages(folder, out, stage) -> None:
     """What a stage starts from."""
     for earlier in list(RESULTS)[: list(RESULTS).index(stage)]:
@@ -51,19 +57,28 @@ def put_earlier_stages(folder, out, stage) -> None:
 def test_a_run_killed_at_random_instants_is_the_uninterrupted_run_bit_for_bit(stage, finished):
     folder, path, seconds = finished
     expected, weights = metrics_of(folder / "out" / stage), load_file(folder / "out" / stage / RESULTS[stage])
-    rng, kills, out = random.Random(stage), 0, folder / f"killed-{stage}"
+    rng, out = random.Random(stage), folder / f"killed-{stage}"
+    kills = halfway = 0
     arguments = ["--config", path, f"output={out}", f"data.cache={folder / 'out' / 'tokens'}"]
-    while kills < KILLS:
+    while kills < KILLS or halfway < KILLS // 2:
         shutil.rmtree(out, ignore_errors=True)
         put_earlier_stages(folder, out, stage)
         while True:
             process = start_stage(stage, arguments)
-            process.join(rng.uniform(0, seconds[stage]))
+            if kills % 2:  # every other one while it trains and saves
+                before = recorded(out / stage)
+                while process.is_alive() and recorded(out / stage) in (before, 0):
+                    time.sleep(0.01)
+                process.join(rng.uniform(0, 0.2))
+            else:
+                process.join(rng.uniform(0, seconds[stage]))
             if process.exitcode is not None:
                 break
             process.kill()
             process.join()
             kills += 1
+            newest = Checkpoints(out / stage, 1).newest()
+            halfway += newest is not None and newest.name != f"checkpoint-{len(expected)}"
         assert process.exitcode == 0
         assert metrics_of(out / stage) == expected
         found = load_file(out / stage / RESULTS[stage])
