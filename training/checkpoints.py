@@ -20,7 +20,8 @@ class Checkpoints:
 
     One is written as `checkpoint-N.partial`, forced to the disk and then renamed: a folder without that ending is
     whole. Weights are safetensors; Accelerate keeps the optimiser in PyTorch's own format, which is read without
-    running code from it.
+    running code from it. Sharded checkpoints (FSDP2) are in PyTorch's distributed format, whose index is a pickle:
+    resume from your own only.
     """
 
     def __init__(self, folder: Path, keep: int):
