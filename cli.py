@@ -236,6 +236,9 @@ def convert(
     gate: Annotated[bool, typer.Option(help="Output gate on full-attention heads.")] = True,
     fusion: Annotated[Fusion, typer.Option(help="How the two kinds of heads meet.")] = Fusion.scale,
     fusion_norm: Annotated[FusionNorm, typer.Option(help="Which heads the fusion normalises.")] = FusionNorm.all,
+    forms: Annotated[
+        Path | None, typer.Option(help="Aligned heads (head_forms.safetensors) to start from, with their own options.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a teacher on the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
 ) -> None:
@@ -257,7 +260,7 @@ def convert(
         console = Console()
         with console.status("reading the teacher's config") as status:
             convert_to_folder(
-                teacher, output, masks, text, calibration_tokens, revision, overwrite, status.update, **options
+                teacher, output, masks, text, calibration_tokens, revision, overwrite, status.update, forms, **options
             )
         console.print(
             f"{output}: loads with AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)"
@@ -274,7 +277,7 @@ def demo(
     distill_steps: Annotated[int, typer.Option(help="Steps of distillation.", min=1)] = 200,
     samples: Annotated[int, typer.Option(help="Prompts per length and task of the evaluation.", min=1)] = 20,
 ) -> None:
-    """Run the whole job on a small scale: score, align, select, convert, distil, evaluate, save, reload, answer."""
+    """Run the whole job on a small scale: align, score, select, convert, distil, evaluate, save, reload, answer."""
     with _one_line_errors():
         _quiet()
         from rich.console import Console

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from ..demo.corpus import encode_corpus, load_corpus
 from ..hub.card import model_card
 from ..hub.checkpoint import check_free, save_checkpoint
+from .forms import load_forms
 from .migration import convert_model, student_config, teacher_config
 from .teachers import adapter_for, find_checkpoint
 
@@ -56,6 +57,7 @@ def convert_to_folder(
     revision: str | None = None,
     overwrite: bool = False,
     on_stage: Callable[[str], None] = lambda stage: None,
+    forms_file: Path | None = None,
     **options,
 ) -> None:
     """
@@ -66,6 +68,7 @@ def convert_to_folder(
         masks_file: JSON of head masks `[L][H]`.
         text: UTF-8 text to calibrate on.
         on_stage: told what begins.
+        forms_file: aligned forms of the heads; the options that they were aligned under go before `options`.
         **options: as of `convert_model`.
 
     Raises:
@@ -77,6 +80,10 @@ def convert_to_folder(
         raise ValueError(f"{text}: no such file")
     config, fetch = find_checkpoint(teacher, revision)
     adapter = adapter_for(config)
+    forms = None
+    if forms_file is not None:
+        forms, aligned_options = load_forms(forms_file, adapter)
+        options |= aligned_options
     student_config(adapter, masks, **options)
 
     on_stage("fetching the teacher")
@@ -84,10 +91,12 @@ def convert_to_folder(
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     on_stage("calibrating and converting")
     ids = calibration_ids(tokenizer, text, calibration_tokens)
-    student = convert_model(checkpoint, masks, calibration_ids=ids, **options)
+    student = convert_model(checkpoint, masks, calibration_ids=ids, head_forms=forms, **options)
     on_stage("saving")
     name = None if Path(teacher).is_dir() else teacher
-    facts = {"Teacher": teacher if name else "a local folder", "Revision": revision or "default", "Trained": "no"}
-    facts["Calibrated on"] = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
+    facts = {"Teacher": teacher if name else "a local folder", "Revision": revision or "default"}
+    facts["Trained"] = "no" if forms is None else "heads aligned one by one, nothing end to end"
+    if forms is None:
+        facts["Calibrated on"] = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
     card = model_card(student.config, teacher_config(adapter), name, facts)
     save_checkpoint(student, tokenizer, output, {"README.md": card, "head_masks.json": masks}, overwrite)

@@ -1,11 +1,11 @@
-"""The main job, small enough to watch: score heads, align, select, convert, distil, evaluate, save, reload, answer."""
+"""The main job, small enough to watch: align heads, score, select, convert, distil, evaluate, save, reload, answer."""
 
 import contextlib
 import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
+from ..convert.forms import FormOutputs
 from ..convert.migration import Forms, convert_model, head_forms_of, student_config, teacher_config
 from ..convert.probes import niah_probe
 from ..convert.scoring import HeadScores, score_heads
-from ..convert.selection import select_heads
+from ..convert.selection import select_heads, selection_cost
 from ..convert.teachers import adapter_for, find_checkpoint, public_name
 from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
 from ..evaluation.perplexity import text_loss
@@ -33,7 +34,7 @@ from ..evaluation.report import plot_accuracy_over_length, plot_head_map
 from ..hub.card import model_card
 from ..hub.checkpoint import answer_in_clean_process, save_checkpoint, whole_file
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from ..training.align import align_heads, alignment_errors
+from ..training.align import align_heads
 from ..training.distill import distill
 from ..training.loop import Schedule
 from .corpus import encode_corpus, load_corpus
@@ -42,6 +43,7 @@ from .mixture import mixture_rows
 EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 FACTORS = (1, 2, 4, 8)  # evaluated lengths, in multiples of the working length
 TASKS = {"single_key": 1, "four_keys": 4}
+TEXT_ROWS = 4  # on which what a head is worth to plain text is measured
 ANSWER_WEIGHT = 6.0  # in distillation; the teacher learnt retrieval with more, the student has to keep the text too
 CONDITION = (
     "Alignment and distillation read the teacher's own training mixture, in which three rows in four hide needles and "
@@ -71,7 +73,7 @@ class DemoSettings:
     length: int | None = None
     ratio: float = 0.25
     strategy: str = "global"
-    pairs: int = 8
+    pairs: int = 4
     train_length: int = 512
     batch_size: int = 4
     align_steps: int = 100
@@ -133,9 +135,8 @@ class Demo:
         self.console.print(f"[dim]{CONDITION}[/dim]\n")
         self._forget_other_settings()
         with self.progress if self.console.is_terminal else contextlib.nullcontext():
-            scores = self.score()
             forms = self.align()
-            scores = replace(scores, tie_break=self.slot_values(forms))
+            scores = self.score(forms)
             masks = select_heads(scores, self.settings.ratio, self.settings.strategy)
             student = self.distill(masks, forms)
             results = {
@@ -198,33 +199,34 @@ class Demo:
 
         return batch_at
 
-    def slot_values(self, forms: Forms) -> list[list[float]]:
-        """
-        `[L][H]` error of each head's linear form less that of its full form, on a batch that alignment has not seen.
-
-        It decides between heads that no needle depends on directly, which are most.
-        """
-        linear, full = alignment_errors(self.teacher, self.config, forms, self._batch_at(3)(0)[0])
-        return (linear - full).tolist()
-
-    def score(self) -> HeadScores:
-        """Receiver scores of all heads on needles with one and with four keys."""
+    def score(self, forms: Forms) -> HeadScores:
+        """What a full-attention slot is worth to each head: for needles with one and with four keys, and for text."""
         file, settings = self.folder / "head_scores.json", self.settings
         if file.is_file():
             return HeadScores.load(file)
-        advance = self._stage("score heads", len(TASKS) * settings.pairs)
+        starts = np.linspace(0, len(self.train_ids) - settings.train_length, TEXT_ROWS, dtype=int)
+        rows = [self.train_ids[start : start + settings.train_length].tolist() for start in starts]
+        advance = self._stage("replace heads one by one", 2 * len(TASKS) * settings.pairs + len(rows))
         probes = [
             niah_probe(
                 self.tokenizer,
                 self.train_ids,
-                self.length,
+                settings.train_length,
                 num_keys=keys,
                 num_pairs=settings.pairs,
                 seed=settings.seed,
             )
             for keys in TASKS.values()
         ]
-        scores = score_heads(self.teacher, self.tokenizer, probes, on_pair=advance)
+        scores = score_heads(
+            self.teacher,
+            self.tokenizer,
+            probes,
+            on_pair=advance,
+            head_forms=FormOutputs(self.config, forms).requires_grad_(False),
+            text_rows=rows,
+            seed=settings.seed,
+        )
         scores.save(file)
         return scores
 
@@ -312,9 +314,7 @@ class Demo:
             "settings": settings,
             "options": self.options,
             "head_masks": masks,
-            "heads_chosen_by_score": sum(
-                score > 0 and kept for row, mask in zip(scores.scores, masks) for score, kept in zip(row, mask)
-            ),
+            "decided_by_tie_break": selection_cost(scores, masks).decided_by_tie_break,
             "full_attention_share": sum(map(sum, masks)) / sum(map(len, masks)),
             "pairs": {probe.name: {"used": probe.used, "dropped": probe.dropped} for probe in scores.probes},
             "lengths": self.lengths,
@@ -362,7 +362,7 @@ class Demo:
         plot_head_map(
             scores.scores,
             report["head_masks"],
-            f"{scores.method} score of each head; {_choice(report)}",
+            f"replacement effect of each head, {sum(map(sum, report['head_masks']))} kept",
             self.folder / "head_map.png",
         )
         accuracies = {
@@ -405,8 +405,8 @@ class Demo:
 
 def _choice(report: dict) -> str:
     """How the heads were chosen, in words."""
-    chosen, by_score = sum(map(sum, report["head_masks"])), report["heads_chosen_by_score"]
-    return f"{by_score} kept by receiver score, {chosen - by_score} by alignment error"
+    ties = report["decided_by_tie_break"]
+    return "kept by replacement effect" + (f", {ties} of them by tie-break" if ties else "")
 
 
 def _rows(report: dict) -> list[list[str]]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -187,6 +188,16 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "after 1 conversions: needles 0." in done.stdout and "after 5 conversions: " in done.stdout
     assert sum(map(sum, json.loads((tmp_path / "masks.json").read_text()))) == 12
+
+    done = hydrahead("convert", EMBEDDED_TEACHER, tmp_path / "out", "--masks", tmp_path / "masks.json", *forms[:2])
+    assert done.returncode == 0, done.stderr
+    aligned = load_file(forms[1])
+    student = load_file(tmp_path / "out" / "model.safetensors")
+    head = json.loads((tmp_path / "masks.json").read_text())[2].index(0)
+    rows = aligned["2.linear.q_proj.weight"][head]
+    found = student["model.layers.2.self_attn.linear_attention.q_proj.weight"][: len(rows)]
+    assert (found == rows.to(found.dtype)).all()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["fusion_norm"] == "linear"
 
 
 @pytest.mark.parametrize(
