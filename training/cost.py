@@ -13,7 +13,7 @@ ASSUMED_MFU = 0.35  # what is assumed to be used of it; 0.35 is usual for traini
 CHUNK = 64  # of the chunked gated delta rule
 LOGITS_CHUNK = 1024
 LOGITS_COPIES = 5
-# Of a value that is kept: bf16, and fp32 around norms. Gives the peaks of benchmarks/training-cuda.json within a tenth.
+# Of a value that is kept, bf16 or, around norms, fp32: the peaks of benchmarks/training-cuda.json within a tenth.
 VALUE_BYTES = 5
 
 
