@@ -22,6 +22,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead.convert.ablation import replaced_heads
+from hydrahead.convert.evidence import spearman
 from hydrahead.convert.forms import FormOutputs
 from hydrahead.convert.migration import head_forms_of, student_config
 from hydrahead.convert.patching import (
@@ -34,11 +35,13 @@ from hydrahead.convert.patching import (
     record,
     sender_effects,
 )
-from hydrahead.convert.probes import Pair, niah_probe
+from hydrahead.convert.probes import Pair, Probe, niah_probe
 from hydrahead.convert.replacement import answer_effects, answer_estimates
+from hydrahead.convert.scoring import score_heads
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.demo.corpus import encode_corpus, load_corpus
 from hydrahead.demo.run import EMBEDDED_TEACHER
+from hydrahead.training.quick import quick_forms
 
 QWEN3_17B = {
     "vocab_size": 151_936,
@@ -223,12 +226,53 @@ def measure(model: PreTrainedModel, pairs: list[Pair], device: str, repeats: int
     } | {"receivers_used": len(receivers), "first_change_share": first_change(pairs[0]) / len(pairs[0].clean)}
 
 
+def shortlist_errors(model: PreTrainedModel, pairs: list[Pair], tokenizer, text: np.ndarray, steps: int) -> dict:
+    """What the cheap forms miss: shortlisted against exact replacement effects and senders, on real needles."""
+    adapter = adapter_for(model.config)
+    options = {"fusion_norm": "linear", "logit_scale_base": 1024}
+    tensors = quick_forms(model, tokenizer, text, options, steps)
+    config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **options)
+    forms = FormOutputs(config, tensors).to(model.device).requires_grad_(False)
+    probe, rows = (
+        [Probe("needles", "retrieval", tuple(pairs))],
+        [text[index : index + 512].tolist() for index in (0, 9999)],
+    )
+    shared = {"head_forms": forms, "text_rows": rows}
+    exact = score_heads(model, None, probe, **shared)
+    everyone = adapter.num_layers * adapter.num_heads
+    found: dict[str, dict] = {"replacement": {}, "senders": {}}
+    for count in (everyone // 8, everyone // 4, everyone // 2):
+        short = score_heads(model, None, probe, shortlist=count, **shared)
+        one, other = (torch.tensor(scores.scores).flatten() for scores in (exact, short))
+        best = [set(values.argsort(descending=True)[: everyone // 4].tolist()) for values in (one, other)]
+        found["replacement"][count] = {
+            "spearman": spearman(one, other),
+            "overlap_of_best_quarter": len(best[0] & best[1]) / len(best[0]),
+            "seconds_over_exact": short.seconds["replacement"] / exact.seconds["replacement"],
+        }
+    exact = score_heads(model, None, probe, methods=["sender"], sender_shortlist=everyone)
+    effect = exact.probes[0].effect("sender")
+    for count in (everyone // 8, everyone // 4, everyone // 2):
+        short = score_heads(model, None, probe, methods=["sender"], sender_shortlist=count)
+        missed = (effect - short.probes[0].effect("sender")).flatten()
+        found["senders"][count] = {
+            "senders": int((effect > 0.01).sum()),
+            "missed": int(((effect > 0.01).flatten() & (missed > 0.005)).sum()),
+            "largest_missed": missed.max().item(),
+            "seconds_over_exact": short.seconds["sender"] / exact.seconds["sender"],
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shape", choices=("demo", "1.7b"), default="demo")
     parser.add_argument("--length", type=int, help="tokens of a text; 1,024 for the demo's teacher, else 4,096")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument(
+        "--align-steps", type=int, default=50, help="for the shortlists' errors, on the demo's teacher"
+    )
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     length = arguments.length or (1024 if arguments.shape == "demo" else 4096)
@@ -246,11 +290,19 @@ def main() -> None:
     for key in next(iter(computed.values())):
         print(f"{key:34} " + " ".join(f"{entry[key]:12.2f}" for entry in computed.values()))
 
+    errors = {}
+    if demo:
+        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+        text = encode_corpus(tokenizer, load_corpus("train"))
+        short = list(niah_probe(tokenizer, text, 512, num_keys=4, num_pairs=4).pairs)
+        errors = shortlist_errors(model, short, tokenizer, text, arguments.align_steps)
+        print("\n" + json.dumps(errors, indent=1))
     report = {
         "shape": arguments.shape,
         "length": length,
         "pairs": PAIRS,
         "measured": measured,
+        "shortlist_errors": errors,
         "computed_at_4096": computed,
         "machine": {
             "processor": platform.machine(),

@@ -141,7 +141,7 @@ def naive_loss(teacher, student, batch: Batch) -> torch.Tensor:
 def measure_distillation(machine: Machine, shape: dict, settings: dict, repeats: int) -> dict:
     """Peak memory above weights and gradients, and time, of a forward and backward pass of distillation."""
     teacher = make_teacher(machine, shape, VOCABULARY)
-    student = make_student(machine, teacher)
+    student = make_student(machine, teacher, checkpointing=True)  # as the recipes at scale distil
     batch = make_batch(machine, VOCABULARY, settings["rows"], settings["length"])
     model = StudentLoss(student, 1.0, 0.1, chunk_tokens=settings["chunk_tokens"])
 

@@ -20,6 +20,31 @@ from .teachers import TeacherAdapter
 BRANCHES = ("linear", "full")
 
 
+def build_attention(
+    config: HydraHeadConfig, layer: int, forms: Forms, output: torch.Tensor | None = None
+) -> HydraHeadAttention:
+    """The attention of a layer with heads from `forms`, in fp32; without an output projection unless one is given."""
+    with init_empty_weights(include_buffers=False):
+        attention = HydraHeadAttention(config, layer)
+    state = attention_state(forms, layer, config)
+    if output is None:
+        attention.o_proj = nn.Identity()
+    else:
+        attention.o_proj = nn.Linear(*output.shape[::-1], bias=False, device="meta")
+        state["o_proj.weight"] = output
+    attention = load_meta(attention, state, torch.float32)
+    if config.fusion == "gate":
+        attention.fusion.proj.requires_grad_(False)  # forms are of single heads, it weighs heads against each other
+    return attention
+
+
+def with_masks(config: HydraHeadConfig, masks: Sequence[Sequence[int]]) -> HydraHeadConfig:
+    """The same student under other masks, for modules that run outside a model."""
+    config = HydraHeadConfig(**config.to_dict() | {"head_masks": masks})
+    config._attn_implementation = "sdpa"
+    return config
+
+
 class FormOutputs(nn.Module):
     """
     The attention layers of two students, one of Gated DeltaNet heads only and one of full-attention heads only,
@@ -30,22 +55,15 @@ class FormOutputs(nn.Module):
         super().__init__()
         self.rotary_emb = HydraHeadRotaryEmbedding(config)
         layers, heads = config.num_hidden_layers, config.num_attention_heads
-        self.branches = nn.ModuleDict()
-        self.configs = {}
-        for value, branch in enumerate(BRANCHES):
-            branch_config = HydraHeadConfig(**config.to_dict() | {"head_masks": [[value] * heads] * layers})
-            branch_config._attn_implementation = "sdpa"
-            self.configs[branch] = branch_config
-            self.branches[branch] = nn.ModuleList(
-                self._attention(branch_config, layer, forms) for layer in range(layers)
-            )
-
-    @staticmethod
-    def _attention(config: HydraHeadConfig, layer: int, forms: Forms) -> HydraHeadAttention:
-        with init_empty_weights(include_buffers=False):
-            attention = HydraHeadAttention(config, layer)
-        attention.o_proj = nn.Identity()
-        return load_meta(attention, attention_state(forms, layer, config), torch.float32)
+        self.configs = {
+            branch: with_masks(config, [[value] * heads] * layers) for value, branch in enumerate(BRANCHES)
+        }
+        self.branches = nn.ModuleDict(
+            {
+                branch: nn.ModuleList(build_attention(each, layer, forms) for layer in range(layers))
+                for branch, each in self.configs.items()
+            }
+        )
 
     def outputs(self, layer: int, hidden_states: torch.Tensor, branches: Sequence[str] = BRANCHES) -> torch.Tensor:
         """What forms of a layer write when it reads `[B, T, D]`: `[branches, B, T, H, d]` fp32."""

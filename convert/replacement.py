@@ -206,7 +206,7 @@ def search_masks(
 
 
 def _spread(order: list, count: int) -> list:
-    """The first `count` exchanges of which no two share both a giver and a taker's rank: each unit at most twice."""
+    """The first `count` exchanges in which no unit takes part more than twice: the rest are much like them."""
     chosen, used = [], {}
     for exchange in order:
         if all(used.get(unit, 0) < 2 for unit in exchange[1:]):

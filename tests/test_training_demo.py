@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from hydrahead.convert.forms import load_forms
+from hydrahead.convert.teachers import adapter_for
+from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.hub.checkpoint import answer_in_clean_process
 
 SHORT = [
@@ -34,6 +37,9 @@ def test_the_demo_recipe_runs_end_to_end_and_its_student_answers_without_hydrahe
         assert watched <= lines[1].keys() and "heldout_loss" not in lines[0]
         assert (folder / "training.png").stat().st_size > 10_000
     assert (tmp_path / "align" / "layers.png").stat().st_size > 10_000
+    adapter = adapter_for(AutoConfig.from_pretrained(EMBEDDED_TEACHER))
+    _, options = load_forms(tmp_path / "align" / "head_forms.safetensors", adapter)
+    assert options["fusion_norm"] == "linear", "scores and conversions learn from the file what the heads are for"
 
     student = tmp_path / "finetune" / "student"
     answer_in_clean_process(student, "def main():", max_new_tokens=2)

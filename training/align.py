@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, init_empty_weights
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.migration import Forms, attention_state, forms_of_attention, head_forms_of, load_meta
+from ..convert.forms import build_attention, save_forms, with_masks
+from ..convert.migration import Forms, forms_of_attention, head_forms_of
 from ..hub.checkpoint import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
@@ -30,25 +31,9 @@ from .loop import Run, Schedule, train
 from .losses import head_matching_loss, mean_square
 from .recipe import Recipe, read_arguments
 
-__all__ = ["HeadForms", "LayerForms", "align_heads", "alignment_errors"]
+__all__ = ["HeadForms", "LayerForms", "align_heads"]
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
-
-
-def build_attention(config: HydraHeadConfig, layer: int, forms: Forms, output: torch.Tensor | None = None):
-    """A `HydraHeadAttention` with heads from `forms`, in fp32; without an output projection unless one is given."""
-    with init_empty_weights(include_buffers=False):
-        attention = HydraHeadAttention(config, layer)
-    state = attention_state(forms, layer, config)
-    if output is None:
-        attention.o_proj = nn.Identity()
-    else:
-        attention.o_proj = nn.Linear(*output.shape[::-1], bias=False, device="meta")
-        state["o_proj.weight"] = output
-    attention = load_meta(attention, state, torch.float32)
-    if config.fusion == "gate":
-        attention.fusion.proj.requires_grad_(False)  # forms are of single heads, it weighs heads against each other
-    return attention
 
 
 class AlignedLayer(nn.Module):
@@ -182,13 +167,6 @@ class LayerForms(HeadForms):
         return forms
 
 
-def with_masks(config: HydraHeadConfig, masks: list[list[int]]) -> HydraHeadConfig:
-    """The same student under other masks, for modules that run outside a model."""
-    config = HydraHeadConfig(**config.to_dict() | {"head_masks": masks})
-    config._attn_implementation = "sdpa"
-    return config
-
-
 def _put_forms(forms: Forms, layer: int, attention: HydraHeadAttention, config: HydraHeadConfig) -> None:
     """Write the heads of an attention layer under `config`'s masks into `forms`: the inverse of `attention_state`."""
     layout, state = config.head_layout(layer), attention.state_dict()
@@ -240,24 +218,6 @@ def teacher_heads(teacher: PreTrainedModel, token_ids: torch.Tensor) -> list[tup
     found = []
     walk_teacher(teacher, token_ids, lambda _, states, heads: found.append((states, heads)))
     return found
-
-
-@torch.no_grad()
-def alignment_errors(
-    teacher: PreTrainedModel, config: HydraHeadConfig, forms: Forms, token_ids: torch.Tensor
-) -> torch.Tensor:
-    """
-    Errors `[2, L, H]` of the linear and the full forms on a text `[B, T]`, as `head_matching_loss` defines them.
-
-    Their difference says what a head's full-attention slot is worth, as far as its output goes.
-    """
-    module, errors = HeadForms(config, forms).to(token_ids.device), []
-    walk_teacher(
-        teacher.to(token_ids.device),
-        token_ids,
-        lambda layer, states, heads: errors.append(module(layer, states.float(), heads)),
-    )
-    return torch.stack(errors, dim=1).cpu()
 
 
 @torch.no_grad()
@@ -402,8 +362,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
         trained = build()
         trained.load_state_dict(state)
         job.draw()
-        with whole_file(output) as partial:  # last: it says that the stage is done
-            save_file(trained.forms(), partial)
+        save_forms(trained.forms(), stage.options, output)  # last: it says that the stage is done
         print(f"written to {output}")
     job.end()
 
