@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, tqdm
+from accelerate.utils import DistributedType, broadcast, tqdm
 from torch import nn
 
 from .checkpoints import Checkpoints, keep_metrics_before
 from .data import Batch
 
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+REPLICAS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SPIKE_WINDOW = 50
 SHORTEST_WINDOW = 20
 
@@ -93,6 +93,7 @@ def train(
     run: Run | None = None,
     metrics_file: Path | None = None,
     on_step: Callable[[int, dict], None] | None = None,
+    by_layers: bool = False,
 ) -> nn.Module:
     """
     Train the parameters of `model` that require a gradient with AdamW.
@@ -108,6 +109,8 @@ def train(
         run: where to keep checkpoints, if at all, and to resume from the newest.
         metrics_file: one JSON line is appended for each step; the run's own by default.
         on_step: called after each step with the steps done and what was recorded.
+        by_layers: `backward` goes back once for every layer, which the hooks of DistributedDataParallel cannot follow:
+            gradients of replicas are summed when a step's last one is there.
 
     Returns:
         the trained model, as prepared by `accelerator`.
@@ -117,7 +120,7 @@ def train(
         Stopped: SIGTERM or SIGINT, after the step and its checkpoint.
         OSError: the disk is full.
     """
-    model, optimizer = _prepare(accelerator, model, schedule)
+    model, optimizer = _prepare(accelerator, model, schedule, by_layers)
     checkpoints = Checkpoints(run.folder, run.keep) if run else None
     progress = checkpoints.resume(accelerator) if run else {"step": 0}
     losses: list[float] = progress.get("losses", [])
@@ -133,7 +136,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
             metrics, tokens, stop = _accumulate(accelerator, model, micro_batches(step), backward, received)
-            grad_norm = _finish_gradients(accelerator, model, schedule.max_grad_norm)
+            grad_norm = _finish_gradients(accelerator, model, schedule.max_grad_norm, by_layers)
             _check_step(step, metrics, grad_norm, losses, run, checkpoints)
             optimizer.step()
             optimizer.zero_grad()
@@ -167,13 +170,8 @@ def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule):
-    """
-    Model and optimiser on their device, sharded if Accelerate is configured so.
-
-    Replicas are not wrapped in DistributedDataParallel: alignment goes backward once per layer, which its hooks cannot
-    follow. Their gradients are summed once, after the last backward pass of a step.
-    """
+def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule, by_layers: bool):
+    """Model and optimiser as Accelerate is configured; replicas as they are where `by_layers`."""
     optimizer = torch.optim.AdamW(
         trained_parameters(model),
         lr=schedule.learning_rate,
@@ -183,12 +181,11 @@ def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule):
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what only a data loader would tell it
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
-    if accelerator.distributed_type in SHARDED:
+    if not by_layers or accelerator.distributed_type not in REPLICAS:
         return accelerator.prepare(model, optimizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    if accelerator.num_processes > 1:
-        for parameter in model.parameters():  # replicas start equal, whatever each machine computed
-            torch.distributed.broadcast(parameter.data, 0)
+    for parameter in model.parameters():  # replicas start equal, whatever each machine computed
+        parameter.data.copy_(broadcast(parameter.data))
     return model, accelerator.prepare_optimizer(optimizer)
 
 
@@ -198,10 +195,8 @@ def _accumulate(accelerator: Accelerator, model: nn.Module, batches: list[Batch]
     batches = [batch.to(accelerator.device) for batch in batches]
     own = sum(torch.stack([each.weights.double().sum(), each.weights.count_nonzero()]) for each in batches)
     weight, tokens = accelerator.reduce(own, "sum").tolist()
-    # Sharded gradients come as the mean over processes, and Accelerate divides by the accumulated batches.
-    scale = accelerator.gradient_accumulation_steps / max(weight, 1e-6)
-    if accelerator.distributed_type in SHARDED:
-        scale *= accelerator.num_processes
+    # Engines give the mean over processes, and Accelerate divides by the accumulated batches.
+    scale = accelerator.gradient_accumulation_steps * accelerator.num_processes / max(weight, 1e-6)
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:
         with accelerator.accumulate(model):
@@ -216,13 +211,13 @@ def _accumulate(accelerator: Accelerator, model: nn.Module, batches: list[Batch]
     return metrics, tokens, stop
 
 
-def _finish_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) -> float:
-    """Sum the gradients of replicas, clip them, and give their norm before that."""
+def _finish_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float, by_layers: bool) -> float:
+    """Clip the gradients, averaged over replicas where no engine has done so, and give their norm before that."""
     parameters = trained_parameters(model)
-    if accelerator.num_processes > 1 and accelerator.distributed_type not in SHARDED:
-        waiting = [torch.distributed.all_reduce(p.grad, async_op=True) for p in parameters if p.grad is not None]
-        for each in waiting:
-            each.wait()
+    if by_layers and accelerator.distributed_type in REPLICAS:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
     return float(accelerator.clip_grad_norm_(parameters, max_norm))
 
 
