@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..demo.corpus import encode_corpus, load_corpus
-from ..evaluation.report import plot_head_map, plot_head_maps, plot_knockout
+from ..evaluation.report import plot_head_map, plot_head_maps, plot_knockout, plot_stability
 from ..hub.checkpoint import check_free, whole_file, whole_folder
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, load_forms, save_forms
@@ -188,7 +188,7 @@ def knockout_pairs(probes: Sequence[Probe], scores: HeadScores) -> dict[str, lis
 
 
 def draw_scores(scores: HeadScores, folder: Path) -> None:
-    """`head_maps.png` of all methods with each one's best eighth outlined, `ablation.png` and `conversion.png`."""
+    """`head_maps.png` of all methods with each one's best eighth outlined, and the evidence."""
     layers, width = len(scores.scores), len(scores.scores[0])
     best = max(1, round(TOP_SHARE * layers * width))
     maps, masks = {}, {}
@@ -199,6 +199,9 @@ def draw_scores(scores: HeadScores, folder: Path) -> None:
     plot_head_maps(
         maps, masks, f"{scores.teacher}: scores; red: each method's best {best} heads", folder / "head_maps.png"
     )
+    if any(scores.evidence.get("stability", {}).values()):
+        title = f"{scores.teacher}: do halves of the pairs agree"
+        plot_stability(scores.evidence["stability"], title, folder / "stability.png")
     for kind, what in (("ablation", "writing their mean"), ("conversion", "replaced by their linear forms")):
         if scores.evidence.get(kind):
             title = f"{scores.teacher}: accuracy by generation, heads {what}"

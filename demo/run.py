@@ -44,6 +44,7 @@ EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 FACTORS = (1, 2, 4, 8)  # evaluated lengths, in multiples of the working length
 TASKS = {"single_key": 1, "four_keys": 4}
 TEXT_ROWS = 4  # on which what a head is worth to plain text is measured
+SCORE_LENGTH = 512  # tokens of a prompt on which what it is worth to needles is: half of 1x, at half the time
 ANSWER_WEIGHT = 6.0  # in distillation; the teacher learnt retrieval with more, the student has to keep the text too
 CONDITION = (
     "Alignment and distillation read the teacher's own training mixture, in which three rows in four hide needles and "
@@ -211,7 +212,7 @@ class Demo:
             niah_probe(
                 self.tokenizer,
                 self.train_ids,
-                settings.train_length,
+                min(self.length, SCORE_LENGTH),
                 num_keys=keys,
                 num_pairs=settings.pairs,
                 seed=settings.seed,

@@ -115,6 +115,40 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path: Path) -> None:
+    """
+    Draw split-half rank correlation, with the 95% interval of the splits, over the number of pairs.
+
+    Args:
+        stability: by method, what `convert.evidence.stability` gives.
+    """
+    figure, axes = plt.subplots(figsize=(5.6, 3.6))
+    counts = sorted({int(count) for found in stability.values() for count in found})
+    for index, (method, found) in enumerate(stability.items()):
+        points = [(counts.index(int(count)), entry) for count, entry in found.items() if entry["rho"] is not None]
+        if not points:
+            axes.plot([], [], "o", color=f"C{index}", label=f"{method}: fewer than three heads take part")
+            continue
+        places = [place + 0.06 * (index - len(stability) / 2) for place, _ in points]
+        values = [entry["rho"] for _, entry in points]
+        spread = [
+            [entry["rho"] - entry["rho_low"] for _, entry in points],
+            [entry["rho_high"] - entry["rho"] for _, entry in points],
+        ]
+        heads = points[-1][1]["heads"]
+        axes.errorbar(
+            places, values, yerr=spread, fmt="o-", capsize=2, color=f"C{index}", label=f"{method}, {heads} heads"
+        )
+    axes.set_xticks(range(len(counts)), counts)
+    axes.set_xlabel("pairs of each probe, split in halves")
+    axes.set_ylabel("Spearman, heads that take part")
+    axes.set_ylim(-0.4, 1.05)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, loc="lower right")
+    axes.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
 def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Path) -> None:
     """
     Draw accuracy and text loss of converted students by ranking method, a column of panels for each condition.

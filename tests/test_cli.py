@@ -115,7 +115,12 @@ def test_an_interrupted_convert_leaves_no_folder(tmp_path, masks, sent):
         f"            '--masks', {str(masks)!r}, '--calibration-tokens', '64']\n"
         "cli.main()\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
+    )
     for _ in range(600):
         if marker.exists() or process.poll() is not None:
             break
