@@ -9,15 +9,18 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..hub.checkpoint import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
-from .ablation import Replace
-from .migration import Forms, attention_state, load_meta
+from .ablation import Replace, replaced_heads
+from .migration import Forms, attention_state, head_forms_of, load_meta
+from .patching import home
 from .teachers import TeacherAdapter
 
 BRANCHES = ("linear", "full")
+LEAST_SCALE = 0.05  # of a linear head that starts nowhere near its teacher: at 0 nothing of it would be trained
 
 
 def build_attention(
@@ -76,6 +79,37 @@ class FormOutputs(nn.Module):
         return torch.stack(
             [self.branches[branch][layer].head_outputs(hidden_states, **positions) for branch in branches]
         )
+
+
+@torch.no_grad()
+def calibrated_forms(teacher: PreTrainedModel, calibration_ids: torch.Tensor, config: HydraHeadConfig) -> Forms:
+    """
+    Both forms of all heads as alignment should start from them: `migration.head_forms_of`, with every linear head's γ by
+    least squares against its teacher head (arXiv 2606.16429): a head that is still wrong is less wrong at less volume.
+
+    Args:
+        calibration_ids: `[B, T]` token ids of a text.
+        config: a student's configuration; its masks do not matter.
+    """
+    forms = head_forms_of(teacher, calibration_ids, config)
+    if config.fusion == "concat":
+        return forms
+    linear = with_masks(config, [[0] * config.num_attention_heads] * config.num_hidden_layers)
+    rotary = HydraHeadRotaryEmbedding(config).to(home(teacher))
+    position_ids = torch.arange(calibration_ids.shape[1], device=home(teacher)).unsqueeze(0)
+
+    def fit(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        states, target = hidden_states.float(), heads.float()
+        attention = build_attention(linear, layer, forms).to(states.device)
+        output = attention.head_outputs(states, position_embeddings=rotary(states, position_ids))
+        scale = (output * target).sum((0, 1, 3)) / output.square().sum((0, 1, 3)).clamp_min(1e-12)
+        gamma = forms[f"{layer}.linear.gamma"]
+        gamma.mul_(scale.clamp_min(LEAST_SCALE).to(gamma.device))
+        return heads
+
+    with replaced_heads(teacher, fit):
+        teacher.model(calibration_ids.to(home(teacher)), use_cache=False)
+    return forms
 
 
 def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Replace:

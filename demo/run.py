@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.forms import FormOutputs
-from ..convert.migration import Forms, convert_model, head_forms_of, student_config, teacher_config
+from ..convert.forms import FormOutputs, calibrated_forms
+from ..convert.migration import Forms, convert_model, student_config, teacher_config
 from ..convert.probes import niah_probe
 from ..convert.scoring import HeadScores, score_heads
 from ..convert.selection import select_heads, selection_cost
@@ -242,7 +242,7 @@ class Demo:
             Accelerator(),
             self.teacher,
             self.config,
-            head_forms_of(self.teacher, self._batch_at(0)(0)[0], self.config),
+            calibrated_forms(self.teacher, self._batch_at(0)(0)[0], self.config),
             self._batch_at(1),
             Schedule(settings.align_steps, learning_rate=6e-3, final_learning_rate=6e-5),
             metrics_file=self.folder / "metrics.jsonl",

@@ -14,7 +14,15 @@ from hydrahead.convert.ablation import (
     mean_heads,
     replaced_heads,
 )
-from hydrahead.convert.forms import FormOutputs, converted_heads, linear_heads, load_forms, save_forms
+from hydrahead.convert.forms import (
+    LEAST_SCALE,
+    FormOutputs,
+    calibrated_forms,
+    converted_heads,
+    linear_heads,
+    load_forms,
+    save_forms,
+)
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.replacement import (
     answer_effects,
@@ -216,3 +224,28 @@ def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
         load_forms(tmp_path / "forms.safetensors", other)
     with pytest.raises(ValueError, match="no such file"):
         load_forms(tmp_path / "none.safetensors", adapter)
+
+
+@pytest.mark.parametrize("family", ["qwen3-tied", "phi3"])
+def test_alignment_starts_at_the_scale_that_brings_each_head_nearest(family):
+    """No other scale of a head is nearer, and its form is otherwise what conversion starts from."""
+    teacher, ids = make_teacher(family), random_ids(2, 24)
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, **OPTIONS)
+    plain, fitted = head_forms_of(teacher, ids, config), calibrated_forms(teacher, ids, config)
+    assert {name for name in plain if (plain[name] != fitted[name]).any()} == {"0.linear.gamma", "1.linear.gamma"}
+
+    def error(forms: dict, layer: int, hidden_states, heads) -> torch.Tensor:
+        output = FormOutputs(config, forms).outputs(layer, hidden_states, ("linear",))[0]
+        return (output - heads).square().sum((0, 1, 3))
+
+    def check(layer: int, hidden_states, heads):
+        least, gamma = error(fitted, layer, hidden_states, heads), f"{layer}.linear.gamma"
+        free = fitted[gamma] > LEAST_SCALE * plain[gamma] * 1.001  # the others were kept from vanishing
+        assert free.any()
+        for factor in (0.98, 1.02):
+            other = error(fitted | {gamma: fitted[gamma] * factor}, layer, hidden_states, heads)
+            assert (other[free] > least[free]).all()
+        return heads
+
+    with torch.no_grad(), replaced_heads(teacher, check):
+        teacher.model(ids)

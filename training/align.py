@@ -20,8 +20,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.forms import build_attention, save_forms, with_masks
-from ..convert.migration import Forms, forms_of_attention, head_forms_of
+from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
+from ..convert.migration import Forms, forms_of_attention
 from ..hub.checkpoint import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
@@ -301,7 +301,7 @@ def align_heads(
     Args:
         teacher: in eval mode; moved to the accelerator's device.
         config: a student's configuration; its masks do not matter.
-        forms: where to start, from `convert.migration.initial_forms`.
+        forms: where to start, from `convert.forms.calibrated_forms`.
         batch_at: token ids `[B, T]` of a step, as the first tensor of a batch.
 
     Returns:
@@ -326,7 +326,7 @@ def starting_forms(job: Job, teacher: PreTrainedModel, config: HydraHeadConfig) 
     if job.accelerator.is_main_process and not file.is_file():
         row = min(512, job.section.length)
         ids = torch.from_numpy(job.data.heldout[: job.section.calibration_tokens].astype("int64"))
-        forms = head_forms_of(teacher, ids[: len(ids) // row * row].view(-1, row), config)
+        forms = calibrated_forms(teacher, ids[: len(ids) // row * row].view(-1, row), config)
         with whole_file(file) as partial:
             save_file(forms, partial)
     job.accelerator.wait_for_everyone()

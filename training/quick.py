@@ -7,7 +7,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..convert.migration import Forms, head_forms_of, student_config
+from ..convert.forms import calibrated_forms
+from ..convert.migration import Forms, student_config
 from ..convert.teachers import adapter_for
 from ..demo.mixture import mixture_rows
 from .align import align_heads
@@ -48,7 +49,7 @@ def quick_forms(
         Accelerator(),
         teacher,
         config,
-        head_forms_of(teacher, batch_at(-1 % 2**32)[0], config),
+        calibrated_forms(teacher, batch_at(-1 % 2**32)[0], config),
         batch_at,
         Schedule(steps, LEARNING_RATE, LEAST_LEARNING_RATE),
         on_step=on_step,
