@@ -84,7 +84,7 @@ class FormOutputs(nn.Module):
 @torch.no_grad()
 def calibrated_forms(teacher: PreTrainedModel, calibration_ids: torch.Tensor, config: HydraHeadConfig) -> Forms:
     """
-    Both forms of all heads as alignment should start from them: `migration.head_forms_of`, with every linear head's γ by
+    Both forms of all heads as alignment should start: `migration.head_forms_of`, with the γ of every linear head by
     least squares against its teacher head (arXiv 2606.16429): a head that is still wrong is less wrong at less volume.
 
     Args:
