@@ -91,7 +91,10 @@ def score(
     output: Annotated[Path, typer.Argument(help="Folder to write: head_scores.json and pictures.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(help="How heads are ranked; several are compared, the first decides. Default: replacement."),
+        typer.Option(
+            help="replacement (default), receiver+sender (the paper's), receiver, sender, attribution, "
+            "attribution-qk, attention, logit-contribution, mean-ablation; repeat to compare, the first decides."
+        ),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a prompt; else the native length, 4096 at most.")
@@ -109,7 +112,8 @@ def score(
     ] = None,
     align_steps: Annotated[int, typer.Option(help="Steps of the quick alignment.", min=1)] = 100,
     shortlist: Annotated[
-        int | None, typer.Option(help="Measure the replacement effect of so many heads only, estimate the others.")
+        int | None,
+        typer.Option(help="Measure the replacement effect of so many heads only, estimate the others.", min=1),
     ] = None,
     position: Annotated[Position, typer.Option(help="Position signal of full-attention heads.")] = Position.nope,
     logit_scale_base: Annotated[float | None, typer.Option(help="Base of the length scale with nope.")] = None,
