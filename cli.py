@@ -145,6 +145,7 @@ def score(
             built_in=built_in,
             forms=forms,
             options=options,
+            align_steps=align_steps,
             shortlist=shortlist,
             evidence=evidence,
             device=device,

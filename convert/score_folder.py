@@ -1,8 +1,9 @@
 """Scores from a teacher's name to a folder on disk, and masks from there: `hydrahead score` and `hydrahead select`."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from .migration import Forms, student_config
 from .patching import Head, home
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, jsonl_probes, niah_probe
 from .replacement import search_masks
-from .scoring import CLEAN_ONLY, METHODS, NEEDS_FORMS, HeadScores, score_heads
+from .scoring import CLEAN_ONLY, METHODS, NEEDS_FORMS, HeadScores, ProbeResult, score_heads
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 from .teachers import TeacherAdapter, adapter_for, find_checkpoint, public_name
 
@@ -43,6 +44,7 @@ class ScoreSettings:
         built_in: use the built-in probes.
         forms: aligned forms of the heads (`head_forms.safetensors`).
         options: the student's options, where no forms file says them.
+        align_steps: of the alignment, where no forms file is given.
         shortlist: heads whose replacement effect is measured; all by default.
         evidence: measure stability and knock-out curves.
         device: `cpu`, `cuda`, …; a GPU, with off-loading as needed, where there is one, by default.
@@ -59,6 +61,7 @@ class ScoreSettings:
     built_in: bool = True
     forms: Path | None = None
     options: dict | None = None
+    align_steps: int = 100
     shortlist: int | None = None
     evidence: bool = True
     device: str | None = None
@@ -95,6 +98,46 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
     return adapter, fetch, length
 
 
+class Unfinished:
+    """
+    What an interrupted `score` had done: aligned forms and finished probes, in a hidden folder beside the output.
+
+    The same command goes on from there; another one starts anew.
+    """
+
+    def __init__(self, output: Path, settings: ScoreSettings):
+        self.folder = output.absolute().parent / f".{output.name}.unfinished"
+        text = settings.text.stat() if settings.text else None
+        record = {"settings": asdict(settings), "text": text and [text.st_size, text.st_mtime]}
+        self.record = json.dumps(record, default=str)
+        self.forms, self.probes, self.settings = (
+            self.folder / name for name in ("head_forms.safetensors", "probes.json", "settings.json")
+        )
+
+    def open(self) -> None:
+        """Forget what another command had done."""
+        if not self.settings.is_file() or self.settings.read_text() != self.record:
+            self.close()
+            self.folder.mkdir(parents=True)
+            with whole_file(self.settings) as partial:
+                partial.write_text(self.record)
+
+    def finished(self) -> list[ProbeResult]:
+        """The probes measured before."""
+        if not self.probes.is_file():
+            return []
+        return [ProbeResult(**result) for result in json.loads(self.probes.read_text())]
+
+    def keep(self, results: Sequence[ProbeResult]) -> None:
+        """Keep the probes measured so far."""
+        with whole_file(self.probes) as partial:
+            partial.write_text(json.dumps([asdict(result) for result in results]))
+
+    def close(self) -> None:
+        """Nothing is unfinished any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def score_to_folder(
     settings: ScoreSettings,
     output: Path,
@@ -104,6 +147,8 @@ def score_to_folder(
 ) -> HeadScores:
     """
     Score a teacher's heads and write `head_scores.json`, pictures and, where they were made here, the aligned forms.
+
+    Interrupted, the same call goes on where the last probe was finished.
 
     Args:
         make_forms: aligns the heads where a method needs forms and no file holds them.
@@ -121,6 +166,8 @@ def score_to_folder(
     if settings.built_in:
         probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed) + probes
 
+    unfinished = Unfinished(output, settings)
+    unfinished.open()
     on_stage("reading the teacher", None)
     teacher = load_teacher(checkpoint, settings)
     made, forms = None, None
@@ -129,8 +176,9 @@ def score_to_folder(
             tensors, options = load_forms(settings.forms, adapter)
         else:
             options = settings.options or {}
-            tensors = make_forms(teacher, tokenizer, text_ids, options)
-            made = tensors, options
+            if not unfinished.forms.is_file():
+                save_forms(make_forms(teacher, tokenizer, text_ids, options), options, unfinished.forms)
+            made = tensors, _ = load_forms(unfinished.forms, adapter)
         forms = running_forms(adapter, tensors, options, teacher)
     rows = text_rows(text_ids)
     steps = score_steps(probes, settings.methods, len(rows))
@@ -145,6 +193,8 @@ def score_to_folder(
         shortlist=settings.shortlist,
         revision=settings.revision,
         seed=settings.seed,
+        done=unfinished.finished(),
+        on_probe=unfinished.keep,
     )
     if settings.evidence:
         pairs = knockout_pairs(probes, scores)
@@ -156,6 +206,7 @@ def score_to_folder(
         draw_scores(scores, partial)
         if made is not None:
             save_forms(*made, partial / "head_forms.safetensors")
+    unfinished.close()
     return scores
 
 

@@ -293,6 +293,8 @@ def score_heads(
     weights: Mapping[str, float] | None = None,
     revision: str | None = None,
     seed: int = 0,
+    done: Sequence[ProbeResult] = (),
+    on_probe: Callable[[Sequence[ProbeResult]], None] = lambda results: None,
 ) -> HeadScores:
     """
     Score every query head of a teacher by one or several methods (METHOD §2).
@@ -311,6 +313,8 @@ def score_heads(
         sender_shortlist: see `patching.sender_effects`.
         weights: of capabilities in the fused score, 1 for those not named, 0 leaves one out.
         revision, seed: recorded.
+        done: what an earlier call with the same arguments has measured, which is not measured again.
+        on_probe: told all that has been measured so far, after each probe.
 
     Raises:
         ValueError: no probes, an unknown method, an unsupported teacher, or no pair that the teacher tells apart.
@@ -325,13 +329,18 @@ def score_heads(
             raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
     adapter = adapter_for(teacher.config)
     measuring = _Measuring(teacher, head_forms, shortlist, sender_shortlist, on_pair or (lambda: None))
-    results = []
+    finished = {(result.name, result.counterfactual): result for result in done}
+    results: list[ProbeResult] = []
     for probe in probes:
+        if (probe.name, probe.counterfactual) in finished:
+            results.append(finished[probe.name, probe.counterfactual])
+            continue
         seen = any(result.name == probe.name and result.used for result in results)
         skipped = set(CLEAN_ONLY) if seen else set()
         if len(text_rows) and probe.capability == "language":
             skipped.add("replacement")  # the KL on text says it better
         results.append(measuring.probe(probe, [method for method in methods if method not in skipped]))
+        on_probe(results)
     if not any(result.used for result in results):
         raise ValueError(_nothing_usable(probes))
     if "replacement" in methods and len(text_rows):

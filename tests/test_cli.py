@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from hydrahead.cli import app
+from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
+from hydrahead.convert.scoring import _Measuring
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.hub.checkpoint import answer_in_clean_process, whole_folder
 from hydrahead.tests.families import make_teacher
@@ -167,6 +169,32 @@ def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
     masks = json.loads((tmp_path / "masks.json").read_text())
     assert masks[1][2] == masks[1][3] == masks[5][0] == masks[5][1] == 1 and sum(map(sum, masks)) == 12
     assert all(map(any, masks)) and (tmp_path / "masks.png").is_file()
+
+
+def test_an_interrupted_score_goes_on_where_the_last_probe_was_finished(tmp_path, monkeypatch):
+    """Stopped in the third probe: the second run measures the others only, and gives what one run gives."""
+    output, plain = tmp_path / "scores", tmp_path / "plain"
+    settings = ScoreSettings(
+        str(EMBEDDED_TEACHER), ("receiver",), length=200, pairs=2, evidence=False, device="cpu", seed=1
+    )
+    score_to_folder(settings, plain, None)
+    measure, measured = _Measuring.probe, []
+
+    def stop_in_the_third(self, probe, methods):
+        measured.append(probe.name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return measure(self, probe, methods)
+
+    monkeypatch.setattr(_Measuring, "probe", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        score_to_folder(settings, output, None)
+    assert not output.exists()
+    score_to_folder(settings, output, None)
+    assert len(measured) == 3 + 8, "ten probes, two of them done before"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    one, two = (json.loads((folder / "head_scores.json").read_text()) for folder in (plain, output))
+    assert one | {"seconds": 0} == two | {"seconds": 0}
 
 
 @pytest.mark.slow
