@@ -107,9 +107,9 @@ class Unfinished:
 
     def __init__(self, output: Path, settings: ScoreSettings):
         self.folder = output.absolute().parent / f".{output.name}.unfinished"
-        text = settings.text.stat() if settings.text else None
-        record = {"settings": asdict(settings), "text": text and [text.st_size, text.st_mtime]}
-        self.record = json.dumps(record, default=str)
+        read = [file for file in (settings.text, settings.forms, *settings.probe_files) if file]
+        versions = [[file.stat().st_size, file.stat().st_mtime] for file in read]
+        self.record = json.dumps({"settings": asdict(settings), "files": versions}, default=str)
         self.forms, self.probes, self.settings = (
             self.folder / name for name in ("head_forms.safetensors", "probes.json", "settings.json")
         )
