@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -142,25 +142,39 @@ def save_forms(forms: Forms, options: dict, path: Path) -> None:
         save_file(forms, partial, metadata={"student": json.dumps(options)})
 
 
-def load_forms(path: Path, adapter: TeacherAdapter) -> tuple[Forms, dict]:
+def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
     """
-    Forms and the student's options that they were aligned under.
+    The student's options that the forms in a file were aligned under; no tensor is read.
 
     Raises:
         ValueError: the file is missing, holds something else, or belongs to a teacher of another shape.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; hydrahead.training.align writes head_forms.safetensors")
+        raise ValueError(f"{path}: no such file; alignment writes it (hydrahead.training.align)")
+    expected = [adapter.num_heads, adapter.head_dim, adapter.config.hidden_size]
     try:
         with safe_open(path, framework="pt") as file:
-            options = json.loads((file.metadata() or {})["student"])
-            forms = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            heads, dim, hidden = forms[f"{adapter.num_layers - 1}.linear.q_proj.weight"].shape
-    except (SafetensorError, KeyError) as error:
+            layers = {int(name.split(".")[0]) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            found = file.get_slice("0.linear.q_proj.weight").get_shape()
+            options = (file.metadata() or {}).get("student")
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: not the aligned forms of a teacher's heads ({error})") from None
+    if len(layers) != adapter.num_layers or found != expected:
         raise ValueError(
-            f"{path}: not the aligned forms of a teacher with {adapter.num_layers} layers ({error})"
-        ) from None
-    found, expected = (heads, dim, hidden), (adapter.num_heads, adapter.head_dim, adapter.config.hidden_size)
-    if found != expected:
-        raise ValueError(f"{path}: forms of (heads, head size, hidden size) {found}, the teacher has {expected}")
-    return forms, options
+            f"{path}: heads of another teacher, expected {adapter.num_layers} layers of {expected}, got {len(layers)} "
+            f"of {found}"
+        )
+    if options is None:
+        raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")
+    return json.loads(options)
+
+
+def load_forms(path: Path, adapter: TeacherAdapter) -> tuple[Forms, dict]:
+    """
+    Forms and the student's options that they were aligned under.
+
+    Raises:
+        ValueError: see `check_forms`.
+    """
+    options = check_forms(path, adapter)
+    return load_file(path), options

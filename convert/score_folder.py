@@ -14,7 +14,7 @@ from ..demo.corpus import encode_corpus, load_corpus
 from ..evaluation.report import plot_head_map, plot_head_maps, plot_knockout, plot_stability
 from ..hub.checkpoint import check_free, whole_file, whole_folder
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
-from .forms import FormOutputs, load_forms, save_forms
+from .forms import FormOutputs, check_forms, load_forms, save_forms
 from .migration import Forms, student_config
 from .patching import Head, home
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, jsonl_probes, niah_probe
@@ -94,7 +94,7 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
     if length > native:
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
     if settings.forms is not None:
-        load_forms(settings.forms, adapter)
+        check_forms(settings.forms, adapter)
     return adapter, fetch, length
 
 

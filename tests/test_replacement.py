@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 from hydrahead.convert.ablation import (
     answer_measure,
@@ -220,10 +221,16 @@ def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
     found, options = load_forms(tmp_path / "forms.safetensors", adapter)
     assert options == OPTIONS and all((found[name] == tensor).all() for name, tensor in tensors.items())
     other = adapter_for(make_teacher("qwen3-tied", num_hidden_layers=3).config)
-    with pytest.raises(ValueError, match=r"^[^\n]*not the aligned forms of a teacher with 3 layers[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*expected 3 layers of [^\n]*, got 2 of [^\n]*$"):
         load_forms(tmp_path / "forms.safetensors", other)
     with pytest.raises(ValueError, match="no such file"):
         load_forms(tmp_path / "none.safetensors", adapter)
+    save_file(tensors, tmp_path / "forms.safetensors")
+    with pytest.raises(ValueError, match="does not say what its heads were aligned for"):
+        load_forms(tmp_path / "forms.safetensors", adapter)
+    (tmp_path / "forms.safetensors").write_text("{}")
+    with pytest.raises(ValueError, match=r"^[^\n]*not the aligned forms of a teacher's heads[^\n]*$"):
+        load_forms(tmp_path / "forms.safetensors", adapter)
 
 
 @pytest.mark.parametrize("family", ["qwen3-tied", "phi3"])

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ..convert.forms import check_forms
 from ..convert.migration import convert_model
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
@@ -80,7 +81,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     forms = Path(section.head_forms or Path(recipe.output) / "align" / "head_forms.safetensors")
     config = stage.check_student(Path(section.student)) if section.student else stage.config(stage.masks)
     if not section.student and not dry_run:
-        stage.check_forms(forms)
+        check_forms(forms, stage.adapter)
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, config)
     if (stage.folder / "student").is_dir():

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
@@ -184,28 +183,6 @@ class Stage:
             if field not in ("rope_parameters", "use_cache") and (found := getattr(config, field, None)) != value:
                 raise ValueError(f"{folder}: not a student of this teacher: {field} is {found}, the teacher's {value}")
         return config
-
-    def check_forms(self, file: Path) -> Path:
-        """
-        The file of aligned heads.
-
-        Raises:
-            ValueError: there is none, or its heads are not this teacher's.
-        """
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file; alignment writes it")
-        adapter, config = self.adapter, self.adapter.config
-        expected = [adapter.num_heads, adapter.head_dim, config.hidden_size]
-        with safe_open(file, framework="pt") as forms:
-            names = set(forms.keys())
-            name = f"{adapter.num_layers - 1}.linear.q_proj.weight"
-            found = forms.get_slice(name).get_shape() if name in names else None
-        if found != expected or f"{adapter.num_layers}.linear.q_proj.weight" in names:
-            raise ValueError(
-                f"{file}: heads of another teacher, expected {adapter.num_layers} layers of {expected}, got "
-                f"{found or 'another number of layers'}"
-            )
-        return file
 
     def start(self) -> "Job":
         """Tokens, tokenizer and processes, when all checks are done."""
