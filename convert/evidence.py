@@ -80,15 +80,8 @@ def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]
             continue
         rhos, overlaps = [], []
         for _ in range(SPLITS):
-            drawn = {id(probe): torch.randperm(probe.used, generator=generator).tolist() for probe in probes}
-            halves = []
-            for start in (0, 1):
-
-                def pairs(probe: ProbeResult, start=start, drawn=drawn) -> list[int]:
-                    indices = drawn[id(probe)][: min(count, probe.used)]  # noqa: B023
-                    return indices[start::2] or indices
-
-                halves.append(fuse(probes, method, scores.weights, pairs)[0])
+            drawn = {id(p): torch.randperm(p.used, generator=generator).tolist()[:count] for p in probes}
+            halves = [_half(probes, method, scores.weights, drawn, start) for start in (0, 1)]
             rho = spearman(*(half[active] for half in halves))
             rhos += [rho] if rho is not None else []
             best = [set(half.flatten().argsort(descending=True)[:top].tolist()) for half in halves]
@@ -97,6 +90,17 @@ def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]
         for name, values in (("rho", rhos), ("overlap", overlaps)):
             found[str(count)] |= _interval(name, values)
     return found
+
+
+def _half(
+    probes: Sequence[ProbeResult], method: str, weights, drawn: dict[int, list[int]], start: int
+) -> torch.Tensor:
+    """Scores `[L, H]` from every other one of the pairs drawn of each probe; a single pair is in both halves."""
+
+    def pairs(probe: ProbeResult) -> list[int]:
+        return drawn[id(probe)][start::2] or drawn[id(probe)]
+
+    return fuse(probes, method, weights, pairs).scores
 
 
 def _interval(name: str, values: Sequence[float]) -> dict[str, float | None]:

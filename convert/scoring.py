@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -94,21 +95,34 @@ class ProbeResult:
         return torch.stack(means).amax(0)
 
 
+class Fused(NamedTuple):
+    """
+    What `fuse` gives, `[L, H]` each.
+
+    Attributes:
+        scores: over all capabilities.
+        capabilities, kappas: by capability, the score and the share of its forms in which a head takes part.
+        largest: effect in any form, which the threshold applies to.
+    """
+
+    scores: torch.Tensor
+    capabilities: dict[str, torch.Tensor]
+    kappas: dict[str, torch.Tensor]
+    largest: torch.Tensor
+
+
 def fuse(
     probes: Sequence[ProbeResult],
     method: str,
     weights: Mapping[str, float] | None = None,
     pairs: Callable[[ProbeResult], Sequence[int] | None] = lambda probe: None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+) -> Fused:
     """
     From effects to one score (METHOD §2).
 
     A form's effect is the larger of its two counterfactuals'; a capability's is the mean over its forms times κ, the
     share of forms in which a head passes 0.01; it is scaled to a maximum of 1 and, unless it has negative values, a
     minimum of 0; the score is the weighted mean over capabilities, equal weights by default.
-
-    Returns:
-        scores `[L, H]`; by capability; the largest effect in any form, which the threshold applies to.
 
     Raises:
         ValueError: the method was measured on none of the probes.
@@ -121,38 +135,24 @@ def fuse(
             forms.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
     if not forms:
         raise ValueError(f"{method} was not measured on these probes; measured: {', '.join(measured_methods(probes))}")
-    capabilities, largest = {}, []
+    capabilities, kappas, largest = {}, {}, []
     for capability, by_name in forms.items():
         means = torch.stack([torch.stack(effects).amax(0) for effects in by_name.values()])  # [forms, L, H]
         largest.append(means.amax(0))
-        kappa = (means > THRESHOLD).float().mean(0)
-        score = torch.where(means.mean(0) > 0, means.mean(0) * kappa, means.mean(0))
+        kappas[capability] = (means > THRESHOLD).float().mean(0)
+        score = torch.where(means.mean(0) > 0, means.mean(0) * kappas[capability], means.mean(0))
         low = score.min().clamp_min(0)
         spread = score.max() - low
         capabilities[capability] = (score - low) / spread if spread > 0 else torch.zeros_like(score)
     weight = {name: (weights or {}).get(name, 1.0) for name in capabilities}
     total = sum(weight.values())
     scores = sum(capabilities[name] * weight[name] for name in capabilities) / total
-    return scores, capabilities, torch.stack(largest).amax(0)
+    return Fused(scores, capabilities, kappas, torch.stack(largest).amax(0))
 
 
 def measured_methods(probes: Sequence[ProbeResult]) -> list[str]:
     """The methods whose effects some probe with usable pairs holds."""
     return [name for name in METHODS if any(probe.used and probe.effect(name) is not None for probe in probes)]
-
-
-def kappas(probes: Sequence[ProbeResult], method: str) -> dict[str, list[list[float]]]:
-    """κ `[L][H]` by capability."""
-    forms: dict[str, dict[str, torch.Tensor]] = {}
-    for probe in probes:
-        effect = probe.effect(method) if probe.used else None
-        if effect is not None:
-            seen = forms.setdefault(probe.capability, {})
-            seen[probe.name] = torch.maximum(seen.get(probe.name, effect), effect)
-    return {
-        capability: torch.stack([(effect > THRESHOLD).float() for effect in by_name.values()]).mean(0).tolist()
-        for capability, by_name in forms.items()
-    }
 
 
 @dataclass
@@ -200,13 +200,13 @@ class HeadScores:
         Raises:
             ValueError: it was not.
         """
-        scores, capabilities, _ = fuse(self.probes, method, self.weights)
+        fused = fuse(self.probes, method, self.weights)
         return replace(
             self,
             method=method,
-            scores=scores.tolist(),
-            capabilities={name: score.tolist() for name, score in capabilities.items()},
-            kappa=kappas(self.probes, method),
+            scores=fused.scores.tolist(),
+            capabilities={name: score.tolist() for name, score in fused.capabilities.items()},
+            kappa={name: share.tolist() for name, share in fused.kappas.items()},
         )
 
     def methods(self) -> list[str]:
@@ -215,7 +215,7 @@ class HeadScores:
 
     def taking_part(self) -> torch.Tensor:
         """Bool `[L, H]`: heads whose effect passes 0.01 in some form."""
-        return fuse(self.probes, self.method, self.weights)[2] > THRESHOLD
+        return fuse(self.probes, self.method, self.weights).largest > THRESHOLD
 
     def merge(self, other: "HeadScores") -> "HeadScores":
         """

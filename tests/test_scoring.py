@@ -117,14 +117,15 @@ def test_the_larger_counterfactual_counts_and_kappa_is_the_share_of_forms():
         return ProbeResult(name, "retrieval", counterfactual, pairs=2, used=2, effects={"receiver": effects.tolist()})
 
     probes = [result("a", "value", [0.4, 0.0]), result("a", "key", [0.2, 0.6]), result("b", "value", [0.4, 0.0])]
-    scores, _, largest = fuse(probes, "receiver")
+    scores, _, kappas, largest = fuse(probes, "receiver")
+    assert kappas["retrieval"][0].tolist() == [1, 0.5, 0]
     assert largest[0].tolist() == pytest.approx([0.4, 0.6, 0])
     assert scores[0].tolist() == pytest.approx([1, 0.3 * 0.5 / 0.4, 0])
 
 
 def test_a_full_form_that_is_worse_than_the_linear_one_scores_below_zero():
     effects = {"linear": [[[0.5, 0.1, 0.0]]], "full": [[[0.1, 0.9, 0.0]]]}
-    scores, _, _ = fuse([ProbeResult("a", "retrieval", pairs=1, used=1, effects=effects)], "replacement")
+    scores = fuse([ProbeResult("a", "retrieval", pairs=1, used=1, effects=effects)], "replacement").scores
     assert scores[0].tolist() == pytest.approx([1, -2, 0])
 
 
@@ -133,8 +134,8 @@ def test_weights_decide_what_capabilities_count():
         ProbeResult("a", "retrieval", pairs=1, used=1, effects={"receiver": [[[1.0, 0.0]]]}),
         ProbeResult("b", "copying", pairs=1, used=1, effects={"receiver": [[[0.0, 1.0]]]}),
     ]
-    assert fuse(probes, "receiver")[0][0].tolist() == pytest.approx([0.5, 0.5])
-    assert fuse(probes, "receiver", {"copying": 3.0})[0][0].tolist() == pytest.approx([0.25, 0.75])
+    assert fuse(probes, "receiver").scores[0].tolist() == pytest.approx([0.5, 0.5])
+    assert fuse(probes, "receiver", {"copying": 3.0}).scores[0].tolist() == pytest.approx([0.25, 0.75])
 
 
 def test_what_the_teacher_cannot_do_is_left_out_and_said(teacher, pairs):
