@@ -110,7 +110,7 @@ def train(
         metrics_file: one JSON line is appended for each step; the run's own by default.
         on_step: called after each step with the steps done and what was recorded.
         by_layers: `backward` goes back once for every layer, which the hooks of DistributedDataParallel cannot follow:
-            gradients of replicas are summed when a step's last one is there.
+            gradients of replicas are averaged when a step's last one is there.
 
     Returns:
         the trained model, as prepared by `accelerator`.
