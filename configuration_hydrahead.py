@@ -112,7 +112,7 @@ class HydraHeadConfig(PreTrainedConfig):  # trf-ignore: TRF010, trf-ignore: TRF0
     """
 
     model_type = "hydrahead"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # the name since and before transformers 5.24
     # Sharding q, k and v by columns would shard the head masks: only the MLP is split.
     base_model_tp_plan = {
         "layers.*.mlp.gate_proj": "colwise",

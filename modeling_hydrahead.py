@@ -52,6 +52,10 @@ except Exception:  # not installed, or installed without triton: the PyTorch ref
 
 logger = logging.get_logger(__name__)
 
+# transformers 5.24 renamed `past_key_values` to `cache`. A cache comes in under either name, on every release, and
+# goes out under the name that the release's outputs have.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # transformers wraps these two so that fla replaces them wherever it can be imported, even for tensors on the CPU,
 # where its kernels cannot run. The unwrapped functions are the plain PyTorch reference; we choose per call, by device.
 reference_chunk_gated_delta_rule = inspect.unwrap(torch_chunk_gated_delta_rule)
@@ -139,13 +143,28 @@ def _packed_gated_delta_rule(query, key, value, g, beta, segment_ids, use_fla: b
     return output[valid].view(batch_size, seq_len, *output.shape[2:])
 
 
+def only_cache(cache: Cache | None, past_key_values: Cache | None, more: dict) -> Cache | None:
+    """
+    The cache that a caller passed, under the name of either release.
+
+    Raises:
+        ValueError: two different ones, or one among `more`, under a name that is not known.
+    """
+    for name, value in more.items():
+        if isinstance(value, Cache):
+            raise ValueError(f"{name} holds a cache under a name that is not known: pass it as cache")
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument: pass one of them")
+    return past_key_values if cache is None else cache
+
+
 def is_padding_mask(attention_mask: torch.Tensor | dict | None) -> bool:
     """Whether a mask is `[B, tokens]`: neither absent, nor prepared by `generate`, nor a pattern of its own."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 def find_segments(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None, past_key_values: Cache | None
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None, cache: Cache | None
 ) -> torch.Tensor | None:
     """
     Ids `[B, T]` of the sequences packed into each row, or `None` where no row holds more than one.
@@ -157,11 +176,11 @@ def find_segments(
     """
     if position_ids is None or position_ids.shape[-1] == 1 or isinstance(attention_mask, dict):
         return None
-    return _segments_of(position_ids, attention_mask, past_key_values)
+    return _segments_of(position_ids, attention_mask, cache)
 
 
 @torch.compiler.disable  # whether a row is packed is data
-def _segments_of(position_ids, attention_mask, past_key_values) -> torch.Tensor | None:
+def _segments_of(position_ids, attention_mask, cache) -> torch.Tensor | None:
     """`find_segments` where several positions per row are given."""
     restarts = position_ids.diff(dim=-1) != 1
     if is_padding_mask(attention_mask):  # positions of padding do not count
@@ -169,10 +188,10 @@ def _segments_of(position_ids, attention_mask, past_key_values) -> torch.Tensor 
         restarts = restarts & real[:, 1:] & real[:, :-1]
     if not restarts.any():
         return None
-    if attention_mask is not None or past_key_values is not None:
+    if attention_mask is not None or cache is not None:
         raise ValueError(
-            "position_ids restart within a row (packed sequences): pass them without attention_mask and without "
-            "past_key_values, or one sequence per row"
+            "position_ids restart within a row (packed sequences): pass them without attention_mask and without a "
+            "cache, or one sequence per row"
         )
     return F.pad(restarts.cumsum(-1), (1, 0))
 
@@ -266,7 +285,7 @@ class HydraHeadFullAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         query_scale: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, T, D]` to head outputs `[B, T, |F|, d]`, in the order of `HeadLayout.full_heads`, and weights."""
@@ -278,8 +297,8 @@ class HydraHeadFullAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if query_scale is not None:
             query = query * query_scale[:, None, :, None].to(query.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         parts = zip(
             self.blocks,
@@ -398,7 +417,7 @@ class HydraHeadGatedDeltaNet(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         padding_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """
         `[B, T, D]` to head outputs `[B, T, h, d]`, in the order of `HeadLayout.linear_heads`.
@@ -417,20 +436,20 @@ class HydraHeadGatedDeltaNet(nn.Module):
             qkv, beta, g = (x.masked_fill(is_padding, 0) for x in (qkv, beta, g))
 
         state = context = None
-        if past_key_values is not None:
-            state = past_key_values.get_recurrent_state(self.layer_idx)
-            context = past_key_values.get_conv_state(self.layer_idx)
+        if cache is not None:
+            state = cache.get_recurrent_state(self.layer_idx)
+            context = cache.get_conv_state(self.layer_idx)
         qkv, context = self.short_conv(qkv, context, padding_mask, segment_ids)
-        if past_key_values is not None:
-            past_key_values.update_conv_state(context, self.layer_idx)
+        if cache is not None:
+            cache.update_conv_state(context, self.layer_idx)
 
         query, key, value = qkv.view(batch_size, seq_len, 3, -1, self.head_dim).unbind(2)  # [B, T, h, d]
         query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
         output, state = gated_delta_rule(
-            query, key, value, g, beta, state, output_final_state=past_key_values is not None, segment_ids=segment_ids
+            query, key, value, g, beta, state, output_final_state=cache is not None, segment_ids=segment_ids
         )
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
+        if cache is not None:
+            cache.update_recurrent_state(state, self.layer_idx)
         return output
 
 
@@ -499,20 +518,18 @@ class HydraHeadAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`[B, T, D]` to fused head outputs `[B, T, H, d]`, in the teacher's order: what `o_proj` reads."""
         heads = []
         if self.full_attention is not None:
             output, _ = self.full_attention(
-                hidden_states, position_embeddings, query_scale, attention_mask, past_key_values, **kwargs
+                hidden_states, position_embeddings, query_scale, attention_mask, cache, **kwargs
             )
             heads.append(output)
         if self.linear_attention is not None:
-            heads.append(
-                self.linear_attention(hidden_states, position_embeddings, padding_mask, segment_ids, past_key_values)
-            )
+            heads.append(self.linear_attention(hidden_states, position_embeddings, padding_mask, segment_ids, cache))
         return self.fusion(torch.cat(heads, dim=2) if len(heads) > 1 else heads[0], hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -536,7 +553,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
@@ -548,7 +565,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
             attention_mask=attention_mask,
             padding_mask=padding_mask,
             segment_ids=segment_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             **kwargs,
         )
         hidden_states = residual + hidden_states
@@ -564,7 +581,7 @@ class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HydraHeadDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["gates", "fusion"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -617,20 +634,20 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         self.has_linear_attention = config.full_attention_share < 1
         self.post_init()
 
-    def _default_position_ids(self, inputs_embeds, attention_mask, past_key_values) -> torch.Tensor:
+    def _default_position_ids(self, inputs_embeds, attention_mask, cache) -> torch.Tensor:
         """Position ids `[B or 1, T]`. Padding does not count, so that a padded row is the row alone."""
         seq_len = inputs_embeds.shape[1]
         if is_padding_mask(attention_mask):
             return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -seq_len:]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0
         return torch.arange(seq_len, device=inputs_embeds.device).unsqueeze(0) + seen
 
-    def _local_padding_mask(self, inputs_embeds, attention_mask, **kwargs) -> torch.Tensor | None:
+    def _local_padding_mask(self, inputs_embeds, attention_mask, cache) -> torch.Tensor | None:
         """Mask `[B, T]` of the tokens of this call, or `None` where none is padding."""
         if inputs_embeds.shape[1] == 1 and is_padding_mask(attention_mask) and not torch.compiler.is_compiling():
             # transformers takes a single token for a generated one, but a prompt too can be fed token by token.
             return None if attention_mask[:, -1].all() else attention_mask[:, -1:]
-        return create_recurrent_attention_mask(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask, cache)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -639,9 +656,10 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """
@@ -649,7 +667,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
             input_ids or inputs_embeds: `[B, T]` or `[B, T, D]`, exactly one of them.
             attention_mask: `[B, past + T]`, 0 where a token is padding (on either side).
             position_ids: `[B, T]`; rows in which they restart are packed sequences.
+            cache: what earlier calls have seen; `past_key_values` is its name before transformers 5.24.
         """
+        cache = only_cache(cache, past_key_values, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim != 2 and self.has_linear_attention:
@@ -662,30 +682,29 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
 
         if position_ids is not None:
             position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        segment_ids = find_segments(position_ids, attention_mask, past_key_values)
+        segment_ids = find_segments(position_ids, attention_mask, cache)
         if (bounds := kwargs.get("cu_seq_lens_q")) is not None and bounds.numel() > 2 and segment_ids is None:
             raise ValueError("cu_seq_lens_q describes packed sequences: pass their position_ids too")
-        if use_cache and past_key_values is None and segment_ids is None:
-            past_key_values = DynamicCache(config=self.config)
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            logger.warning_once("A layer that is run again in the backward pass would fill the cache twice: no cache.")
+            cache = None
+        if use_cache and cache is None and segment_ids is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = self._default_position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = self._default_position_ids(inputs_embeds, attention_mask, cache)
 
         # It may already have been prepared by e.g. `generate`
         if not isinstance(masks := attention_mask, dict):
-            mask_kwargs = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {"linear_attention": self._local_padding_mask(**mask_kwargs)}
+            masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}
             if self.has_full_attention:
-                masks["full_attention"] = create_causal_mask(**mask_kwargs)
-        if past_key_values is not None and not self.has_full_attention:
+                # By place: the cache's name is another one before transformers 5.24.
+                masks["full_attention"] = create_causal_mask(
+                    self.config, inputs_embeds, attention_mask, cache, position_ids
+                )
+        if cache is not None and not self.has_full_attention:
             # One number per token in the first layer's otherwise empty KV cache counts the tokens seen.
             count = inputs_embeds.new_zeros(inputs_embeds.shape[0], 1, inputs_embeds.shape[1], 1)
-            past_key_values.update(count, count, 0)
+            cache.update(count, count, 0)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -699,13 +718,11 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
                 attention_mask=masks.get("full_attention"),
                 padding_mask=masks.get("linear_attention"),
                 segment_ids=segment_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
         )
 
 
@@ -722,16 +739,19 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, cache=None, inputs_embeds=None, past_key_values=None, **kwargs
+    ):
+        cache = only_cache(cache, past_key_values, kwargs)
         # As in `Phi3ForCausalLM`: longrope changes all its frequencies where a text outgrows the original length, and
         # what is cached was rotated by the old ones. It is computed anew, once.
         rope = self.config.rope_parameters
-        if past_key_values is not None and rope["rope_type"] == "longrope":
-            seen, original = past_key_values.get_seq_length(), rope["original_max_position_embeddings"]
+        if cache is not None and rope["rope_type"] == "longrope":
+            seen, original = cache.get_seq_length(), rope["original_max_position_embeddings"]
             if 0 < seen <= original < input_ids.shape[1]:
-                past_key_values = kwargs["next_sequence_length"] = None
+                cache = next_sequence_length = None
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, next_sequence_length, cache, inputs_embeds=inputs_embeds, **kwargs
         )
 
     @can_return_tuple
@@ -740,11 +760,12 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
         """
@@ -758,6 +779,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -771,9 +793,9 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 

@@ -88,7 +88,7 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
-        self.model(ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(ids, position_ids=position_ids, cache=self.cache, use_cache=True, logits_to_keep=1)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started

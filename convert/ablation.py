@@ -144,9 +144,7 @@ def each_head_replaced(
     context = {
         "position_ids": position_ids,
         "position_embeddings": model.model.rotary_emb(states, position_ids),
-        "attention_mask": create_causal_mask(
-            config=model.config, inputs_embeds=states, attention_mask=None, past_key_values=None
-        ),
+        "attention_mask": create_causal_mask(model.config, states, None, None),  # no padding, no cache
     }
     measured: dict[tuple[int, int, int], torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):

@@ -228,9 +228,7 @@ def measure_heads(adapter: TeacherAdapter, read: Read, token_ids: torch.Tensor) 
     hidden_states = adapter.ends(read)["model.embed_tokens.weight"][token_ids].float()
     position_ids = torch.arange(token_ids.shape[1]).unsqueeze(0)
     position_embeddings = HydraHeadRotaryEmbedding(config)(hidden_states, position_ids)
-    causal_mask = create_causal_mask(
-        config=config, inputs_embeds=hidden_states[:1], attention_mask=None, past_key_values=None
-    )
+    causal_mask = create_causal_mask(config, hidden_states[:1], None, None)  # no padding, no cache
     distances = (position_ids.T - position_ids).clamp_min(0).float()  # [T, T], query minus key
     uniform_entropy = torch.log(position_ids[0] + 1.0).clamp_min(1e-6)  # [T]
     rms, distance, entropy = [], [], []

@@ -740,7 +740,7 @@ def test_a_decoding_step_of_a_layer_compiles_without_a_graph_break(masks, fresh_
         "attention_mask": torch.arange(40).le(8)[None, None, None],
     }
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert_close(compiled(x, past_key_values=caches[0], **inputs), layer(x, past_key_values=caches[1], **inputs))
+    assert_close(compiled(x, cache=caches[0], **inputs), layer(x, cache=caches[1], **inputs))
 
 
 @pytest.mark.slow
