@@ -1,16 +1,28 @@
-# Every target sets up .venv by itself; nothing else has to be installed but Python >= 3.10 and make.
+# Every target sets up .venv by itself; nothing else has to be installed but Python >= 3.11 and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test lint format bench clean
+# What has to hold on every release of transformers that pyproject.toml admits.
+RELEASE_TESTS = tests/test_releases.py tests/test_modeling.py tests/test_linear_attention.py tests/test_configuration.py \
+	tests/test_conversion.py
+
+.PHONY: demo test test-releases test-all lint format bench clean
 
 demo: $(READY)
 	$(BIN)/hydrahead demo
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
+	for release in lowest newest; do \
+	  $(VENV)-$$release/bin/python -c 'import transformers; print("transformers", transformers.__version__)' && \
+	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) || exit 1; \
+	done
+
+test-all: test test-releases
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -26,11 +38,19 @@ bench: $(READY)
 
 # Torch first: without it pip would let other packages choose a build, which may be another one of several gigabytes.
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "HydraHead needs Python 3.10 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "HydraHead needs Python 3.11 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Beside .venv, what differs from it: everything else, torch above all, is borrowed.
+$(VENV)-lowest/.ready $(VENV)-newest/.ready: $(READY)
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import site, sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+	$(@D)/bin/python -m pip install --quiet --upgrade $$($(BIN)/python tests/releases.py $(@D:$(VENV)-%=%))
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs build *.egg-info

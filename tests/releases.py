@@ -1,0 +1,15 @@
+"""Prints what pip installs for the lowest versions that pyproject.toml admits, or for the newest transformers."""
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+requirements = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+if sys.argv[1:] == ["lowest"]:
+    # Not torch: a second one is gigabytes. Its lower bound is the one that the GPU benchmarks ran on.
+    print(*(re.sub(r">=([\w.]+).*", r"==\1", each) for each in requirements if not each.startswith("torch")))
+elif sys.argv[1:] == ["newest"]:
+    print(*(each for each in requirements if each.startswith("transformers")))
+else:
+    sys.exit("usage: releases.py lowest|newest")
