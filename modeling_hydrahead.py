@@ -16,6 +16,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,9 @@ from .configuration_hydrahead import HydraHeadConfig
 
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-except Exception:  # not installed, or installed without triton: the PyTorch reference takes over
+except Exception as error:  # not installed, or in pieces: the PyTorch reference takes over, and says why on a GPU
     chunk_gated_delta_rule = fused_recurrent_gated_delta_rule = None
+    fla_error = f"{type(error).__name__}: {error}"
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +62,52 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 # where its kernels cannot run. The unwrapped functions are the plain PyTorch reference; we choose per call, by device.
 reference_chunk_gated_delta_rule = inspect.unwrap(torch_chunk_gated_delta_rule)
 reference_recurrent_gated_delta_rule = inspect.unwrap(torch_recurrent_gated_delta_rule)
+
+
+class Padding(NamedTuple):
+    """
+    Which tokens are padding, found once in a forward and read by every layer.
+
+    Attributes:
+        mask: `[B, T, 1]` bool, true where a token is padding.
+        order: `[B, kernel + T]`, the inputs of a convolution, those before this call among them, padding in front.
+        place: `[B, T]`, where each token has gone in that order, counted from the first input of this call.
+    """
+
+    mask: torch.Tensor
+    order: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def of(cls, padding_mask: torch.Tensor, kernel_size: int) -> "Padding":
+        """From a mask `[B, T]` that is 0 where a token is padding."""
+        # Padding can stand between two tokens (a right-padded turn, then the next one): it goes to the front.
+        is_real = F.pad(padding_mask.bool(), (kernel_size, 0), value=True)
+        order = is_real.byte().argsort(dim=1, stable=True)
+        place = (order.argsort(dim=1)[:, kernel_size:] - kernel_size).clamp_min(0)
+        return cls(~padding_mask.bool().unsqueeze(-1), order, place)
+
+
+class Packing(NamedTuple):
+    """
+    Where the sequences of packed rows begin, found once in a forward and read by every layer.
+
+    Attributes:
+        offset: `[B, T]`, tokens of its own sequence before each token.
+        bounds: `[N + 1]`, the first token of each sequence in the flattened batch, and its length.
+    """
+
+    offset: torch.Tensor
+    bounds: torch.Tensor
+
+    @classmethod
+    @torch.compiler.disable  # the number of sequences in a packed row is data
+    def of(cls, restarts: torch.Tensor) -> "Packing":
+        """From `[B, T - 1]` bool, true where the next token begins a sequence."""
+        starts = F.pad(restarts, (1, 0), value=True)
+        index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+        offset = index - torch.where(starts, index, 0).cummax(1).values
+        return cls(offset, F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel()))
 
 
 class HydraHeadRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -74,7 +122,7 @@ def gated_delta_rule(
     beta: torch.Tensor,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
-    segment_ids: torch.Tensor | None = None,
+    packing: Packing | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
     Gated delta rule `S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ`, `o_t = S_tᵀ q_t / √d`, on L2-normalised
@@ -84,17 +132,19 @@ def gated_delta_rule(
         query, key, value: `[B, T, H, d]`.
         g, beta: `[B, T, H]`, fp32: log decay (<= 0) and writing strength.
         initial_state: `[B, H, d, d]` fp32, or `None` for zeros.
-        segment_ids: `[B, T]`, the packed sequence that each token belongs to, or `None` where rows are not packed.
+        packing: where rows are packed: each sequence starts from an empty state, and no state is given out.
 
     Returns:
         outputs `[B, T, H, d]` in the dtype of `query`, and the final state `[B, H, d, d]` fp32 if asked for.
     """
     use_fla = query.is_cuda and chunk_gated_delta_rule is not None
-    if not torch.compiler.is_compiling():
-        kernel = "flash-linear-attention's kernels" if use_fla else "the PyTorch reference (slow on a GPU)"
-        logger.info_once(f"HydraHead: the gated delta rule of tensors on {query.device.type} runs on {kernel}.")
-    if segment_ids is not None:
-        return _packed_gated_delta_rule(query, key, value, g, beta, segment_ids, use_fla), None
+    if query.is_cuda and not use_fla and not torch.compiler.is_compiling():
+        logger.warning_once(
+            "HydraHead: linear heads run on the PyTorch reference, which is slow on a GPU, because "
+            f"flash-linear-attention cannot be imported ({fla_error})"
+        )
+    if packing is not None:
+        return _packed_gated_delta_rule(query, key, value, g, beta, packing, use_fla), None
 
     is_decoding = query.shape[1] == 1 and initial_state is not None
     if use_fla:
@@ -114,12 +164,10 @@ def gated_delta_rule(
 
 
 @torch.compiler.disable  # the number of sequences in a packed row is data
-def _packed_gated_delta_rule(query, key, value, g, beta, segment_ids, use_fla: bool) -> torch.Tensor:
+def _packed_gated_delta_rule(query, key, value, g, beta, packing: Packing, use_fla: bool) -> torch.Tensor:
     """Gated delta rule that starts from an empty state at each packed sequence; shapes as in `gated_delta_rule`."""
-    batch_size, seq_len = segment_ids.shape
-    starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    bounds = F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=batch_size * seq_len)  # [N + 1]
+    batch_size, seq_len = packing.offset.shape
+    bounds = packing.bounds
     query, key, value, g, beta = (x.flatten(0, 1) for x in (query, key, value, g, beta))  # [B * T, ...]
     if use_fla:
         output, _ = chunk_gated_delta_rule(
@@ -158,42 +206,59 @@ def only_cache(cache: Cache | None, past_key_values: Cache | None, more: dict) -
     return past_key_values if cache is None else cache
 
 
+def is_paged(cache) -> bool:
+    """Whether this is the cache of continuous batching, which is none of the `Cache` classes."""
+    return cache is not None and not isinstance(cache, Cache)
+
+
 def is_padding_mask(attention_mask: torch.Tensor | dict | None) -> bool:
     """Whether a mask is `[B, tokens]`: neither absent, nor prepared by `generate`, nor a pattern of its own."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
-def find_segments(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | dict | None, cache: Cache | None
-) -> torch.Tensor | None:
+def find_packing(
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | dict | None,
+    cache: Cache | None,
+    is_declared: bool,
+) -> Packing | None:
     """
-    Ids `[B, T]` of the sequences packed into each row, or `None` where no row holds more than one.
+    The sequences packed into rows, or `None` where no row holds more than one.
 
-    Packed rows are recognised, as elsewhere in transformers, by position ids that do not grow by one.
+    Packed rows are recognised, as elsewhere in transformers, by position ids that do not grow by one. A compiled
+    forward cannot look at them: there `is_declared` (by `cu_seq_lens_q`) decides, and rows that restart all the same
+    fail.
 
     Raises:
-        ValueError: packed rows together with an attention mask or a cache, which could not keep them apart.
+        ValueError: packed rows together with an attention mask or a cache, which could not keep them apart, or
+            declared without their position ids.
     """
-    if position_ids is None or position_ids.shape[-1] == 1 or isinstance(attention_mask, dict):
+    is_pattern = attention_mask is not None and not is_padding_mask(attention_mask)
+    if is_declared and position_ids is None:
+        raise ValueError("cu_seq_lens_q describes packed sequences: pass their position_ids too")
+    if position_ids is None or position_ids.shape[-1] == 1 or is_pattern or is_paged(cache):
         return None
-    return _segments_of(position_ids, attention_mask, cache)
-
-
-@torch.compiler.disable  # whether a row is packed is data
-def _segments_of(position_ids, attention_mask, cache) -> torch.Tensor | None:
-    """`find_segments` where several positions per row are given."""
     restarts = position_ids.diff(dim=-1) != 1
     if is_padding_mask(attention_mask):  # positions of padding do not count
         real = attention_mask[:, -position_ids.shape[-1] :].bool()
         restarts = restarts & real[:, 1:] & real[:, :-1]
-    if not restarts.any():
+    if torch.compiler.is_compiling():
+        if not is_declared:
+            message = (
+                "position_ids restart within a row: a compiled forward needs cu_seq_lens_q to see packed sequences"
+            )
+            torch._assert_async(~restarts.any(), message)
+            return None
+    elif not restarts.any():
+        if is_declared:
+            raise ValueError("cu_seq_lens_q describes packed sequences, but their position_ids do not restart")
         return None
     if attention_mask is not None or cache is not None:
         raise ValueError(
             "position_ids restart within a row (packed sequences): pass them without attention_mask and without a "
             "cache, or one sequence per row"
         )
-    return F.pad(restarts.cumsum(-1), (1, 0))
+    return Packing.of(restarts)
 
 
 def log_position_scale(config: HydraHeadConfig, position_ids: torch.Tensor) -> torch.Tensor | None:
@@ -278,6 +343,7 @@ class HydraHeadFullAttention(nn.Module):
         self.query_splits = [size * count for size, count in layout.blocks]
         self.key_splits = [count for _, count in layout.blocks]
         self.blocks = nn.ModuleList(HydraHeadFullAttentionBlock(config, layer_idx, size) for size, _ in layout.blocks)
+        self.whole = HydraHeadFullAttentionBlock(config, layer_idx, 1)
 
     def forward(
         self,
@@ -297,20 +363,32 @@ class HydraHeadFullAttention(nn.Module):
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if query_scale is not None:
             query = query * query_scale[:, None, :, None].to(query.dtype)
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        # Under autocast fp32 norms and rotations promote what the projections gave in bf16: the kernel gets that.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        if is_paged(cache) and CACHE == "past_key_values":
+            kwargs["cache"] = cache  # before transformers 5.24 the attention function fills it
+        elif cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one adds to kwargs
 
-        parts = zip(
-            self.blocks,
-            query.split(self.query_splits, dim=1),
-            key.split(self.key_splits, dim=1),
-            value.split(self.key_splits, dim=1),
+        blocks, queries = self.blocks, query.split(self.query_splits, dim=1)
+        keys, values = key.split(self.key_splits, dim=1), value.split(self.key_splits, dim=1)
+        if len(blocks) > 1 and query.shape[2] > 1:
+            # One call. A step of decoding would copy the cache for it.
+            sizes = [block.num_key_value_groups for block in blocks]
+            keys, values = (
+                [torch.cat([x.repeat_interleave(size, dim=1) for size, x in zip(sizes, parts)], dim=1)]
+                for parts in (keys, values)
+            )
+            blocks, queries = [self.whole], [query]
+        outputs, weights = zip(
+            *(block(q, k, v, attention_mask, **kwargs) for block, q, k, v in zip(blocks, queries, keys, values))
         )
-        outputs, weights = zip(*(block(q, k, v, attention_mask, **kwargs) for block, q, k, v in parts))
         output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
         if self.output_gate is not None:
             output = output * (2 * self.output_gate(hidden_states).sigmoid()).view(hidden_shape)
-        return output, torch.cat(weights, dim=1) if weights[0] is not None else None
+        if len(weights) > 1:
+            return output, torch.cat(weights, dim=1) if weights[0] is not None else None
+        return output, weights[0]  # those that were used: they have a gradient
 
 
 class HydraHeadGates(nn.Module):
@@ -344,45 +422,40 @@ class HydraHeadShortConvolution(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        context: torch.Tensor | None,
-        padding_mask: torch.Tensor | None,
-        segment_ids: torch.Tensor | None,
+        context: torch.Tensor | None = None,
+        padding: Padding | None = None,
+        packing: Packing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             x: `[B, T, C]`, zeros where a token is padding.
             context: `[B, C, kernel_size]`, the inputs before `x`, or `None` for zeros.
-            padding_mask: `[B, T]`, 0 where a token is padding, or `None`.
-            segment_ids: `[B, T]`, packed sequences that must not see each other, or `None`.
 
         Returns:
-            outputs `[B, T, C]`, of no meaning where a token is padding, and the last inputs `[B, C, kernel_size]`.
+            outputs `[B, T, C]` in the dtype of `x`, of no meaning where a token is padding, and the last inputs
+            `[B, C, kernel_size]`.
         """
         kernel_size, seq_len = self.kernel_size, x.shape[1]
+        weight = self.weight.to(x.dtype)
         if context is None:
             inputs = F.pad(x, (0, 0, kernel_size, 0))
         else:
             inputs = torch.cat([context.transpose(1, 2), x], dim=1)
-        if padding_mask is not None:
-            # Padding can stand between two tokens (a right-padded turn, then the next one): it goes to the front.
-            is_real = F.pad(padding_mask.bool(), (kernel_size, 0), value=True)
-            order = is_real.byte().argsort(dim=1, stable=True)  # [B, kernel + T]
-            inputs = inputs.gather(1, order.unsqueeze(-1).expand_as(inputs))
+        if padding is not None:
+            inputs = inputs.gather(1, padding.order.unsqueeze(-1).expand_as(inputs))
 
         if seq_len == 1:
-            output = (inputs[:, 1:] * self.weight.t()).sum(1, keepdim=True)
+            output = (inputs[:, 1:] * weight.t()).sum(1, keepdim=True)
         else:
-            output = inputs[:, kernel_size:] * self.weight[:, -1]
+            output = inputs[:, kernel_size:] * weight[:, -1]
             for tap in range(kernel_size - 1):
-                shifted = inputs[:, tap + 1 : tap + 1 + seq_len]
-                if segment_ids is not None:
-                    source = F.pad(segment_ids, (kernel_size - 1, 0), value=-1)[:, tap : tap + seq_len]
-                    shifted = shifted.masked_fill((source != segment_ids).unsqueeze(-1), 0)
-                output = output + shifted * self.weight[:, tap]
+                earlier = inputs[:, tap + 1 : tap + 1 + seq_len]
+                if packing is not None:
+                    earlier = earlier.masked_fill((packing.offset < kernel_size - 1 - tap).unsqueeze(-1), 0)
+                output = output + earlier * weight[:, tap]
 
-        if padding_mask is not None:
-            place = (order.argsort(dim=1)[:, kernel_size:] - kernel_size).clamp_min(0)  # where each token has gone
-            output = output.gather(1, place.unsqueeze(-1).expand_as(output))
+        if padding is not None:
+            output = output.gather(1, padding.place.unsqueeze(-1).expand_as(output))
         return output, inputs[:, -kernel_size:].transpose(1, 2)
 
 
@@ -415,39 +488,38 @@ class HydraHeadGatedDeltaNet(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        padding_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
+        padding: Padding | None = None,
+        packing: Packing | None = None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """
         `[B, T, D]` to head outputs `[B, T, h, d]`, in the order of `HeadLayout.linear_heads`.
 
-        `padding_mask` `[B, T]` is 0 where a token is padding: such a token writes nothing into the convolution or the
-        state and does not decay it, whatever stands in it.
+        A token that is padding writes nothing into the convolution or the state and does not decay it, whatever stands
+        in it.
         """
         batch_size, seq_len, _ = hidden_states.shape
         beta, g = self.gates(hidden_states)  # [B, T, h]
         qkv = torch.cat(
             [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
         )  # [B, T, 3 * h * d]
-        if padding_mask is not None:
-            is_padding = ~padding_mask.bool().unsqueeze(-1)
+        if padding is not None:
             # Filled, not multiplied: 0 · inf in a padded position would be NaN. After the projection: it has a bias.
-            qkv, beta, g = (x.masked_fill(is_padding, 0) for x in (qkv, beta, g))
+            qkv, beta, g = (x.masked_fill(padding.mask, 0) for x in (qkv, beta, g))
 
         state = context = None
         if cache is not None:
             state = cache.get_recurrent_state(self.layer_idx)
             context = cache.get_conv_state(self.layer_idx)
-        qkv, context = self.short_conv(qkv, context, padding_mask, segment_ids)
+        qkv, context = self.short_conv(qkv, context, padding, packing)
         if cache is not None:
             cache.update_conv_state(context, self.layer_idx)
 
         query, key, value = qkv.view(batch_size, seq_len, 3, -1, self.head_dim).unbind(2)  # [B, T, h, d]
         query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
-        output, state = gated_delta_rule(
-            query, key, value, g, beta, state, output_final_state=cache is not None, segment_ids=segment_ids
-        )
+        # Under autocast fp32 norms and rotations promote what the projections gave in bf16: the kernel gets that.
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        output, state = gated_delta_rule(query, key, value, g, beta, state, cache is not None, packing)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return output
@@ -516,8 +588,8 @@ class HydraHeadAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         query_scale: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
+        padding: Padding | None = None,
+        packing: Packing | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -529,7 +601,7 @@ class HydraHeadAttention(nn.Module):
             )
             heads.append(output)
         if self.linear_attention is not None:
-            heads.append(self.linear_attention(hidden_states, position_embeddings, padding_mask, segment_ids, cache))
+            heads.append(self.linear_attention(hidden_states, position_embeddings, padding, packing, cache))
         return self.fusion(torch.cat(heads, dim=2) if len(heads) > 1 else heads[0], hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -551,8 +623,8 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         query_scale: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        padding_mask: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
+        padding: Padding | None = None,
+        packing: Packing | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -563,8 +635,8 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             query_scale=query_scale,
             attention_mask=attention_mask,
-            padding_mask=padding_mask,
-            segment_ids=segment_ids,
+            padding=padding,
+            packing=packing,
             cache=cache,
             **kwargs,
         )
@@ -583,6 +655,10 @@ class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     _no_split_modules = ["HydraHeadDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _keep_in_fp32_modules_strict = ["gates", "fusion"]
+    # What quantizers leave alone: they match the end of a module's name, or a pattern of a parameter's beginning.
+    _keep_in_fp32_modules = [
+        *(name for part in ("gates.a_proj", "gates.b_proj", "fusion.proj") for name in (part, rf".*\.{part}")),
+    ]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -682,25 +758,30 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
 
         if position_ids is not None:
             position_ids = position_ids.expand(inputs_embeds.shape[0], -1)
-        segment_ids = find_segments(position_ids, attention_mask, cache)
-        if (bounds := kwargs.get("cu_seq_lens_q")) is not None and bounds.numel() > 2 and segment_ids is None:
-            raise ValueError("cu_seq_lens_q describes packed sequences: pass their position_ids too")
+        bounds = kwargs.get("cu_seq_lens_q")
+        packing = find_packing(position_ids, attention_mask, cache, bounds is not None and bounds.numel() > 2)
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             logger.warning_once("A layer that is run again in the backward pass would fill the cache twice: no cache.")
             cache = None
-        if use_cache and cache is None and segment_ids is None:
+        if use_cache and cache is None and packing is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             position_ids = self._default_position_ids(inputs_embeds, attention_mask, cache)
 
-        # It may already have been prepared by e.g. `generate`
-        if not isinstance(masks := attention_mask, dict):
+        if isinstance(attention_mask, dict):  # prepared by `generate`
+            masks = attention_mask
+        elif is_paged(cache):  # prepared by `generate_batch`
+            masks = {"full_attention": attention_mask}
+        else:
             masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}
             if self.has_full_attention:
                 # By place: the cache's name is another one before transformers 5.24.
                 masks["full_attention"] = create_causal_mask(
                     self.config, inputs_embeds, attention_mask, cache, position_ids
                 )
+        padding = None
+        if self.has_linear_attention and masks.get("linear_attention") is not None:
+            padding = Padding.of(masks["linear_attention"], self.config.short_conv_kernel_size)
         if cache is not None and not self.has_full_attention:
             # One number per token in the first layer's otherwise empty KV cache counts the tokens seen.
             count = inputs_embeds.new_zeros(inputs_embeds.shape[0], 1, inputs_embeds.shape[1], 1)
@@ -716,8 +797,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
                 query_scale=query_scale,
                 position_ids=position_ids,
                 attention_mask=masks.get("full_attention"),
-                padding_mask=masks.get("linear_attention"),
-                segment_ids=segment_ids,
+                padding=padding,
+                packing=packing,
                 cache=cache,
                 **kwargs,
             )
@@ -753,6 +834,15 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, cache, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def init_continuous_batching(self, *args, **kwargs):
+        # Later, in its own thread, a failing forward would leave `generate_batch` with empty results.
+        if self.model.has_linear_attention:
+            raise ValueError(
+                "continuous batching keeps keys and values in pages and has no place for a recurrent state: use "
+                "generate with a left-padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
     @can_return_tuple
     def forward(  # trf-ignore: TRF057

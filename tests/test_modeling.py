@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import DynamicCache, StaticCache
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, StaticCache
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hydrahead import HydraHeadForCausalLM, HydraHeadModel, modeling_hydrahead
 from hydrahead.convert.migration import convert_model
@@ -208,6 +211,23 @@ def test_generation_goes_on_from_a_cache(masks):
     expected = student.generate(turn, max_new_tokens=6, **NO_END)
     continued = student.generate(turn, past_key_values=first.past_key_values, max_new_tokens=6, **NO_END)
     assert torch.equal(continued, expected)
+
+
+def test_continuous_batching_serves_where_all_heads_are_full_attention():
+    student, prompts = make_student(head_masks=ALL_FULL), [random_ids(1, n, seed=n)[0].tolist() for n in (3, 11, 6)]
+    options = ContinuousBatchingConfig(num_blocks=64, block_size=4, max_batch_tokens=32)
+    results = student.generate_batch(
+        prompts, generation_config=GenerationConfig(max_new_tokens=6, **NO_END), continuous_batching_config=options
+    )
+    for prompt, result in zip(prompts, results.values(), strict=True):
+        expected = student.generate(torch.tensor([prompt]), max_new_tokens=6, **NO_END)[0, len(prompt) :]
+        assert result.generated_tokens == expected.tolist()
+
+
+def test_continuous_batching_is_refused_where_heads_are_recurrent():
+    with pytest.raises(ValueError, match="no place for a recurrent state") as error:
+        make_student().generate_batch([[3, 4, 5]], max_new_tokens=2)
+    assert "\n" not in str(error.value)
 
 
 def test_assisted_decoding_is_refused_because_a_recurrent_state_cannot_be_rolled_back():
@@ -432,6 +452,21 @@ def test_packed_sequences_give_the_gradients_of_each_sequence_alone():
         )
 
 
+@pytest.mark.parametrize("rows", ["padded", "packed"])
+def test_where_tokens_stand_is_found_once_for_all_layers(rows, monkeypatch):
+    student, found = make_student(head_masks=[[0] * HEADS, MIXED[1]]), []
+    kind = modeling_hydrahead.Padding if rows == "padded" else modeling_hydrahead.Packing
+    real = kind.of
+    monkeypatch.setattr(kind, "of", lambda *args: found.append(real(*args)) or found[-1])
+    if rows == "padded":
+        ids, mask = pad_rows(ROWS, "left", filler_seed=0)
+        student(ids, attention_mask=mask)
+    else:
+        ids, positions = packed_rows()
+        student(ids, position_ids=positions)
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("masks", MASKS)
 def test_one_row_of_positions_serves_the_whole_batch(masks):
     student = make_student(head_masks=masks)
@@ -478,13 +513,15 @@ def test_attention_patterns_are_refused_where_heads_are_recurrent(masks):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("positions", [None, torch.arange(9)[None]])
+@pytest.mark.parametrize("positions", [None, torch.arange(9)[None], torch.tensor([[0, 1, 2, 3, 3, 3, 4, 4, 5]])])
 def test_attention_patterns_serve_where_all_heads_are_full_attention(positions):
     student, ids = make_student(head_masks=ALL_FULL), random_ids(2, 9)
     causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
-    assert_close(student(ids, attention_mask=causal, position_ids=positions).logits, student(ids).logits)
+    whole = student(ids, attention_mask=causal, position_ids=positions).logits
+    if positions is None or positions.unique().numel() == 9:  # else tokens share a position, as drafts in a tree do
+        assert_close(whole, student(ids).logits)
     local = causal & causal.transpose(2, 3).tril(2).transpose(2, 3).triu(-2)
-    assert (student(ids, attention_mask=local, position_ids=positions).logits - student(ids).logits).abs().max() > 0.1
+    assert (student(ids, attention_mask=local, position_ids=positions).logits - whole).abs().max() > 0.1
 
 
 # ----------------------------------------------------------------------------------------- inputs and outputs
@@ -526,6 +563,18 @@ def test_attentions_and_hidden_states_are_given_out(masks):
     assert torch.equal(output.logits, student(ids).logits)
     as_tuple = student(ids, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.logits)
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("masks", [masks for masks in MASKS if masks != ALL_LINEAR])
+def test_attentions_are_the_ones_that_were_used_with_their_gradients(masks):
+    student = make_student(head_masks=masks)
+    student.set_attn_implementation("eager")
+    output = student(random_ids(2, 9), output_attentions=True)
+    for weights in output.attentions:
+        weights.retain_grad()
+    output.logits.square().sum().backward()
+    assert all(weights.grad.abs().max() > 0 for weights in output.attentions)
 
 
 def test_logits_can_be_had_for_some_positions_only():
@@ -631,6 +680,41 @@ def test_training_under_autocast_keeps_fp32_weights_and_finite_gradients(masks):
         assert parameter.dtype == torch.float32 and parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("position", ["nope", "rope"])
+def test_kernels_get_the_dtype_that_the_projections_gave_under_autocast(position, monkeypatch):
+    """fp32 norms, convolution and rotations would promote q and k, and the recurrence would run in fp32."""
+    student, ids = make_student(full_attention_position=position), random_ids(2, 9)
+    seen = {"linear": set(), "full": set()}
+    rule = modeling_hydrahead.gated_delta_rule
+
+    def watched_rule(query, key, value, g, beta, *more):
+        seen["linear"] |= {query.dtype, key.dtype, value.dtype}
+        assert g.dtype == beta.dtype == torch.float32
+        return rule(query, key, value, g, beta, *more)
+
+    monkeypatch.setattr(modeling_hydrahead, "gated_delta_rule", watched_rule)
+    for layer in student.model.layers:
+        for block in [*layer.self_attn.full_attention.blocks, layer.self_attn.full_attention.whole]:
+            block.register_forward_pre_hook(lambda _, args: seen["full"].update(each.dtype for each in args[:3]))
+    cache = DynamicCache(config=student.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        student(ids, cache=cache, use_cache=True).logits.sum().backward()
+    assert seen == {"linear": {torch.bfloat16}, "full": {torch.bfloat16}}
+    assert all(layer.keys.dtype == layer.conv_states[0].dtype == torch.bfloat16 for layer in cache.layers)
+
+
+def test_quantizers_leave_gates_and_the_fusion_alone():
+    """Both ways in which transformers asks: by the name of a module, and (torchao) by the name of a parameter."""
+    student = make_student(fusion="gate")
+    linear = {name for name, module in student.named_modules() if isinstance(module, torch.nn.Linear)}
+    kept = {name for name in linear if ".gates." in name or ".fusion." in name}
+    assert len(kept) == 3 * LAYERS
+    for suffix in ("", ".weight"):
+        converted = {name for name in linear if should_convert_module(name + suffix, student._keep_in_fp32_modules)}
+        assert converted == linear - kept
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("fusion", ["scale", "gate"])
 def test_gates_and_fusion_stay_fp32_when_loaded_in_half_precision(dtype, fusion, tmp_path):
@@ -677,6 +761,31 @@ def test_tensors_on_the_cpu_use_the_reference_even_where_fla_is_installed(monkey
     student(ids, position_ids=positions)
 
 
+def test_a_broken_installation_of_the_kernels_is_named_on_a_gpu(monkeypatch, caplog):
+    """A stand-in says that it lies on a GPU; the import itself is tried in a process of its own."""
+    script = (
+        "import importlib.abc, sys\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'fla': raise OSError('libz3.so: cannot open shared object file')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "from hydrahead import modeling_hydrahead as m\n"
+        "print(m.chunk_gated_delta_rule, m.fla_error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.strip() == "None OSError: libz3.so: cannot open shared object file", done.stderr
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", None)
+    monkeypatch.setattr(modeling_hydrahead, "fla_error", "OSError: libz3.so", raising=False)
+    monkeypatch.setattr(modeling_hydrahead.logger, "propagate", True)
+    q, k, v = (x.as_subclass(OnGpu) for x in torch.ones(3, 1, 4, 2, 8))
+    modeling_hydrahead.gated_delta_rule(q, k, v, -torch.ones(1, 4, 2), torch.ones(1, 4, 2), None, False)
+    assert "cannot be imported (OSError: libz3.so)" in caplog.text and "slow on a GPU" in caplog.text
+
+
 def test_packed_rows_reach_the_gpu_kernel_as_one_row_with_bounds(monkeypatch):
     """fla's `cu_seqlens` path, with a stand-in that runs each sequence by the reference."""
     reference, seen = modeling_hydrahead.reference_chunk_gated_delta_rule, []
@@ -694,10 +803,10 @@ def test_packed_rows_reach_the_gpu_kernel_as_one_row_with_bounds(monkeypatch):
     _, positions = packed_rows()
     q, k, v = torch.randn(3, 4, 17, HEADS, 8, generator=generator)
     g, beta = -torch.rand(4, 17, HEADS, generator=generator), torch.rand(4, 17, HEADS, generator=generator)
-    segments = modeling_hydrahead.find_segments(positions, None, None)
-    slow = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, segments, use_fla=False)
+    packing = modeling_hydrahead.find_packing(positions, None, None, is_declared=False)
+    slow = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, packing, use_fla=False)
     monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", varlen)
-    fast = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, segments, use_fla=True)
+    fast = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, packing, use_fla=True)
     assert_close(fast, slow, 1e-5)
     assert seen[0][:6] == [0, 5, 6, 15, 17, 34] and seen[0][-1] == 4 * 17
 
@@ -719,7 +828,7 @@ def test_a_layer_compiles_without_a_graph_break(masks, padded, fresh_dynamo):
         "position_embeddings": student.model.rotary_emb(x, positions),
         "query_scale": torch.ones(1, 9),
         "attention_mask": torch.ones(9, 9, dtype=torch.bool).tril()[None, None],
-        "padding_mask": torch.tensor([[0] * 3 + [1] * 6, [1] * 9]) if padded else None,
+        "padding": modeling_hydrahead.Padding.of(torch.tensor([[0] * 3 + [1] * 6, [1] * 9]), 4) if padded else None,
     }
     layer = student.model.layers[0]
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
@@ -744,22 +853,44 @@ def test_a_decoding_step_of_a_layer_compiles_without_a_graph_break(masks, fresh_
 
 
 @pytest.mark.slow
-def test_the_whole_model_compiles_to_the_same_logits(fresh_dynamo):
-    student, ids = make_student(), random_ids(2, 9)
+@pytest.mark.parametrize("masks", [MIXED, ALL_FULL])
+def test_the_whole_model_compiles_to_the_same_logits(masks, fresh_dynamo):
+    """In one graph, with and without positions, as transformers' own hybrids do."""
+    student, ids = make_student(head_masks=masks), random_ids(2, 9)
     padded, mask = pad_rows(ROWS, "left", filler_seed=0)
-    packed, positions = packed_rows()
-    expected = [
-        student(ids).logits,
-        student(padded, attention_mask=mask).logits,
-        student(packed, position_ids=positions).logits,
-    ]
-    # In one graph, as transformers' own hybrids do, except that packing is seen from the data.
+    positions = torch.arange(9)[None] + 3
+    expected = student(padded, attention_mask=mask).logits[mask.bool()]
     compiled = torch.compile(student, backend="eager", fullgraph=True)
-    assert_close(compiled(ids).logits, expected[0])
-    assert_close(compiled(padded, attention_mask=mask).logits[mask.bool()], expected[1][mask.bool()])
-    torch._dynamo.reset()
+    assert_close(compiled(ids).logits, student(ids).logits)
+    assert_close(compiled(ids, position_ids=positions).logits, student(ids, position_ids=positions).logits)
+    assert_close(compiled(padded, attention_mask=mask).logits[mask.bool()], expected)
+    counted = (mask.cumsum(1) - 1).clamp_min(0)  # as `generate` counts them
+    assert_close(compiled(padded, attention_mask=mask, position_ids=counted).logits[mask.bool()], expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_forward_keeps_packed_rows_apart_or_fails(fresh_dynamo):
+    """It cannot look at positions: packing has to be declared, and what is not is noticed when the graph runs."""
+    student = make_student()
+    ids, positions = packed_rows([PACKED_LENGTHS[0]])
+    bounds = torch.tensor([0, 5, 6, 15, 17], dtype=torch.int32)
+    declared = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 9, "max_length_k": 9}
+    expected = student(ids, position_ids=positions).logits
+    assert torch.equal(student(ids, position_ids=positions, **declared).logits, expected)
     compiled = torch.compile(student, backend="eager")
-    assert_close(compiled(packed, position_ids=positions).logits, expected[2])
+    assert_close(compiled(ids, position_ids=positions, use_cache=False, **declared).logits, expected)
+    with pytest.raises(RuntimeError, match="needs cu_seq_lens_q"):
+        compiled(ids, position_ids=positions, use_cache=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masks", [MIXED, ALL_FULL])
+def test_the_model_exports_with_its_positions(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 9)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(9)[None], "use_cache": False}
+    program = torch.export.export(student, (), inputs, strict=False)
+    other = inputs | {"input_ids": random_ids(2, 9, seed=5)}
+    assert_close(program.module()(**other).logits, student(**other).logits)
 
 
 @pytest.mark.parametrize("masks", [MIXED, ALL_LINEAR])
