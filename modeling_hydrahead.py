@@ -147,20 +147,35 @@ def gated_delta_rule(
         return _packed_gated_delta_rule(query, key, value, g, beta, packing, use_fla), None
 
     is_decoding = query.shape[1] == 1 and initial_state is not None
-    if use_fla:
-        kernel = fused_recurrent_gated_delta_rule if is_decoding else chunk_gated_delta_rule
-    else:
+    if not use_fla:
         kernel = reference_recurrent_gated_delta_rule if is_decoding else reference_chunk_gated_delta_rule
-    return kernel(
-        query,
-        key,
-        value,
-        g=g,
-        beta=beta,
-        initial_state=initial_state,
+        return kernel(
+            query,
+            key,
+            value,
+            g=g,
+            beta=beta,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            use_qk_l2norm_in_kernel=True,
+        )
+    kernel = fused_recurrent_gated_delta_rule if is_decoding else chunk_gated_delta_rule
+    batch_and_heads = (query.shape[0], query.shape[2])
+    output, state = kernel(
+        *(_heads_as_rows(x) for x in (query, key, value)),
+        g=_heads_as_rows(g),
+        beta=_heads_as_rows(beta),
+        initial_state=None if initial_state is None else initial_state.flatten(0, 1).unsqueeze(1),
         output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=True,
     )
+    output = output.squeeze(2).unflatten(0, batch_and_heads).transpose(1, 2)
+    return output, None if state is None else state.squeeze(1).unflatten(0, batch_and_heads)
+
+
+def _heads_as_rows(x: torch.Tensor) -> torch.Tensor:
+    """`[B, T, H, …]` to `[B * H, T, 1, …]`: fla compiles and tunes its kernels anew for every number of heads."""
+    return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
 
 @torch.compiler.disable  # the number of sequences in a packed row is data
@@ -169,15 +184,19 @@ def _packed_gated_delta_rule(query, key, value, g, beta, packing: Packing, use_f
     batch_size, seq_len = packing.offset.shape
     bounds = packing.bounds
     query, key, value, g, beta = (x.flatten(0, 1) for x in (query, key, value, g, beta))  # [B * T, ...]
-    if use_fla:
+    if (
+        use_fla
+    ):  # which wants all sequences in one row, and as above one head: all heads' sequences, one after the other
+        tokens, heads = query.shape[:2]
+        starts = bounds[:-1] + tokens * torch.arange(heads, device=bounds.device)[:, None]
         output, _ = chunk_gated_delta_rule(
-            *(x.unsqueeze(0) for x in (query, key, value)),
-            g=g.unsqueeze(0),
-            beta=beta.unsqueeze(0),
+            *(_heads_as_rows(x.unsqueeze(0)).flatten(0, 1).unsqueeze(0) for x in (query, key, value)),
+            g=_heads_as_rows(g.unsqueeze(0)).flatten(0, 1).unsqueeze(0),
+            beta=_heads_as_rows(beta.unsqueeze(0)).flatten(0, 1).unsqueeze(0),
             use_qk_l2norm_in_kernel=True,
-            cu_seqlens=bounds,
+            cu_seqlens=F.pad(starts.flatten(), (0, 1), value=tokens * heads),
         )
-        return output.view(batch_size, seq_len, *output.shape[2:])
+        return output.view(heads, batch_size, seq_len, -1).permute(1, 2, 0, 3)
 
     # The reference has no notion of packing: lay each sequence out as a row. Zeros at its end change nothing.
     lengths = bounds.diff()

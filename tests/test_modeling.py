@@ -786,12 +786,41 @@ def test_a_broken_installation_of_the_kernels_is_named_on_a_gpu(monkeypatch, cap
     assert "cannot be imported (OSError: libz3.so)" in caplog.text and "slow on a GPU" in caplog.text
 
 
+@pytest.mark.parametrize("seq_len", [1, 9])
+def test_every_number_of_heads_is_one_shape_to_the_gpu_kernels(seq_len, monkeypatch):
+    """fla tunes for minutes where layers differ in their heads; stand-ins run the reference on what they are given."""
+    shapes = []
+
+    def stand_in(reference):
+        def kernel(q, k, v, **more):
+            shapes.append((q.shape[2], v.shape[2], more["g"].shape[2], more["initial_state"].shape[1]))
+            return reference(q, k, v, **more)
+
+        return kernel
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
+        reference = getattr(modeling_hydrahead, "reference_" + name.removeprefix("fused_"))
+        monkeypatch.setattr(modeling_hydrahead, name, stand_in(reference))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, seq_len, 5, 8, generator=generator)
+    g, beta = -torch.rand(2, seq_len, 5, generator=generator), torch.rand(2, seq_len, 5, generator=generator)
+    state = torch.randn(2, 5, 8, 8, generator=generator)
+    expected = modeling_hydrahead.gated_delta_rule(q, k, v, g, beta, state, True)
+    found = modeling_hydrahead.gated_delta_rule(*(x.as_subclass(OnGpu) for x in (q, k, v)), g, beta, state, True)
+    assert shapes == [(1, 1, 1, 1)]
+    for one, other in zip(found, expected):
+        assert_close(one.as_subclass(torch.Tensor), other, 1e-6)
+
+
 def test_packed_rows_reach_the_gpu_kernel_as_one_row_with_bounds(monkeypatch):
     """fla's `cu_seqlens` path, with a stand-in that runs each sequence by the reference."""
     reference, seen = modeling_hydrahead.reference_chunk_gated_delta_rule, []
 
     def varlen(q, k, v, g, beta, use_qk_l2norm_in_kernel, cu_seqlens):
-        assert q.shape[0] == g.shape[0] == 1
+        assert q.shape[0] == q.shape[2] == g.shape[0] == g.shape[2] == 1  # one row, one head
         seen.append(cu_seqlens.tolist())
         pieces = [
             reference(*(x[:, a:b] for x in (q, k, v)), g=g[:, a:b], beta=beta[:, a:b], use_qk_l2norm_in_kernel=True)[0]
@@ -808,7 +837,7 @@ def test_packed_rows_reach_the_gpu_kernel_as_one_row_with_bounds(monkeypatch):
     monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", varlen)
     fast = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, packing, use_fla=True)
     assert_close(fast, slow, 1e-5)
-    assert seen[0][:6] == [0, 5, 6, 15, 17, 34] and seen[0][-1] == 4 * 17
+    assert seen[0][:6] == [0, 5, 6, 15, 17, 34] and seen[0][-1] == HEADS * 4 * 17
 
 
 @pytest.fixture

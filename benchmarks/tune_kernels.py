@@ -1,0 +1,90 @@
+"""Tune fla's kernels for linear heads on this GPU, and write what was found as the tables that fla reads.
+
+    python benchmarks/tune_kernels.py tune OUT.json --head-dim 128 --dtype bfloat16 [--packed]
+    python benchmarks/tune_kernels.py merge OUT_1.json OUT_2.json … kernels/hopper
+
+All heads of all layers have one shape (`modeling_hydrahead.gated_delta_rule`): one run per head size and dtype serves
+every mask. Where entries are equally near to what is asked for, fla takes the first: merge the commonest size first.
+"""
+
+import argparse
+import gc
+import json
+import time
+from pathlib import Path
+
+
+def tune(output: Path, head_dim: int, dtype: str, packed: bool) -> None:
+    import torch
+    import triton
+    from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
+
+    from hydrahead.modeling_hydrahead import Packing, gated_delta_rule
+
+    began = time.perf_counter()
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (1 if packed else 4, 2048, 12)
+
+    def leaf(kind: torch.dtype, *more: int) -> torch.Tensor:
+        return torch.randn(*shape, *more, generator=generator, device="cuda", dtype=kind).requires_grad_()
+
+    q, k, v = (leaf(getattr(torch, dtype), head_dim) for _ in range(3))
+    g, beta = (leaf(torch.float32) for _ in range(2))
+    restarts = torch.zeros(shape[0], shape[1] - 1, dtype=torch.bool, device="cuda")
+    restarts[:, 700] = True
+    packing = Packing.of(restarts) if packed else None
+    for state in (None,) if packed else (None, torch.zeros(shape[0], shape[2], head_dim, head_dim, device="cuda")):
+        heads, _ = gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), state, state is not None, packing)
+        heads.float().square().mean().backward()
+    torch.cuda.synchronize()
+    tables = {}
+    for tuner in (each for each in gc.get_objects() if isinstance(each, CachedAutotuner) and each.cache):
+        entries = {}
+        for key, config in tuner.cache.items():
+            entries[AutotuneKey.key_hash(key)] = {
+                "autotune_key": AutotuneKey.normalize_autotune_key(key),
+                "config": {
+                    "kwargs": config.kwargs,
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                    "num_ctas": config.num_ctas,
+                },
+            }
+        tables[tuner.kernel_name] = entries
+    seconds = time.perf_counter() - began
+    device = torch.cuda.get_device_name()
+    output.write_text(json.dumps({"triton": triton.__version__, "device": device, "tables": tables}))
+    print(
+        f"{output}: {sum(map(len, tables.values()))} entries of {len(tables)} kernels in {seconds:.0f} s on {device}"
+    )
+
+
+def merge(inputs: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    merged: dict[str, dict] = {}
+    for file in inputs:
+        found = json.loads(file.read_text())
+        for kernel, entries in found["tables"].items():
+            table = merged.setdefault(
+                kernel, {"kernel_name": kernel, "triton_version": found["triton"], "autotune_entries": {}}
+            )
+            for key, entry in entries.items():
+                table["autotune_entries"].setdefault(key, entry)
+    for kernel, table in merged.items():
+        (folder / f"{kernel}.json").write_text(json.dumps(table, indent=1) + "\n")
+    print(f"{folder}: {len(merged)} tables")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    tuning = commands.add_parser("tune")
+    tuning.add_argument("output", type=Path)
+    tuning.add_argument("--head-dim", type=int, default=128)
+    tuning.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    tuning.add_argument("--packed", action="store_true")
+    merging = commands.add_parser("merge")
+    merging.add_argument("inputs", type=Path, nargs="+")
+    merging.add_argument("folder", type=Path)
+    arguments = vars(parser.parse_args())
+    {"tune": tune, "merge": merge}[arguments.pop("command")](**arguments)
