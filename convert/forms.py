@@ -158,7 +158,10 @@ def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
             found = file.get_slice("0.linear.q_proj.weight").get_shape()
             options = (file.metadata() or {}).get("student")
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not the aligned forms of a teacher's heads ({error})") from None
+        raise ValueError(
+            f"{path}: not the aligned forms of a teacher's heads ({error}); hydrahead score and "
+            "hydrahead.training.align write them as head_forms.safetensors"
+        ) from None
     if len(layers) != adapter.num_layers or found != expected:
         raise ValueError(
             f"{path}: heads of another teacher, expected {adapter.num_layers} layers of {expected}, got {len(layers)} "

@@ -27,7 +27,7 @@ def test_the_demo_runs_from_teacher_to_reloaded_checkpoint_and_resumes(tmp_path,
     shown = console.export_text()
     assert report["reloaded"]["needle"] in shown and "needles" in shown
     card = (tmp_path / "hybrid" / "README.md").read_text()
-    assert "12 of 48 full attention" in card and run.CONDITION in card
+    assert "12 of 48 full attention" in card and run.condition(FEW) in card
 
     # What is meant for the Hub says nothing of this machine.
     for file in [tmp_path / "report.json", *(tmp_path / "hybrid").glob("*.json"), *(tmp_path / "hybrid").glob("*.md")]:

@@ -20,7 +20,7 @@ from hydrahead.convert.forms import FormOutputs
 from hydrahead.convert.migration import head_forms_of, student_config
 from hydrahead.convert.patching import receiver_effects
 from hydrahead.convert.probes import Pair, Probe
-from hydrahead.convert.scoring import METHODS, ProbeResult, fuse
+from hydrahead.convert.scores import METHODS, ProbeResult, fuse
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, null_pair
 from hydrahead.tests.families import ALL_LINEAR, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids
