@@ -151,11 +151,12 @@ def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; alignment writes it (hydrahead.training.align)")
-    expected = [adapter.num_heads, adapter.head_dim, adapter.config.hidden_size]
+    size = [adapter.head_dim, adapter.config.hidden_size]
+    expected = [[adapter.num_heads, *size], [adapter.num_kv_heads, *size]]
     try:
         with safe_open(path, framework="pt") as file:
             layers = {int(name.split(".")[0]) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            found = file.get_slice("0.linear.q_proj.weight").get_shape()
+            found = [file.get_slice(f"0.{name}.weight").get_shape() for name in ("linear.q_proj", "full.k_proj")]
             options = (file.metadata() or {}).get("student")
     except (SafetensorError, ValueError) as error:
         raise ValueError(
@@ -164,8 +165,8 @@ def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
         ) from None
     if len(layers) != adapter.num_layers or found != expected:
         raise ValueError(
-            f"{path}: heads of another teacher, expected {adapter.num_layers} layers of {expected}, got {len(layers)} "
-            f"of {found}"
+            f"{path}: heads of another teacher, expected {adapter.num_layers} layers of query and KV heads "
+            f"{expected}, got {len(layers)} of {found}; align this teacher's"
         )
     if options is None:
         raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")

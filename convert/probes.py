@@ -162,8 +162,8 @@ def check_length(tokenizer, length: int) -> None:
     least = least_length(tokenizer, max(NIAH_KEYS))
     if length < least:
         raise ValueError(
-            f"length {length} is too short for a prompt with {max(NIAH_KEYS)} needles: with this tokenizer {least} "
-            "tokens are the least that works"
+            f"length {length} is too short for a prompt with {max(NIAH_KEYS)} needles: the least that always works "
+            f"with this tokenizer is {least}"
         )
 
 
