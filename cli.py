@@ -1,16 +1,32 @@
 """The command `hydrahead`: parses, calls, prints. Imports what a command needs when it runs, so that help is quick."""
 
 import contextlib
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
+
+from .console import one_line_errors
+
+
+class _Commands(TyperGroup):
+    """Every command runs quietly, and ends in one line where its user can mend what went wrong."""
+
+    def invoke(self, ctx: typer.Context):
+        _quiet()
+        with one_line_errors(ctx.params["debug"]):
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Turn a pretrained transformer into a head-level hybrid of full attention and Gated DeltaNet.",
     no_args_is_help=True,
     add_completion=False,
@@ -18,30 +34,30 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"hydrahead {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error.")] = False,
+) -> None:
     pass
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Bad input ends in one line on stderr and exit code 1, not in a traceback."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, HfHubHTTPError) as error:
-        lines = str(error).strip().splitlines()
-        typer.echo(f"hydrahead: {lines[0] if lines else type(error).__name__}", err=True)
-        raise typer.Exit(1) from None
-
-
 def _quiet() -> None:
-    """The libraries say only what went wrong: the command has its own progress."""
-    from transformers import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    """The libraries say only what went wrong: the command has its own progress. Said before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # flash-linear-attention says so at its import wherever there is no GPU; linear heads then run on PyTorch.
+    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
 
 class Position(str, Enum):
@@ -128,43 +144,46 @@ def score(
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
 ) -> None:
     """Score every query head of a teacher: which ones does a hybrid have to keep, and how sure is that."""
-    with _one_line_errors():
-        _quiet()
-        from .convert.score_folder import ScoreSettings, score_to_folder
+    from .convert.score_settings import ScoreSettings, check_options
+    from .hub.checkpoint import check_free
 
-        options = {"full_attention_position": position.value, "fusion_norm": fusion_norm.value}
-        if logit_scale_base is not None:
-            options["logit_scale_base"] = logit_scale_base
-        settings = ScoreSettings(
-            teacher,
-            methods=tuple(method or ("replacement",)),
-            length=length,
-            pairs=pairs,
-            text=text,
-            probe_files=tuple(probe or ()),
-            built_in=built_in,
-            forms=forms,
-            options=options,
-            align_steps=align_steps,
-            shortlist=shortlist,
-            evidence=evidence,
-            device=device,
-            dtype=dtype.value,
-            seed=seed,
-            revision=revision,
-        )
-        with _stages() as begin:
+    options = {"full_attention_position": position.value, "fusion_norm": fusion_norm.value}
+    if logit_scale_base is not None:
+        options["logit_scale_base"] = logit_scale_base
+    settings = ScoreSettings(
+        teacher,
+        methods=tuple(method or ("replacement",)),
+        length=length,
+        pairs=pairs,
+        text=text,
+        probe_files=tuple(probe or ()),
+        built_in=built_in,
+        forms=forms,
+        options=options,
+        align_steps=align_steps,
+        shortlist=shortlist,
+        evidence=evidence,
+        device=device,
+        dtype=dtype.value,
+        seed=seed,
+        revision=revision,
+    )
+    check_options(settings)
+    check_free(output, overwrite)
+    from .convert.score_folder import score_to_folder  # PyTorch and transformers: seconds
 
-            def make_forms(model, tokenizer, text_ids, options):
-                from .training.quick import quick_forms
+    with _stages() as begin:
 
-                advance = begin("align heads", align_steps)
-                return quick_forms(model, tokenizer, text_ids, options, align_steps, seed, lambda *_: advance())
+        def make_forms(model, tokenizer, text_ids, options):
+            from .training.quick import quick_forms
 
-            scores = score_to_folder(settings, output, make_forms, overwrite, begin)
-        for warning in scores.warnings:
-            typer.echo(f"warning: {warning}", err=True)
-        typer.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+            advance = begin("align heads", align_steps)
+            return quick_forms(model, tokenizer, text_ids, options, align_steps, seed, lambda *_: advance())
+
+        scores = score_to_folder(settings, output, make_forms, overwrite, begin)
+    for warning in scores.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
 @app.command()
@@ -201,30 +220,28 @@ def select(
     seed: Annotated[int, typer.Option(help="Of the random controls and of the exchanges' prompts.")] = 0,
 ) -> None:
     """Choose the heads that stay full attention, and print what the choice keeps and costs."""
-    with _one_line_errors():
-        if exchange and (teacher is None or forms is None):
-            raise ValueError("--exchange converts heads of the teacher: pass --teacher and --forms as well")
-        _quiet()
-        from .convert.score_folder import Exchange, select_to_file
+    if exchange and (teacher is None or forms is None):
+        raise ValueError("--exchange converts heads of the teacher: pass --teacher and --forms as well")
+    from .convert.mask_file import Exchange, select_to_file
 
-        improve = Exchange(teacher, forms, exchange, text, length, device) if exchange else None
-        _, lines = select_to_file(
-            scores,
-            output,
-            ratio,
-            strategy,
-            budget_unit,
-            method=method,
-            keep=keep or (),
-            drop=drop or (),
-            tensor_parallel=tensor_parallel,
-            seed=seed,
-            weights=weight or (),
-            exchange=improve,
-        )
-        for line in lines:
-            typer.echo(line)
-        typer.echo(f"{output}, {output.with_suffix('.png')}")
+    improve = Exchange(teacher, forms, exchange, text, length, device) if exchange else None
+    _, lines = select_to_file(
+        scores,
+        output,
+        ratio,
+        strategy,
+        budget_unit,
+        method=method,
+        keep=keep or (),
+        drop=drop or (),
+        tensor_parallel=tensor_parallel,
+        seed=seed,
+        weights=weight or (),
+        exchange=improve,
+    )
+    for line in lines:
+        typer.echo(line)
+    typer.echo(f"{output}, {output.with_suffix('.png')}")
 
 
 @app.command()
@@ -248,59 +265,63 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
 ) -> None:
     """Convert a teacher into an untrained student: its weights, calibrated new heads, and the code that loads it."""
-    with _one_line_errors():
-        _quiet()
-        from rich.console import Console
+    from .convert.mask_file import read_masks
+    from .hub.checkpoint import check_free
 
-        from .convert.folder import convert_to_folder
+    check_free(output, overwrite)
+    read_masks(masks)
+    for file in (text, forms):
+        if file is not None and not file.is_file():
+            raise ValueError(f"{file}: no such file")
+    from rich.console import Console
 
-        options = {
-            "full_attention_position": position.value,
-            "full_attention_gate": gate,
-            "fusion": fusion.value,
-            "fusion_norm": fusion_norm.value,
-        }
-        if logit_scale_base is not None:
-            options["logit_scale_base"] = logit_scale_base
-        console = Console()
-        with console.status("reading the teacher's config") as status:
-            convert_to_folder(
-                teacher, output, masks, text, calibration_tokens, revision, overwrite, status.update, forms, **options
-            )
-        console.print(
-            f"{output}: loads with AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)"
+    from .convert.folder import convert_to_folder  # PyTorch and transformers: seconds
+
+    options = {
+        "full_attention_position": position.value,
+        "full_attention_gate": gate,
+        "fusion": fusion.value,
+        "fusion_norm": fusion_norm.value,
+    }
+    if logit_scale_base is not None:
+        options["logit_scale_base"] = logit_scale_base
+    console = Console()
+    with console.status("reading the teacher's config") as status:
+        convert_to_folder(
+            teacher, output, masks, text, calibration_tokens, revision, overwrite, status.update, forms, **options
         )
+    console.print(
+        f"{output}: loads with AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)"
+    )
 
 
 @app.command()
 def demo(
     teacher: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the embedded teacher.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to train and evaluate on.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a prompt at 1x.", min=64)] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a prompt at 1x.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
     align_steps: Annotated[int, typer.Option(help="Steps of alignment.", min=1)] = 100,
     distill_steps: Annotated[int, typer.Option(help="Steps of distillation.", min=1)] = 200,
     samples: Annotated[int, typer.Option(help="Prompts per length and task of the evaluation.", min=1)] = 20,
 ) -> None:
     """Run the whole job on a small scale: align, score, select, convert, distil, evaluate, save, reload, answer."""
-    with _one_line_errors():
-        _quiet()
-        from rich.console import Console
+    if text is not None and not text.is_file():
+        raise ValueError(f"{text}: no such file")
+    from rich.console import Console
 
-        from .demo.run import Demo, DemoSettings
+    from .demo.run import Demo, DemoSettings
 
-        if text is not None and not text.is_file():
-            raise ValueError(f"{text}: no such file")
-        chosen = {"teacher": teacher} if teacher else {}
-        settings = DemoSettings(
-            **chosen,
-            text=text,
-            length=length,
-            align_steps=align_steps,
-            distill_steps=distill_steps,
-            samples=samples,
-        )
-        Demo(settings, output, Console()).run()
+    chosen = {"teacher": teacher} if teacher else {}
+    settings = DemoSettings(
+        **chosen,
+        text=text,
+        length=length,
+        align_steps=align_steps,
+        distill_steps=distill_steps,
+        samples=samples,
+    )
+    Demo(settings, output, Console()).run()
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ from hydrahead.convert.forms import FormOutputs, linear_heads
 from hydrahead.convert.migration import Forms, convert_model, head_forms_of, student_config
 from hydrahead.convert.probes import built_in_probes, niah_probe
 from hydrahead.convert.replacement import search_masks
-from hydrahead.convert.scoring import METHODS, HeadScores, score_heads
+from hydrahead.convert.scores import METHODS, HeadScores
+from hydrahead.convert.scoring import score_heads
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.demo.corpus import encode_corpus, load_corpus
 from hydrahead.demo.mixture import mixture_rows

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .ablation import Replace, answers_found, constant_heads, mean_heads, replaced_heads
 from .forms import FormOutputs, linear_heads
 from .probes import Pair
-from .scoring import NEEDS_FORMS, TEXT, HeadScores, ProbeResult, fuse
+from .scores import NEEDS_FORMS, TEXT, HeadScores, ProbeResult, fuse
 
 SPLITS = 100
 STABILITY_PAIRS = (4, 8, 16)
@@ -69,8 +69,8 @@ def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]
         eighth of all heads, with `overlap_low`, `overlap_high`; `heads`, how many take part.
     """
     scores = scores.using(method)
-    active = scores.taking_part()
-    probes = [probe for probe in scores.probes if probe.used and probe.effect(method) is not None]
+    active = torch.from_numpy(scores.taking_part())
+    probes = [probe for probe in scores.probes if probe.used and probe.measured(method)]
     available = max((probe.used for probe in probes if probe.name != TEXT), default=0)
     generator = torch.Generator().manual_seed(seed)
     top = max(1, round(TOP_SHARE * active.numel()))
@@ -100,7 +100,7 @@ def _half(
     def pairs(probe: ProbeResult) -> list[int]:
         return drawn[id(probe)][start::2] or drawn[id(probe)]
 
-    return fuse(probes, method, weights, pairs).scores
+    return torch.from_numpy(fuse(probes, method, weights, pairs).scores)
 
 
 def _interval(name: str, values: Sequence[float]) -> dict[str, float | None]:

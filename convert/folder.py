@@ -1,6 +1,5 @@
 """Conversion from a teacher's name to a folder on disk: the command `hydrahead convert`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,26 +10,11 @@ from ..demo.corpus import encode_corpus, load_corpus
 from ..hub.card import model_card
 from ..hub.checkpoint import check_free, save_checkpoint
 from .forms import load_forms
+from .mask_file import read_masks
 from .migration import convert_model, student_config, teacher_config
 from .teachers import adapter_for, find_checkpoint
 
 CALIBRATION_ROW = 512
-
-
-def read_masks(path: Path) -> list[list[int]]:
-    """
-    Head masks `[L][H]` from a JSON file.
-
-    Raises:
-        ValueError: the file is missing or is not a list of lists.
-    """
-    try:
-        masks = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(masks, list) or not all(isinstance(row, list) for row in masks):
-        raise ValueError(f"{path}: expected a list of layers, each a list of 0 and 1")
-    return masks
 
 
 def calibration_ids(tokenizer, text: Path | None, tokens: int) -> torch.Tensor:

@@ -151,18 +151,24 @@ def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; alignment writes it (hydrahead.training.align)")
-    expected = [adapter.num_heads, adapter.head_dim, adapter.config.hidden_size]
+    size = [adapter.head_dim, adapter.config.hidden_size]
+    expected = [[adapter.num_heads, *size], [adapter.num_kv_heads, *size]]
     try:
         with safe_open(path, framework="pt") as file:
             layers = {int(name.split(".")[0]) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            found = file.get_slice("0.linear.q_proj.weight").get_shape()
+            found = [file.get_slice("0.linear.q_proj.weight").get_shape()]
+            if len(layers) == adapter.num_layers and found == expected[:1]:
+                found.append(file.get_slice("0.full.k_proj.weight").get_shape())
             options = (file.metadata() or {}).get("student")
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: not the aligned forms of a teacher's heads ({error})") from None
+        raise ValueError(
+            f"{path}: not the aligned forms of a teacher's heads ({error}); hydrahead score and "
+            "hydrahead.training.align write them as head_forms.safetensors"
+        ) from None
     if len(layers) != adapter.num_layers or found != expected:
         raise ValueError(
-            f"{path}: heads of another teacher, expected {adapter.num_layers} layers of {expected}, got {len(layers)} "
-            f"of {found}"
+            f"{path}: heads of another teacher, expected {adapter.num_layers} layers of query and KV heads "
+            f"{expected}, got {len(layers)} of {found}; align this teacher's"
         )
     if options is None:
         raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")

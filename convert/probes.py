@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.niah import answer_text, draw_keys, draw_values, encode_needle, make_niah
+from ..evaluation.niah import answer_text, draw_keys, draw_values, encode_needle, least_length, make_niah
 
 COUNTERFACTUALS = ("value", "key")
 NIAH_KEYS = (1, 4)  # needles in the text of the two built-in forms
@@ -150,6 +150,21 @@ def niah_probe(
     name = "niah-single" if num_keys == 1 else f"niah-{num_keys}-keys"
     pairs, resampled = _collect(draw, num_pairs, seed, f"{name} at {length} tokens")
     return Probe(name, "retrieval", pairs, counterfactual, resampled)
+
+
+def check_length(tokenizer, length: int) -> None:
+    """
+    Whether prompts of `length` tokens have room for the built-in probes' needles, which need more than the others.
+
+    Raises:
+        ValueError: they have not; says which length has.
+    """
+    least = least_length(tokenizer, max(NIAH_KEYS))
+    if length < least:
+        raise ValueError(
+            f"length {length} is too short for a prompt with {max(NIAH_KEYS)} needles: the least that always works "
+            f"with this tokenizer is {least}"
+        )
 
 
 def induction_probe(

@@ -1,9 +1,9 @@
-"""Scores from a teacher's name to a folder on disk, and masks from there: `hydrahead score` and `hydrahead select`."""
+"""Scores from a teacher's name to a folder on disk: `hydrahead score`, and the exchanges of `hydrahead select`."""
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +11,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..demo.corpus import encode_corpus, load_corpus
-from ..evaluation.report import plot_head_map, plot_head_maps, plot_knockout, plot_stability
+from ..evaluation.report import plot_head_maps, plot_knockout, plot_stability
 from ..hub.checkpoint import check_free, whole_file, whole_folder
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, check_forms, load_forms, save_forms
+from .mask_file import Exchange
 from .migration import Forms, student_config
 from .patching import Head, home
-from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, jsonl_probes, niah_probe
+from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, check_length, jsonl_probes, niah_probe
 from .replacement import search_masks
-from .scoring import CLEAN_ONLY, METHODS, NEEDS_FORMS, HeadScores, ProbeResult, score_heads
-from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
-from .teachers import TeacherAdapter, adapter_for, find_checkpoint, public_name
+from .score_settings import ScoreSettings, check_options
+from .scores import CLEAN_ONLY, NEEDS_FORMS, HeadScores, ProbeResult
+from .scoring import score_heads
+from .selection import Masks
+from .teachers import TeacherAdapter, adapter_for, find_checkpoint
 
 DEFAULT_LENGTH = 4096
 TEXT_ROWS, TEXT_LENGTH = 4, 512
@@ -29,73 +32,45 @@ MakeForms = Callable[[PreTrainedModel, object, np.ndarray, dict], Forms]
 """Teacher, tokenizer, text ids, student's options: aligned forms. How is not this package's business."""
 
 
-@dataclass(frozen=True)
-class ScoreSettings:
-    """
-    What to score, and on what.
-
-    Attributes:
-        teacher: Hub id or folder.
-        methods: names in `METHODS`, the one to rank by first.
-        length: tokens of a prompt; the teacher's native length, but 4,096 at most, by default.
-        pairs: counterfactual pairs of each built-in probe.
-        text: UTF-8 text to hide needles in and to measure on; the Python standard library by default.
-        probe_files: JSONL files with probes of the user's own.
-        built_in: use the built-in probes.
-        forms: aligned forms of the heads (`head_forms.safetensors`).
-        options: the student's options, where no forms file says them.
-        align_steps: of the alignment, where no forms file is given.
-        shortlist: heads whose replacement effect is measured; all by default.
-        evidence: measure stability and knock-out curves.
-        device: `cpu`, `cuda`, …; a GPU, with off-loading as needed, where there is one, by default.
-        dtype: of the teacher.
-        seed, revision: as everywhere.
-    """
-
-    teacher: str
-    methods: tuple[str, ...]
-    length: int | None = None
-    pairs: int = 8
-    text: Path | None = None
-    probe_files: tuple[Path, ...] = ()
-    built_in: bool = True
-    forms: Path | None = None
-    options: dict | None = None
-    align_steps: int = 100
-    shortlist: int | None = None
-    evidence: bool = True
-    device: str | None = None
-    dtype: str = "auto"
-    seed: int = 0
-    revision: str | None = None
-
-
-def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[], Path], int]:
+def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[], Path], object, int]:
     """
     Everything that can be known to be wrong before a weight is read.
 
     Returns:
-        the teacher's adapter, what fetches its checkpoint, and the length of a prompt.
+        the teacher's adapter, what fetches its checkpoint, its tokenizer, and the length of a prompt.
 
     Raises:
         ValueError: a one-line reason.
     """
-    for method in settings.methods:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if settings.text is not None and not settings.text.is_file():
-        raise ValueError(f"{settings.text}: no such file")
-    if settings.methods and not settings.built_in and not settings.probe_files:
-        raise ValueError("no probes: pass a JSONL file, or leave the built-in ones on")
+    check_options(settings)
     config, fetch = find_checkpoint(settings.teacher, settings.revision)
     adapter = adapter_for(config)
     native = config.max_position_embeddings
-    length = settings.length or min(DEFAULT_LENGTH, native)
+    length = min(DEFAULT_LENGTH, native) if settings.length is None else settings.length
     if length > native:
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
     if settings.forms is not None:
         check_forms(settings.forms, adapter)
-    return adapter, fetch, length
+    if settings.device is not None:
+        check_device(settings.device)
+    tokenizer = AutoTokenizer.from_pretrained(settings.teacher, revision=settings.revision)
+    if settings.built_in:
+        check_length(tokenizer, length)
+    return adapter, fetch, tokenizer, length
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such device here.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # what PyTorch raises depends on how it was built
+        raise ValueError(
+            f"device {name}: not on this machine, or not one that this PyTorch was built for; leave --device out, or "
+            "pass cpu"
+        ) from None
 
 
 class Unfinished:
@@ -158,9 +133,8 @@ def score_to_folder(
         ValueError: see `check_settings` and `score_heads`.
     """
     check_free(output, overwrite)
-    adapter, fetch, length = check_settings(settings)
+    adapter, fetch, tokenizer, length = check_settings(settings)
     checkpoint = fetch()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text_ids = read_text(tokenizer, settings)
     probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
     if settings.built_in:
@@ -248,7 +222,7 @@ def draw_scores(scores: HeadScores, folder: Path) -> None:
         maps[method] = found.scores
         masks[method] = as_masks(ranking(found.scores, found.tie_break)[:best], layers, width)
     plot_head_maps(
-        maps, masks, f"{scores.teacher}: scores; red: each method's best {best} heads", folder / "head_maps.png"
+        maps, masks, f"{scores.teacher}: scores; framed: each method's best {best} heads", folder / "head_maps.png"
     )
     if any(scores.evidence.get("stability", {}).values()):
         title = f"{scores.teacher}: do halves of the pairs agree"
@@ -257,89 +231,6 @@ def draw_scores(scores: HeadScores, folder: Path) -> None:
         if scores.evidence.get(kind):
             title = f"{scores.teacher}: accuracy by generation, heads {what}"
             plot_knockout(scores.evidence[kind], title, folder / f"{kind}.png")
-
-
-def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """
-    Heads from `LAYER.HEAD` words, separated by commas: `3.5,3.7`.
-
-    Raises:
-        ValueError: one is not of this form.
-    """
-    heads = []
-    for word in ",".join(texts).split(","):
-        layer, _, head = word.strip().partition(".")
-        if not word.strip():
-            continue
-        if not (layer.isdigit() and head.isdigit()):
-            raise ValueError(f"{word.strip()!r}: expected LAYER.HEAD, such as 3.5")
-        heads.append((int(layer), int(head)))
-    return heads
-
-
-def parse_weights(texts: Sequence[str]) -> dict[str, float]:
-    """
-    Weights of capabilities from `NAME=NUMBER` words.
-
-    Raises:
-        ValueError: one is not of this form, or negative.
-    """
-    weights = {}
-    for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            raise ValueError(f"{text!r}: expected NAME=NUMBER, such as language=0.5") from None
-        if not 0 <= weights[name] < float("inf"):
-            raise ValueError(f"{text!r}: a weight must be 0 or more")
-    return weights
-
-
-def read_scores(
-    files: Sequence[Path], method: str | None = None, weights: Mapping[str, float] | None = None
-) -> HeadScores:
-    """
-    One ranking from one or several score files of the same teacher.
-
-    Args:
-        method: of those measured; the first file's by default.
-        weights: of capabilities, in place of those in the files.
-
-    Raises:
-        ValueError: see `HeadScores.load`, `merge` and `using`; or a weight for a capability that was not measured.
-    """
-    scores = HeadScores.load(files[0])
-    for file in files[1:]:
-        scores = scores.merge(HeadScores.load(file))
-    known = sorted({probe.capability for probe in scores.probes})
-    unknown = sorted(set(weights or {}) - set(known))
-    if unknown:
-        raise ValueError(f"no capability {unknown[0]!r} was measured; measured: {', '.join(known)}")
-    if weights:
-        scores = replace(scores, weights=scores.weights | weights)
-    return scores.using(method or scores.method) if method or weights else scores
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """
-    What greedy exchange needs to judge a choice of heads by.
-
-    Attributes:
-        teacher: Hub id or folder.
-        forms: aligned forms of its heads.
-        rounds: exchanges at most.
-        text, length, device, dtype, revision: as in `ScoreSettings`.
-    """
-
-    teacher: str
-    forms: Path
-    rounds: int = 16
-    text: Path | None = None
-    length: int | None = None
-    device: str | None = None
-    revision: str | None = None
 
 
 def exchange_heads(
@@ -360,14 +251,13 @@ def exchange_heads(
         device=exchange.device,
         revision=exchange.revision,
     )
-    adapter, fetch, length = check_settings(settings)
+    adapter, fetch, tokenizer, length = check_settings(settings)
     if (len(masks), len(masks[0])) != (adapter.num_layers, adapter.num_heads):
         raise ValueError(
             f"the scores are of {len(masks)} layers of {len(masks[0])} heads, {exchange.teacher} has "
             f"{adapter.num_layers} of {adapter.num_heads}"
         )
     checkpoint = fetch()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     text_ids = read_text(tokenizer, settings)
     teacher = load_teacher(checkpoint, settings)
     forms = running_forms(adapter, *load_forms(exchange.forms, adapter), teacher)
@@ -406,78 +296,3 @@ def running_forms(adapter: TeacherAdapter, tensors: Forms, options: dict, teache
     blank = [[0] * adapter.num_heads] * adapter.num_layers
     forms = FormOutputs(student_config(adapter, blank, **options), tensors)
     return forms.to(home(teacher)).eval().requires_grad_(False)
-
-
-def select_to_file(
-    files: Sequence[Path],
-    output: Path,
-    ratio: float,
-    strategy: str,
-    budget_unit: str,
-    *,
-    method: str | None = None,
-    keep: Sequence[str] = (),
-    drop: Sequence[str] = (),
-    tensor_parallel: int = 1,
-    seed: int = 0,
-    weights: Sequence[str] = (),
-    exchange: Exchange | None = None,
-) -> tuple[Masks, list[str]]:
-    """
-    Choose heads and write `output` (JSON masks) and, beside it, a picture of the choice.
-
-    Args:
-        exchange: improve the choice by greedy exchange.
-
-    Returns:
-        the masks, and what they keep and cost, line by line.
-
-    Raises:
-        ValueError: see `read_scores` and `select_heads`.
-    """
-    if output.suffix != ".json":
-        raise ValueError(f"{output}: expected a name that ends in .json")
-    if exchange is not None and tensor_parallel > 1:
-        raise ValueError(
-            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism"
-        )
-    scores = read_scores(files, method, parse_weights(weights))
-    kept, dropped = parse_heads(keep), parse_heads(drop)
-    masks = select_heads(
-        scores, ratio, strategy, budget_unit, seed, keep=kept, drop=dropped, tensor_parallel=tensor_parallel
-    )
-    lines = []
-    if exchange is not None:
-        masks, history = exchange_heads(scores, masks, exchange, budget_unit, {*kept, *dropped}, seed)
-        lines = [
-            f"after {record['trials']} conversions: needles {record['accuracy']:.2f}, answer loss "
-            f"{record['answer_loss']:.3f}, text divergence {record['divergence']:.3f} (untrained)"
-            for record in (history[0], history[-1])
-        ]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial:
-        partial.write_text(json.dumps(masks) + "\n")
-    title = f"{public_name(scores.teacher)}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}"
-    plot_head_map(scores.scores, masks, title, output.with_suffix(".png"))
-    return masks, lines + describe_choice(scores, masks, strategy, budget_unit)
-
-
-def describe_choice(scores: HeadScores, masks: Masks, strategy: str, budget_unit: str) -> list[str]:
-    """What a choice keeps and costs, what the same cache would buy otherwise, and warnings: lines of text."""
-    cost = selection_cost(scores, masks)
-    lines = [
-        f"full attention: {cost.full_attention_heads} of {cost.heads} query heads "
-        f"({cost.full_attention_heads / cost.heads:.1%}), in {cost.kv_heads} of {cost.all_kv_heads} KV heads",
-        f"cache: {cost.kv_bytes_per_token:,} bytes per token in bf16 (teacher {cost.teacher_kv_bytes_per_token:,}: "
-        f"{cost.kv_bytes_per_token / cost.teacher_kv_bytes_per_token:.1%}), {cost.state_bytes:,} bytes of state",
-    ]
-    if strategy in BY_SCORE:
-        unit, other = same_cache_in_other_unit(scores, masks, strategy, budget_unit)
-        count = sum(map(sum, other))
-        lines.append(f"the same cache, budgeted in {unit}: {count} query heads ({count / cost.heads:.1%})")
-        if cost.decided_by_tie_break > cost.full_attention_heads / 2:
-            lines.append(
-                f"warning: {cost.decided_by_tie_break} of the {cost.full_attention_heads} heads were decided by "
-                f"tie-break (attention distance), not by their {scores.method} score"
-            )
-    return lines + [f"warning: {warning}" for warning in scores.warnings]

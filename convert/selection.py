@@ -1,14 +1,16 @@
 """From head scores to head masks, under a budget of heads or of KV cache."""
 
+import math
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .scoring import HeadScores
+from .scores import HeadScores
 
 STRATEGIES = ("global", "global-constrained", "layer", "fixed", "layer-random", "global-random", "layerwise")
 BUDGET_UNITS = ("heads", "kv_groups")
 BY_SCORE = ("global", "global-constrained", "layer")
+CONVOLUTION = 4  # tokens: the default of `HydraHeadConfig.short_conv_kernel_size`, which needs PyTorch to be read
 
 Masks = list[list[int]]
 Head = tuple[int, int]
@@ -46,8 +48,8 @@ def select_heads(
         masks `[L][H]`, 1 for full attention.
 
     Raises:
-        ValueError: an unknown strategy or unit, a head that does not exist or is both kept and dropped, or a budget
-            that leaves no head, cannot give each layer one, or cannot hold what is to be kept.
+        ValueError: an unknown strategy or unit, a head that does not exist, is both kept and dropped or has no score,
+            or a budget that leaves no head, cannot give each layer one, or cannot hold what is to be kept.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -71,9 +73,14 @@ def select_heads(
     needs_all_layers = strategy not in ("global", "global-random", "layerwise")
     if budget < 1 or (needs_all_layers and budget < layers):
         least = layers if needs_all_layers else 1
+        works = -(-least * 1000 // len(places)) / 1000  # rounded up, as it is printed
+        other = "global" if strategy in BY_SCORE else "global-random"
         raise ValueError(
-            f"ratio {ratio} keeps {budget} of {len(places)} {budget_unit}, {strategy} needs at least {least}"
+            f"ratio {ratio:g} keeps {budget} of {len(places)} {budget_unit}, {strategy} needs at least {least}: "
+            f"choose a ratio of {works:g} or more" + (f", or the strategy {other}" if budget else "")
         )
+    if strategy in BY_SCORE:
+        _check_measured(scores.scores, kept | dropped, size)
     if len(kept) > budget or len(places) - len(dropped) < budget:
         raise ValueError(
             f"ratio {ratio} keeps {budget} of {len(places)} {budget_unit}: {len(kept)} are to be kept and "
@@ -130,6 +137,21 @@ def _units(heads: Iterable[Head], layers: int, width: int, size: int) -> set[Hea
     return units
 
 
+def _check_measured(scores: list[list[float]], decided: set[Head], size: int) -> None:
+    """Refuse scores that are no number, unless the user has decided about their heads."""
+    unknown = [
+        f"{layer}.{head}"
+        for layer, row in enumerate(scores)
+        for head, score in enumerate(row)
+        if math.isnan(score) and (layer, head // size) not in decided
+    ]
+    if unknown:
+        more = f" and {len(unknown) - 1} more heads have" if len(unknown) > 1 else " has"
+        raise ValueError(
+            f"head {unknown[0]}{more} no score, an effect was not finite: keep or drop by name, or score again in fp32"
+        )
+
+
 def _in_multiples(rows, units, kept: set[Head], budget: int, multiple: int, strategy: str) -> list[Head]:
     """The best bundles of `multiple` units of a layer, each layer's taken in the order of their rank."""
     if len(units[0]) % multiple:
@@ -159,14 +181,15 @@ def _in_multiples(rows, units, kept: set[Head], budget: int, multiple: int, stra
 @dataclass(frozen=True)
 class SelectionCost:
     """
-    What a choice keeps and costs, in bf16 for the cache and fp32 for states.
+    What a choice keeps and costs, in bf16 for the cache, as a student's config counts it.
 
     Attributes:
         full_attention_heads, heads: query heads that stay, and all.
         kv_heads, all_kv_heads: KV heads that are cached, and all.
         kv_bytes_per_token, teacher_kv_bytes_per_token: cache growth with each token.
-        state_bytes: constant recurrent state of a sequence, without the convolution's.
+        state_bytes: constant state of a sequence: recurrent states in fp32, the convolution's inputs in bf16.
         decided_by_tie_break: heads that stay although no score sets them above one that does not.
+        without_evidence: heads that stay although their score is not above 0: nothing measured speaks for them.
     """
 
     full_attention_heads: int
@@ -177,6 +200,7 @@ class SelectionCost:
     teacher_kv_bytes_per_token: int
     state_bytes: int
     decided_by_tie_break: int
+    without_evidence: int
 
 
 def selection_cost(scores: HeadScores, masks: Masks, head_dim: int | None = None) -> SelectionCost:
@@ -202,8 +226,9 @@ def selection_cost(scores: HeadScores, masks: Masks, head_dim: int | None = None
         all_kv_heads=all_kv,
         kv_bytes_per_token=kv_heads * bytes_per_kv_head,
         teacher_kv_bytes_per_token=all_kv * bytes_per_kv_head,
-        state_bytes=len(linear) * dim * dim * 4,
+        state_bytes=len(linear) * dim * (4 * dim + 3 * CONVOLUTION * 2),
         decided_by_tie_break=sum(score in set(linear) for score in full),
+        without_evidence=sum(not score > 0 for score in full),
     )
 
 
@@ -218,6 +243,8 @@ def same_cache_in_other_unit(scores: HeadScores, masks: Masks, strategy: str, bu
         the other unit, and its masks.
     """
     cost = selection_cost(scores, masks, head_dim=1)
+    known = [[0.0 if math.isnan(score) else score for score in row] for row in scores.scores]  # heads are only counted
+    scores = replace(scores, scores=known)
     if budget_unit == "heads":
         return "kv_groups", select_heads(scores, cost.kv_heads / cost.all_kv_heads, strategy, "kv_groups")
     best = masks

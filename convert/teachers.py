@@ -231,14 +231,25 @@ def find_checkpoint(name_or_path: str, revision: str | None = None) -> tuple[Pre
     before anything large is downloaded. A name that is a folder here is that folder, otherwise it is a Hub id.
 
     Raises:
-        ValueError: the folder holds no model, or transformers itself does not know the family.
+        ValueError: there is no such model, the folder holds none, or transformers itself does not know the family.
     """
     path = Path(name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: not a model folder (no config.json)")
     if not path.is_dir() and (path.is_absolute() or name_or_path.startswith(".")):
         raise ValueError(f"{path}: no such folder")
-    model_type = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("model_type")
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if path.is_dir():
+            raise ValueError(f"{path}: its config.json cannot be read ({reason})") from None
+        raise ValueError(
+            f"{name_or_path}: no folder here, and not to be had from the Hub ({reason}) Check the spelling; offline, "
+            "only what was downloaded before is found; a gated model needs `hf auth login`"
+        ) from None
+    if model_type == "hydrahead":
+        raise ValueError(f"{name_or_path}: a HydraHead student; pass the pretrained transformer that it was made from")
     if model_type not in CONFIG_MAPPING:  # transformers would ask whether to run the checkpoint's own code
         raise unknown_family(model_type)
     config = AutoConfig.from_pretrained(name_or_path, revision=revision)

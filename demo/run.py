@@ -15,6 +15,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import FormOutputs, calibrated_forms
 from ..convert.migration import Forms, convert_model, student_config, teacher_config
-from ..convert.probes import niah_probe
-from ..convert.scoring import HeadScores, score_heads
+from ..convert.probes import check_length, niah_probe
+from ..convert.scores import HeadScores
+from ..convert.scoring import score_heads
 from ..convert.selection import select_heads, selection_cost
 from ..convert.teachers import adapter_for, find_checkpoint, public_name
 from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
@@ -46,10 +48,6 @@ TASKS = {"single_key": 1, "four_keys": 4}
 TEXT_ROWS = 4  # on which what a head is worth to plain text is measured
 SCORE_LENGTH = 512  # tokens of a prompt on which what it is worth to needles is: half of 1x, at half the time
 ANSWER_WEIGHT = 6.0  # in distillation; the teacher learnt retrieval with more, the student has to keep the text too
-CONDITION = (
-    "Alignment and distillation read the teacher's own training mixture, in which three rows in four hide needles and "
-    "ask for them: the hybrid practises what is evaluated. The evaluation's text and its needles are new to it."
-)
 
 
 @dataclass(frozen=True)
@@ -83,19 +81,39 @@ class DemoSettings:
     seed: int = 0
 
 
+def condition(settings: DemoSettings) -> str:
+    """What the students of a run have practised, and whether their teacher had: needed to read the results."""
+    text = settings.text.name if settings.text else "the Python standard library"
+    embedded = Path(settings.teacher).resolve() == EMBEDDED_TEACHER.resolve()
+    if embedded and settings.text is None:
+        mixture = "the teacher's own training mixture"
+    elif embedded:
+        mixture = f"the teacher's kind of training mixture, made of {text}, which the teacher did not read"
+    else:
+        mixture = f"the demo's synthetic mixture, made of {text}, which the teacher never saw"
+    return (
+        f"Alignment and distillation read {mixture}; three of its rows in four hide needles and ask for them: the "
+        "hybrid practises what is evaluated. The evaluation's text and its needles are new to it."
+    )
+
+
 class Demo:
     """One run of the main job. Stages leave files, and a run with the same settings resumes after the last of them."""
 
     def __init__(self, settings: DemoSettings, folder: Path, console: Console):
         """
         Raises:
-            ValueError: a teacher that cannot be converted, or a text that is too short; before weights are read.
+            ValueError: a teacher that cannot be converted, a length that has no room for needles, or a text that is
+                too short; before weights are read.
         """
         self.settings, self.folder, self.console = settings, folder, console
         config, fetch = find_checkpoint(settings.teacher)
         adapter = adapter_for(config)
-        self.length = settings.length or min(1024, config.max_position_embeddings)
+        native = config.max_position_embeddings
+        self.length = min(1024, native) if settings.length is None else settings.length
         self.lengths = [self.length * factor for factor in FACTORS]
+        self.tokenizer = AutoTokenizer.from_pretrained(settings.teacher)
+        check_length(self.tokenizer, min(self.length, SCORE_LENGTH))
         # Only recurrent outputs are normalised: a full-attention head is then exactly its aligned form.
         self.options = {"fusion_norm": "linear", "logit_scale_base": self.length}
         blank = [[0] * adapter.num_heads] * adapter.num_layers
@@ -103,7 +121,6 @@ class Demo:
         self.teacher_config = teacher_config(adapter)
 
         checkpoint = fetch()
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.train_ids, self.heldout_ids = self._read_text()
         if len(self.heldout_ids) <= self.lengths[-1]:
             raise ValueError(
@@ -133,7 +150,7 @@ class Demo:
         """All stages; gives the report that they end in."""
         started = time.perf_counter()
         self.console.print(f"[bold]HydraHead[/bold]  teacher {self.teacher_name}, {self.length:,} tokens at 1x")
-        self.console.print(f"[dim]{CONDITION}[/dim]\n")
+        self.console.print(f"[dim]{escape(condition(self.settings))}[/dim]\n")
         self._forget_other_settings()
         with self.progress if self.console.is_terminal else contextlib.nullcontext():
             forms = self.align()
@@ -310,12 +327,14 @@ class Demo:
         """Everything that was set and measured."""
         text = self.settings.text.name if self.settings.text else "Python standard library"
         settings = asdict(self.settings) | {"teacher": self.teacher_name, "text": text}
+        cost = selection_cost(scores, masks)
         return {
-            "condition": CONDITION,
+            "condition": condition(self.settings),
             "settings": settings,
             "options": self.options,
             "head_masks": masks,
-            "decided_by_tie_break": selection_cost(scores, masks).decided_by_tie_break,
+            "decided_by_tie_break": cost.decided_by_tie_break,
+            "without_evidence": cost.without_evidence,
             "full_attention_share": sum(map(sum, masks)) / sum(map(len, masks)),
             "pairs": {probe.name: {"used": probe.used, "dropped": probe.dropped} for probe in scores.probes},
             "lengths": self.lengths,
@@ -333,7 +352,7 @@ class Demo:
             "Heads chosen by": _choice(report),
             "Trained": f"{self.settings.align_steps * training_tokens:,} tokens of alignment, "
             f"{self.settings.distill_steps * training_tokens:,} of distillation, rows of {self.settings.train_length}",
-            "Condition": CONDITION,
+            "Condition": report["condition"],
         }
         teacher_name = None if Path(self.settings.teacher).is_dir() else self.settings.teacher
         card = model_card(student.config, self.teacher_config, teacher_name, facts, _markdown(report))
@@ -360,12 +379,10 @@ class Demo:
 
     def draw(self, scores: HeadScores, report: dict) -> None:
         """The pictures."""
-        plot_head_map(
-            scores.scores,
-            report["head_masks"],
-            f"replacement effect of each head, {sum(map(sum, report['head_masks']))} kept",
-            self.folder / "head_map.png",
-        )
+        without = report["without_evidence"]
+        title = f"replacement effect of each head, {sum(map(sum, report['head_masks']))} kept"
+        title += f", {without} of them without evidence" if without else ""
+        plot_head_map(scores.scores, report["head_masks"], title, self.folder / "head_map.png")
         accuracies = {
             name: {task.replace("_", " "): report["results"][name][task] for task in TASKS}
             for name in report["results"]
@@ -406,8 +423,12 @@ class Demo:
 
 def _choice(report: dict) -> str:
     """How the heads were chosen, in words."""
-    ties = report["decided_by_tie_break"]
-    return "kept by replacement effect" + (f", {ties} of them by tie-break" if ties else "")
+    ties, without = report["decided_by_tie_break"], report["without_evidence"]
+    return (
+        "kept by replacement effect"
+        + (f", {ties} of them by tie-break" if ties else "")
+        + (f"; {without} of them without evidence (score 0 or less), to fill the budget" if without else "")
+    )
 
 
 def _rows(report: dict) -> list[list[str]]:

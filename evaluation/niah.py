@@ -217,6 +217,20 @@ def make_niah(
     )
 
 
+def least_length(tokenizer, num_keys: int) -> int:
+    """Tokens that a prompt of `make_niah` with one question, and its answer, take at most when no text is between."""
+    keys = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]
+    values = draw_values(np.random.default_rng(0), len(keys))
+
+    def longest(texts: list[str]) -> int:
+        return max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
+
+    needle = longest([needle_text(key, value) + "\n" for key, value in zip(keys, values)])
+    question = longest([question_text([key], False) for key in keys]) + longest([answer_text([v]) for v in values])
+    header = len(tokenizer(header_text(False)).input_ids)
+    return header + num_keys * (needle + longest(["\n"])) + question
+
+
 def evaluate_niah(
     model,
     samples: Sequence[NiahSample],

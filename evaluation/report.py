@@ -1,37 +1,37 @@
 """Results as pictures."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 
 def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], title: str, path: Path) -> None:
     """
-    Draw scores `[L][H]` as a map, layers down and query heads across, with the full-attention heads outlined.
+    Draw scores `[L][H]` as a map, layers down and query heads across, with the full-attention heads framed.
 
     Args:
-        masks: `[L][H]`, 1 for the heads to outline.
+        masks: `[L][H]`, 1 for the heads to frame.
     """
     layers, heads = len(scores), len(scores[0])
-    figure, axes = plt.subplots(figsize=(max(5.6, 0.42 * heads + 2), max(2.4, 0.42 * layers + 1.4)))
-    image = axes.imshow(scores, cmap="Blues", vmin=0, aspect="equal")
-    for layer, row in enumerate(masks):
-        for head, chosen in enumerate(row):
-            if chosen:
-                axes.add_patch(
-                    Rectangle((head - 0.46, layer - 0.46), 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=2)
-                )
+    size = (max(5.6, 0.42 * heads + 2), max(2.4, 0.42 * layers + 1.4))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    image = _draw_heads(axes, scores, masks, line_width=1.8)
+    axes.set_aspect("equal")
     axes.set_xticks(range(heads))
     axes.set_yticks(range(layers))
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")
-    axes.set_title(f"{title}\nred: stays full attention", fontsize=9)
+    signs = "framed: stays full attention" + ("; –: score below 0" if np.less(scores, 0).any() else "")
+    figure.suptitle(f"{_wrapped(title, size[0])}\n{signs}", fontsize=9)
     figure.colorbar(image, ax=axes, label="score", shrink=0.85)
     _save(figure, path)
 
@@ -43,36 +43,60 @@ def plot_head_maps(
     path: Path,
 ) -> None:
     """
-    Draw the scores `[L][H]` of several methods side by side, each with its own best heads outlined.
+    Draw the scores `[L][H]` of several methods side by side, each with its own best heads framed.
 
     Args:
-        masks: by method, `[L][H]`, 1 for the heads to outline.
+        masks: by method, `[L][H]`, 1 for the heads to frame.
     """
     first = next(iter(scores.values()))
     layers, heads = len(first), len(first[0])
     columns = min(3, len(scores))
     rows = -(-len(scores) // columns)
-    size = (columns * max(2.6, 0.22 * heads + 1), rows * max(1.9, 0.2 * layers + 1) + 0.5)
-    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    size = (max(4.8, columns * max(2.6, 0.22 * heads + 1)), rows * max(1.9, 0.2 * layers + 1) + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes in grid.flat[len(scores) :]:
         axes.axis("off")
     for axes, (method, values) in zip(grid.flat, scores.items()):
-        axes.imshow(values, cmap="Blues", vmin=0, aspect="auto")
-        for layer, row in enumerate(masks[method]):
-            for head, chosen in enumerate(row):
-                if chosen:
-                    place = (head - 0.46, layer - 0.46)
-                    axes.add_patch(Rectangle(place, 0.92, 0.92, fill=False, edgecolor="#d1495b", linewidth=1.2))
+        image = _draw_heads(axes, values, masks[method], line_width=1.2)
+        axes.set_aspect("auto")
         axes.set_title(method, fontsize=9)
         axes.tick_params(labelsize=6)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+        bar = figure.colorbar(image, ax=axes)
+        bar.set_label("score", fontsize=8)
+        bar.ax.tick_params(labelsize=6)
     for axes in grid[:, 0]:
         axes.set_ylabel("layer", fontsize=8)
     for axes in grid.flat[max(0, len(scores) - columns) : len(scores)]:
         axes.set_xlabel("query head", fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    signs = "; –: score below 0" if np.less(list(scores.values()), 0).any() else ""
+    figure.suptitle(_wrapped(title + signs, size[0]), fontsize=9)
     _save(figure, path)
+
+
+def _draw_heads(axes, scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], line_width: float):
+    """A map of scores: white is 0, red below it, grey unknown; frames and dashes have a seam to be seen on any."""
+    values = np.array(scores, dtype=float)
+    most = max(np.abs(values[np.isfinite(values)]).max(initial=0), 1e-12)
+    colours = ("RdBu", -most) if (values < 0).any() else ("Blues", 0)
+    image = axes.imshow(values, cmap=plt.get_cmap(colours[0]).with_extremes(bad="#bbbbbb"), vmin=colours[1], vmax=most)
+    seam = [withStroke(linewidth=line_width + 2, foreground="white")]
+    layers, heads = np.nonzero(values < 0)
+    axes.scatter(heads, layers, marker="_", s=30 * line_width, linewidth=line_width, color="black", path_effects=seam)
+    for layer, head in np.argwhere(np.array(masks)):
+        place = (head - 0.44, layer - 0.44)
+        axes.add_patch(
+            Rectangle(
+                place, 0.88, 0.88, fill=False, edgecolor="black", linewidth=line_width, path_effects=seam, zorder=3
+            )
+        )
+    return image
+
+
+def _wrapped(title: str, width: float) -> str:
+    """A title in lines that fit a figure of `width` inches, at 9 points."""
+    return textwrap.fill(title, int(width * 12), break_on_hyphens=False)
 
 
 def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
@@ -246,6 +270,7 @@ def wilson_interval(share: float, samples: int) -> tuple[float, float]:
 
 
 def _save(figure, path: Path) -> None:
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -9,10 +9,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # files alone are written without PyTorch
+    from transformers import PreTrainedTokenizerBase
 
-from ..modeling_hydrahead import HydraHeadForCausalLM
+    from ..modeling_hydrahead import HydraHeadForCausalLM
 
 
 @contextlib.contextmanager
@@ -65,8 +67,8 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
 
 
 def save_checkpoint(
-    student: HydraHeadForCausalLM,
-    tokenizer: PreTrainedTokenizerBase | None,
+    student: "HydraHeadForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase | None",
     folder: str | Path,
     extra_files: Mapping[str, str | dict | list | Path] | None = None,
     overwrite: bool = False,

@@ -13,15 +13,27 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from hydrahead import __version__
 from hydrahead.cli import app
+from hydrahead.convert import score_folder
 from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
 from hydrahead.convert.scoring import _Measuring
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.hub.checkpoint import answer_in_clean_process, whole_folder
 from hydrahead.tests.families import make_teacher
 
-COMMAND = [sys.executable, "-m", "hydrahead.cli"]
+COMMAND = [sys.executable, "-m", "hydrahead"]
 MASKS = [[1, 0, 0, 0, 1, 1, 0, 0]] * 6
+
+
+def write_scores(path: Path) -> Path:
+    """A score file of a teacher with 2 layers of 4 heads."""
+    effects = {"receiver": [[[0.5, 0.1, 0.0, 0.0]] * 2]}
+    probe = {"name": "a", "capability": "a", "pairs": 1, "used": 1, "effects": effects}
+    scores = {"scores": [[1.0, 0.2, 0, 0]] * 2, "tie_break": [[0.0] * 4] * 2, "num_key_value_heads": 2}
+    scores |= {"probes": [probe], "capabilities": {}, "method": "receiver", "teacher": "t", "head_dim": 16}
+    path.write_text(json.dumps(scores))
+    return path
 
 
 def hydrahead(*arguments, **options) -> subprocess.CompletedProcess:
@@ -42,6 +54,102 @@ def test_help_does_not_wait_for_pytorch():
     code = "import hydrahead.cli, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "convert" in hydrahead("--help").stdout
+
+
+def test_the_version_is_the_packages():
+    assert hydrahead("--version").stdout == f"hydrahead {__version__}\n"
+
+
+def test_only_debugging_shows_where_bad_input_was_found(tmp_path):
+    arguments = ["select", tmp_path / "none.json", "--output", tmp_path / "masks.json"]
+    plain, debug = hydrahead(*arguments), hydrahead("--debug", *arguments)
+    assert plain.returncode == debug.returncode == 1
+    assert plain.stderr.startswith("hydrahead: ") and plain.stderr.count("\n") == 1
+    assert debug.stderr.startswith("Traceback") and "ValueError" in debug.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr("hydrahead.convert.mask_file.select_to_file", broken)
+    result = CliRunner().invoke(app, ["select", "scores.json", "--output", "masks.json"])
+    assert isinstance(result.exception, RuntimeError) and result.exit_code == 1 and result.stderr == ""
+
+
+# Runs the command, then says what it has imported of what takes long to import.
+IMPORTS = """
+import sys
+from hydrahead import cli
+try:
+    cli.app()
+finally:
+    print("imported", *[name for name in ("torch", "transformers", "fla", "matplotlib") if name in sys.modules])
+"""
+
+
+def imported(*arguments) -> tuple[int, set[str], str]:
+    """Exit code, long imports, and stderr of a command."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    return done.returncode, set(done.stdout.splitlines()[-1].split()[1:]), done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["select", "SCORES", "--output", "out.json", "--strategy", "best"],
+        ["select", "SCORES", "--output", "out.json", "--method", "attention"],
+        ["select", "SCORES", "--output", "out.json", "--weight", "b=1"],
+        ["select", "SCORES", "--output", "out.json", "--ratio", "0.01"],
+        ["score", EMBEDDED_TEACHER, "out", "--method", "best"],
+        ["score", EMBEDDED_TEACHER, "out", "--forms", "none.safetensors"],
+        ["convert", EMBEDDED_TEACHER, "out", "--masks", "none.json"],
+        ["demo", "--text", "none.txt"],
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[-2]}",
+)
+def test_a_typo_does_not_wait_for_pytorch(tmp_path, arguments):
+    scores = write_scores(tmp_path / "scores.json")
+    code, names, said = imported(*[scores if each == "SCORES" else each for each in arguments])
+    assert code == 1 and said.startswith("hydrahead: ") and said.count("\n") == 1
+    assert names == set()
+
+
+def test_choosing_heads_needs_no_pytorch(tmp_path):
+    scores = write_scores(tmp_path / "scores.json")
+    code, names, _ = imported("select", scores, "--output", tmp_path / "masks.json", "--weight", "a=2")
+    assert code == 0 and names == {"matplotlib"}
+
+
+def test_the_public_names_come_when_they_are_asked_for():
+    from hydrahead.convert import HeadScores, convert_model, score_heads, select_heads
+
+    assert all(map(callable, (HeadScores, convert_model, score_heads, select_heads)))
+    code = "import hydrahead.convert, sys; assert 'torch' not in sys.modules; hydrahead.convert.select_head"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("AttributeError: module 'hydrahead.convert' has no")
+
+
+def test_what_flash_linear_attention_says_without_a_gpu_is_not_repeated(tmp_path, masks):
+    """A stand-in for its import where Triton is installed and finds no GPU; other warnings are shown."""
+    code = (
+        "import sys, warnings\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'fla':\n"
+        "            warnings.warn('Triton is not supported on current platform, roll back to CPU.')\n"
+        "            warnings.warn('something else is old')\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from hydrahead import cli\n"
+        "cli.main()\n"
+    )
+    masks.write_text("[[1, 0]]")
+    arguments = ["convert", str(EMBEDDED_TEACHER), str(tmp_path / "new"), "--masks", str(masks)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert "head_masks must have one row per layer" in done.stderr
+    assert "something else is old" in done.stderr and "Triton" not in done.stderr
 
 
 def test_convert_writes_a_folder_that_answers_in_a_clean_process(tmp_path, masks):
@@ -95,7 +203,18 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, masks, arguments, 
 def test_an_unknown_name_gets_one_line_too(tmp_path, masks):
     done = hydrahead("convert", "no/such-model", tmp_path / "new", "--masks", masks)
     assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("hydrahead: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("hydrahead: no/such-model: no folder here, and not to be had from the Hub (")
+    assert "Check the spelling; offline, only what was downloaded before is found" in done.stderr
+
+
+def test_a_hybrid_is_no_teacher(tmp_path, masks):
+    (tmp_path / "hybrid").mkdir()
+    (tmp_path / "hybrid" / "config.json").write_text('{"model_type": "hydrahead"}')
+    for command in (["score"], ["convert", "--masks", str(masks)]):
+        result = CliRunner().invoke(app, [*command, str(tmp_path / "hybrid"), str(tmp_path / "new")])
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
+        assert f"{tmp_path / 'hybrid'}: a HydraHead student; pass the pretrained transformer" in result.stderr
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -240,11 +359,23 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
         (["--length", "4096"], "length 4096 is more than the 1024 positions"),
         (["--text", "none.txt"], "none.txt: no such file"),
         (["--forms", "none.safetensors"], "none.safetensors: no such file"),
-        (["--probe", "none.jsonl", "--method", "receiver"], "none.jsonl: cannot be read"),
+        (["--probe", "none.jsonl", "--method", "receiver"], "none.jsonl: no such file"),
         (["--no-built-in"], "no probes"),
+        (["--length", "128"], "length 128 is too short for a prompt with 4 needles: the least that always works"),
+        (["--length", "3"], "length 3 is too short for a prompt with 4 needles: the least that always works"),
+        (["--length", "0"], "length 0 is too short"),
+        (["--device", "cuda:99"], "device cuda:99: not on this machine"),
+        (["--device", "gpu"], "device gpu: not on this machine, or not one that this PyTorch was built for"),
+        (
+            ["--forms", str(EMBEDDED_TEACHER / "config.json")],
+            "config.json: not the aligned forms of a",
+        ),
+        (["--forms", str(EMBEDDED_TEACHER / "model.safetensors")], "write them as head_forms.safetensors"),
     ],
 )
-def test_bad_score_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
+def test_bad_score_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(score_folder, "load_teacher", lambda *_: pytest.fail("read the weights"))
+    monkeypatch.setattr(score_folder, "read_text", lambda *_: pytest.fail("read the text"))
     result = CliRunner().invoke(app, ["score", str(EMBEDDED_TEACHER), str(tmp_path / "out"), *arguments])
     assert result.exit_code == 1
     assert message in result.stderr and result.stderr.strip().count("\n") == 0
@@ -264,11 +395,7 @@ def test_bad_score_input_is_one_line_and_writes_nothing(tmp_path, arguments, mes
     ],
 )
 def test_bad_select_input_is_one_line_and_writes_nothing(tmp_path, arguments, message):
-    effects = {"receiver": [[[0.5, 0.1, 0.0, 0.0]] * 2]}
-    probe = {"name": "a", "capability": "a", "pairs": 1, "used": 1, "effects": effects}
-    scores = {"scores": [[1.0, 0.2, 0, 0]] * 2, "tie_break": [[0.0] * 4] * 2, "num_key_value_heads": 2}
-    scores |= {"probes": [probe], "capabilities": {}, "method": "receiver", "teacher": "t", "head_dim": 16}
-    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    write_scores(tmp_path / "scores.json")
     output = ["--output", str(tmp_path / "masks.json")]
     result = CliRunner().invoke(app, ["select", str(tmp_path / "scores.json"), *output, *arguments])
     assert result.exit_code == 1

@@ -1,6 +1,8 @@
 """Text to rows: the same rows for a step whoever reads them, whenever, and however often it was interrupted."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import datasets
@@ -206,3 +208,28 @@ def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, to
     values["finetune"] |= plain
     (batch,) = StageData(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
     assert not any("magic number" in text or "zebra" in text for text in tokenizer.batch_decode(batch.token_ids))
+
+
+# The libraries need these two on Linux: only hydrahead does not find them.
+WITHOUT_LOCKS = """
+import builtins, sys
+find = builtins.__import__
+def import_(name, globals=None, *args, **kwargs):
+    if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").startswith("hydrahead"):
+        raise ModuleNotFoundError(name)
+    return find(name, globals, *args, **kwargs)
+builtins.__import__ = import_
+from accelerate import Accelerator
+from hydrahead.training import data, loop, quick
+assert loop._memory_gb(Accelerator(cpu=True)) == 0
+data.main(["--config", sys.argv[1]])
+"""
+
+
+def test_where_files_cannot_be_locked_only_training_is_refused(tmp_path):
+    """Windows, which has neither fcntl nor resource: what scores and converts is imported all the same."""
+    recipe = write_recipe(tmp_path, make_inputs(tmp_path))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LOCKS, str(recipe)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("hydrahead: training locks the file of tokens with fcntl")
+    assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
+from hydrahead.convert import HeadScores
 from hydrahead.demo import run
 from hydrahead.demo.run import Demo, DemoSettings
 
@@ -26,8 +27,11 @@ def test_the_demo_runs_from_teacher_to_reloaded_checkpoint_and_resumes(tmp_path,
     assert cache["hybrid"][-1] < cache["teacher"][-1]
     shown = console.export_text()
     assert report["reloaded"]["needle"] in shown and "needles" in shown
+    scores = HeadScores.load(tmp_path / "head_scores.json").scores
+    kept = [s for row, mask in zip(scores, report["head_masks"]) for s, keep in zip(row, mask) if keep]
+    assert report["without_evidence"] == sum(score <= 0 for score in kept)
     card = (tmp_path / "hybrid" / "README.md").read_text()
-    assert "12 of 48 full attention" in card and run.CONDITION in card
+    assert "12 of 48 full attention" in card and run.condition(FEW) in card
 
     # What is meant for the Hub says nothing of this machine.
     for file in [tmp_path / "report.json", *(tmp_path / "hybrid").glob("*.json"), *(tmp_path / "hybrid").glob("*.md")]:
@@ -38,6 +42,35 @@ def test_the_demo_runs_from_teacher_to_reloaded_checkpoint_and_resumes(tmp_path,
         monkeypatch.setattr(run, stage, lambda *_, **__: pytest.fail("repeated a finished stage"))
     again = Demo(FEW, tmp_path, Console(quiet=True)).run()
     assert again["results"] == report["results"]
+
+
+def test_the_condition_says_what_is_true_of_this_teacher_and_text(tmp_path):
+    own = run.condition(DemoSettings())
+    assert "the teacher's own training mixture" in own
+    assert run.condition(DemoSettings(teacher=f"{run.EMBEDDED_TEACHER}/../teacher")) == own
+    other = run.condition(DemoSettings(teacher="someone/model", text=tmp_path / "book.txt"))
+    assert "own training mixture" not in other
+    assert "the demo's synthetic mixture, made of book.txt, which the teacher never saw" in other
+    assert str(tmp_path) not in other
+    text = run.condition(DemoSettings(text=tmp_path / "book.txt"))
+    assert "own training mixture" not in text and "made of book.txt, which the teacher did not read" in text
+
+
+def test_heads_kept_without_evidence_are_said():
+    """In the card and on the screen."""
+    report = {"decided_by_tie_break": 2, "without_evidence": 7}
+    assert run._choice(report).startswith(
+        "kept by replacement effect, 2 of them by tie-break; 7 of them without evidence"
+    )
+    assert run._choice(dict.fromkeys(report, 0)) == "kept by replacement effect"
+
+
+@pytest.mark.parametrize("length", [0, 3, 128])
+def test_a_length_without_room_for_needles_is_refused_before_the_teacher_is_read(length, tmp_path, monkeypatch):
+    for name in ("load_corpus", "encode_corpus"):
+        monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("read the text"))
+    with pytest.raises(ValueError, match=rf"^length {length} is too short [^\n]* the least that always works [^\n]*$"):
+        Demo(DemoSettings(length=length), tmp_path / "out", Console(quiet=True))
 
 
 def test_a_short_text_is_refused_before_the_teacher_is_read(tmp_path, monkeypatch):

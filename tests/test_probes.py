@@ -10,6 +10,7 @@ from hydrahead.convert.probes import (
     COUNTERFACTUALS,
     NEAR_TOKENS,
     built_in_probes,
+    check_length,
     induction_probe,
     jsonl_probes,
     niah_probe,
@@ -27,6 +28,17 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def haystack(tokenizer) -> np.ndarray:
     return encode_corpus(tokenizer, load_corpus("heldout")[:40])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_least_length_that_is_named_works(tokenizer, haystack, seed):
+    with pytest.raises(ValueError, match=r"least that always works with this tokenizer is \d+$") as refused:
+        check_length(tokenizer, 3)
+    least = int(str(refused.value).split()[-1])
+    check_length(tokenizer, least)
+    assert built_in_probes(tokenizer, haystack, least, num_pairs=8, seed=seed)
+    with pytest.raises(ValueError, match=f"{least}$"):
+        check_length(tokenizer, least - 1)
 
 
 def differences(pair) -> list[int]:

@@ -223,6 +223,9 @@ def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
     other = adapter_for(make_teacher("qwen3-tied", num_hidden_layers=3).config)
     with pytest.raises(ValueError, match=r"^[^\n]*expected 3 layers of [^\n]*, got 2 of [^\n]*$"):
         load_forms(tmp_path / "forms.safetensors", other)
+    other = adapter_for(make_teacher("qwen3-tied", num_key_value_heads=1).config)
+    with pytest.raises(ValueError, match=r"^[^\n]*heads of another teacher[^\n]*$"):
+        load_forms(tmp_path / "forms.safetensors", other)
     with pytest.raises(ValueError, match="no such file"):
         load_forms(tmp_path / "none.safetensors", adapter)
     save_file(tensors, tmp_path / "forms.safetensors")

@@ -1,11 +1,12 @@
 """Score files: what goes into a ranking, what is left out and said, and how files are merged."""
 
 import json
+import math
 
 import pytest
 import torch
 
-from hydrahead.convert import HeadScores, score_heads
+from hydrahead.convert import HeadScores, score_heads, select_heads
 from hydrahead.convert.evidence import (
     average_ranks,
     knockout,
@@ -20,7 +21,7 @@ from hydrahead.convert.forms import FormOutputs
 from hydrahead.convert.migration import head_forms_of, student_config
 from hydrahead.convert.patching import receiver_effects
 from hydrahead.convert.probes import Pair, Probe
-from hydrahead.convert.scoring import METHODS, ProbeResult, fuse
+from hydrahead.convert.scores import METHODS, ProbeResult, fuse
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, null_pair
 from hydrahead.tests.families import ALL_LINEAR, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids
@@ -127,6 +128,23 @@ def test_a_full_form_that_is_worse_than_the_linear_one_scores_below_zero():
     effects = {"linear": [[[0.5, 0.1, 0.0]]], "full": [[[0.1, 0.9, 0.0]]]}
     scores = fuse([ProbeResult("a", "retrieval", pairs=1, used=1, effects=effects)], "replacement").scores
     assert scores[0].tolist() == pytest.approx([1, -2, 0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_effect_that_is_no_number_leaves_the_other_heads_their_scores(value, tmp_path):
+    effects = {"linear": [[[0.5, value, 0.1]]], "full": [[[0.1, 0.0, 0.0]]]}
+    probe = ProbeResult("a", "retrieval", pairs=1, used=1, effects=effects)
+    scores = HeadScores([], [[1.0, value, 3.0]], 1, [probe], {}, "replacement", "test").using("replacement")
+    assert scores.scores[0] == pytest.approx([1, math.nan, 0], nan_ok=True)
+    scores.save(tmp_path / "scores.json")
+    assert "NaN" not in (tmp_path / "scores.json").read_text() and "Inf" not in (tmp_path / "scores.json").read_text()
+    loaded = HeadScores.load(tmp_path / "scores.json")
+    for found in (loaded, loaded.using("replacement")):
+        assert found.scores[0] == pytest.approx([1, math.nan, 0], nan_ok=True)
+    assert loaded.tie_break[0] == pytest.approx([1, math.nan, 3], nan_ok=True)
+    with pytest.raises(ValueError, match=r"^head 0\.1 has no score"):
+        select_heads(loaded, 1 / 3, "global")
+    assert select_heads(loaded, 1 / 3, "global", drop=[(0, 1)]) == [[1, 0, 0]]
 
 
 def test_weights_decide_what_capabilities_count():

@@ -1,5 +1,7 @@
 """The choice of heads: strategies, budgets, what the user asks for, and what it costs."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from hydrahead import HydraHeadConfig
 from hydrahead.convert import HeadScores, select_heads
+from hydrahead.convert.mask_file import describe_choice
 from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
 from hydrahead.tests.families import student_fields
 
@@ -69,6 +72,47 @@ def test_impossible_budgets_are_refused_in_one_line(arguments, message):
         select_heads(SCORES, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "strategy", "works"),
+    [(0.25, "global-constrained", 0.334), (0.25, "layer", 0.334), (0.001, "global", 0.012)],
+)
+def test_a_ratio_that_is_too_small_is_told_which_one_works(ratio, strategy, works):
+    """30 layers of 3 KV heads: a quarter of them is fewer than there are layers."""
+    scores = make_scores([[0.1] * 9] * 30, kv_heads=3)
+    with pytest.raises(ValueError, match=f"choose a ratio of {works} or more") as refused:
+        select_heads(scores, ratio, strategy, "kv_groups")
+    assert sum(map(sum, select_heads(scores, works, strategy, "kv_groups"))) >= 3
+    with pytest.raises(ValueError, match="needs at least"):
+        select_heads(scores, works - 0.01, strategy, "kv_groups")
+    if strategy != "global":
+        assert str(refused.value).endswith("or the strategy global")
+        assert sum(map(sum, select_heads(scores, ratio, "global", "kv_groups"))) == 22 * 3
+
+
+def test_a_head_without_a_score_is_refused_by_name_until_its_fate_is_said():
+    scores = make_scores([[0.9, math.nan, 0, 0], [0.7, 0, math.nan, 0.6]])
+    for unit in ("heads", "kv_groups"):
+        with pytest.raises(ValueError, match=r"^head 0\.1 and 1 more heads have no score, [^\n]*$"):
+            select_heads(scores, 0.5, "global", unit)
+    wishes = {"keep": [(0, 1)], "drop": [(1, 2)]}
+    masks = select_heads(scores, 0.5, "global", **wishes)
+    assert masks == [[1, 1, 0, 0], [1, 0, 0, 1]]
+    assert selection_cost(scores, masks, 16).without_evidence == 1
+    assert same_cache_in_other_unit(scores, masks, "global", "heads")[0] == "kv_groups"
+    assert sum(map(sum, select_heads(scores, 0.5, "global-random"))) == 4, "the controls do not look at scores"
+
+
+def test_kept_heads_that_nothing_speaks_for_are_counted():
+    scores = make_scores([[0.9, -0.1, 0, 0], [0.7, -0.3, -0.2, 0.6]])
+    masks = select_heads(scores, 6 / 8, "global")
+    assert masks == [[1, 1, 1, 1], [1, 0, 0, 1]]
+    assert selection_cost(scores, masks, 16).without_evidence == 3
+    scores.head_dim = 16
+    said = "\n".join(describe_choice(scores, masks, "global", "heads"))
+    assert "warning: 3 of the 6 heads score 0 or less" in said
+    assert "0 or less" not in "\n".join(describe_choice(scores, [[1, 0, 0, 0], [1, 0, 0, 1]], "global", "heads"))
+
+
 def test_kept_and_dropped_heads_have_the_last_word():
     masks = select_heads(SCORES, 3 / 12, "global", keep=[(2, 0)], drop=[(0, 0)])
     assert masks == [[0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
@@ -124,8 +168,7 @@ def test_the_cost_of_a_choice_is_what_the_models_config_says():
     cost, config = selection_cost(scores, masks, head_dim=16), HydraHeadConfig(**student_fields(head_masks=masks))
     assert (cost.kv_heads, cost.all_kv_heads) == (3, 4)
     assert cost.kv_bytes_per_token == config.kv_bytes_per_token()
-    convolution = 7 * 3 * 16 * 4 * 2  # linear heads, q k v, head size, kernel, bf16
-    assert cost.state_bytes == config.state_bytes() - convolution
+    assert cost.state_bytes == config.state_bytes()
     with pytest.raises(ValueError, match="pass head_dim"):
         selection_cost(scores, masks)
 

@@ -8,7 +8,6 @@ number, and resuming, accumulating or changing the number of processes cannot ch
 for 5.8 billion tokens), a wait before the first step unless the file is made ahead, and a folder that all nodes see.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -162,7 +161,18 @@ class TokenFile:
         return state["tokens"] >= tokens or state["complete"]
 
     def fill(self, tokens: int, on_tokens: Callable[[int], None] = lambda count: None) -> None:
-        """Tokenise until `holds(tokens)`; told how many each time. Only one process writes, others wait for it."""
+        """
+        Tokenise until `holds(tokens)`; told how many each time. Only one process writes, others wait for it.
+
+        Raises:
+            ValueError: the system has no file locks (Windows).
+        """
+        try:
+            import fcntl
+        except ImportError:
+            raise ValueError(
+                "training locks the file of tokens with fcntl, which Windows lacks: train on Linux, macOS or in WSL"
+            ) from None
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

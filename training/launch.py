@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
+from .. import console
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.folder import read_masks
+from ..convert.mask_file import read_masks
 from ..convert.migration import student_config, teacher_config
 from ..convert.teachers import TeacherAdapter, adapter_for, find_checkpoint
 from ..evaluation.niah import NiahSample, evaluate_niah, make_niah
@@ -40,21 +40,16 @@ PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say w
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Bad input, a full disk and a stopped run end in one line on stderr and a status other than 0."""
+    """As `console.one_line_errors`, and a stopped run says where it stopped and ends with the signal's status."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, as they should
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except Stopped as stopped:
-        print(f"hydrahead: {stopped}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + stopped.signal_number) from None
-    except (ValueError, OSError, FloatingPointError, HfHubHTTPError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        print(f"hydrahead: {lines[0]}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+    with console.one_line_errors():
+        try:
+            yield
+        except Stopped as stopped:
+            print(f"hydrahead: {stopped}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + stopped.signal_number) from None
 
 
 def teacher_path(recipe: Recipe) -> str:

@@ -259,11 +259,13 @@ def _stop_signals(active: bool) -> Iterator[list[int]]:
 
 
 def _memory_gb(accelerator: Accelerator) -> float:
-    """Largest memory so far: of the device, or of this process where there is none."""
+    """Largest memory so far: of the device, or of this process where there is none; 0 where nobody counts it."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated(accelerator.device) / 1e9
-    import resource  # not on Windows, which has no business here without a GPU
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

@@ -1,0 +1,6 @@
+"""`python -m hydrahead` is the command `hydrahead`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

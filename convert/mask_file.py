@@ -1,0 +1,194 @@
+"""Files of head masks, and masks from score files: `hydrahead select`, which without exchanges needs no PyTorch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..hub.checkpoint import whole_file
+from .scores import HeadScores
+from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
+
+
+def read_masks(path: Path) -> list[list[int]]:
+    """
+    Head masks `[L][H]` from a JSON file.
+
+    Raises:
+        ValueError: the file is missing or is not a list of lists.
+    """
+    try:
+        masks = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(masks, list) or not all(isinstance(row, list) for row in masks):
+        raise ValueError(f"{path}: expected a list of layers, each a list of 0 and 1")
+    return masks
+
+
+def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """
+    Heads from `LAYER.HEAD` words, separated by commas: `3.5,3.7`.
+
+    Raises:
+        ValueError: one is not of this form.
+    """
+    heads = []
+    for word in ",".join(texts).split(","):
+        layer, _, head = word.strip().partition(".")
+        if not word.strip():
+            continue
+        if not (layer.isdigit() and head.isdigit()):
+            raise ValueError(f"{word.strip()!r}: expected LAYER.HEAD, such as 3.5")
+        heads.append((int(layer), int(head)))
+    return heads
+
+
+def parse_weights(texts: Sequence[str]) -> dict[str, float]:
+    """
+    Weights of capabilities from `NAME=NUMBER` words.
+
+    Raises:
+        ValueError: one is not of this form, or negative.
+    """
+    weights = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{text!r}: expected NAME=NUMBER, such as language=0.5") from None
+        if not 0 <= weights[name] < float("inf"):
+            raise ValueError(f"{text!r}: a weight must be 0 or more")
+    return weights
+
+
+def read_scores(
+    files: Sequence[Path], method: str | None = None, weights: Mapping[str, float] | None = None
+) -> HeadScores:
+    """
+    One ranking from one or several score files of the same teacher.
+
+    Args:
+        method: of those measured; the first file's by default.
+        weights: of capabilities, in place of those in the files.
+
+    Raises:
+        ValueError: see `HeadScores.load`, `merge` and `using`; or a weight for a capability that was not measured.
+    """
+    scores = HeadScores.load(files[0])
+    for file in files[1:]:
+        scores = scores.merge(HeadScores.load(file))
+    known = sorted({probe.capability for probe in scores.probes})
+    unknown = sorted(set(weights or {}) - set(known))
+    if unknown:
+        raise ValueError(f"no capability {unknown[0]!r} was measured; measured: {', '.join(known)}")
+    if weights:
+        scores = replace(scores, weights=scores.weights | weights)
+    return scores.using(method or scores.method) if method or weights else scores
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """
+    What greedy exchange needs to judge a choice of heads by.
+
+    Attributes:
+        teacher: Hub id or folder.
+        forms: aligned forms of its heads.
+        rounds: exchanges at most.
+        text, length, device, revision: as in `ScoreSettings`.
+    """
+
+    teacher: str
+    forms: Path
+    rounds: int = 16
+    text: Path | None = None
+    length: int | None = None
+    device: str | None = None
+    revision: str | None = None
+
+
+def select_to_file(
+    files: Sequence[Path],
+    output: Path,
+    ratio: float,
+    strategy: str,
+    budget_unit: str,
+    *,
+    method: str | None = None,
+    keep: Sequence[str] = (),
+    drop: Sequence[str] = (),
+    tensor_parallel: int = 1,
+    seed: int = 0,
+    weights: Sequence[str] = (),
+    exchange: Exchange | None = None,
+) -> tuple[Masks, list[str]]:
+    """
+    Choose heads and write `output` (JSON masks) and, beside it, a picture of the choice.
+
+    Args:
+        exchange: improve the choice by greedy exchange.
+
+    Returns:
+        the masks, and what they keep and cost, line by line.
+
+    Raises:
+        ValueError: see `read_scores` and `select_heads`.
+    """
+    if output.suffix != ".json":
+        raise ValueError(f"{output}: expected a name that ends in .json")
+    if exchange is not None and tensor_parallel > 1:
+        raise ValueError(
+            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism"
+        )
+    scores = read_scores(files, method, parse_weights(weights))
+    kept, dropped = parse_heads(keep), parse_heads(drop)
+    masks = select_heads(
+        scores, ratio, strategy, budget_unit, seed, keep=kept, drop=dropped, tensor_parallel=tensor_parallel
+    )
+    lines = []
+    if exchange is not None:
+        from .score_folder import exchange_heads
+
+        masks, history = exchange_heads(scores, masks, exchange, budget_unit, {*kept, *dropped}, seed)
+        lines = [
+            f"after {record['trials']} conversions: needles {record['accuracy']:.2f}, answer loss "
+            f"{record['answer_loss']:.3f}, text divergence {record['divergence']:.3f} (untrained)"
+            for record in (history[0], history[-1])
+        ]
+    lines += describe_choice(scores, masks, strategy, budget_unit)
+    from ..evaluation.report import plot_head_map  # matplotlib, only when there is something to draw
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as partial:
+        partial.write_text(json.dumps(masks) + "\n")
+    title = f"{scores.teacher}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}"
+    plot_head_map(scores.scores, masks, title, output.with_suffix(".png"))
+    return masks, lines
+
+
+def describe_choice(scores: HeadScores, masks: Masks, strategy: str, budget_unit: str) -> list[str]:
+    """What a choice keeps and costs, what the same cache would buy otherwise, and warnings: lines of text."""
+    cost = selection_cost(scores, masks)
+    lines = [
+        f"full attention: {cost.full_attention_heads} of {cost.heads} query heads "
+        f"({cost.full_attention_heads / cost.heads:.1%}), in {cost.kv_heads} of {cost.all_kv_heads} KV heads",
+        f"cache: {cost.kv_bytes_per_token:,} bytes per token in bf16 (teacher {cost.teacher_kv_bytes_per_token:,}: "
+        f"{cost.kv_bytes_per_token / cost.teacher_kv_bytes_per_token:.1%}), {cost.state_bytes:,} bytes of state",
+    ]
+    if strategy in BY_SCORE:
+        unit, other = same_cache_in_other_unit(scores, masks, strategy, budget_unit)
+        count = sum(map(sum, other))
+        lines.append(f"the same cache, budgeted in {unit}: {count} query heads ({count / cost.heads:.1%})")
+        if cost.without_evidence:
+            lines.append(
+                f"warning: {cost.without_evidence} of the {cost.full_attention_heads} heads score 0 or less: nothing "
+                "that was measured speaks for keeping them; a smaller ratio drops them first"
+            )
+        if cost.decided_by_tie_break > cost.full_attention_heads / 2:
+            lines.append(
+                f"warning: {cost.decided_by_tie_break} of the {cost.full_attention_heads} heads were decided by "
+                f"tie-break (attention distance), not by their {scores.method} score"
+            )
+    return lines + [f"warning: {warning}" for warning in scores.warnings]

@@ -1,0 +1,66 @@
+"""What `hydrahead score` is asked for, and what of it can be refused before PyTorch is imported."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .scores import METHODS
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """
+    What to score, and on what.
+
+    Attributes:
+        teacher: Hub id or folder.
+        methods: names in `METHODS`, the one to rank by first.
+        length: tokens of a prompt; the teacher's native length, but 4,096 at most, by default.
+        pairs: counterfactual pairs of each built-in probe.
+        text: UTF-8 text to hide needles in and to measure on; the Python standard library by default.
+        probe_files: JSONL files with probes of the user's own.
+        built_in: use the built-in probes.
+        forms: aligned forms of the heads (`head_forms.safetensors`).
+        options: the student's options, where no forms file says them.
+        align_steps: of the alignment, where no forms file is given.
+        shortlist: heads whose replacement effect is measured; all by default.
+        evidence: measure stability and knock-out curves.
+        device: `cpu`, `cuda`, …; a GPU, with off-loading as needed, where there is one, by default.
+        dtype: of the teacher.
+        seed, revision: as everywhere.
+    """
+
+    teacher: str
+    methods: tuple[str, ...]
+    length: int | None = None
+    pairs: int = 8
+    text: Path | None = None
+    probe_files: tuple[Path, ...] = ()
+    built_in: bool = True
+    forms: Path | None = None
+    options: dict | None = None
+    align_steps: int = 100
+    shortlist: int | None = None
+    evidence: bool = True
+    device: str | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    revision: str | None = None
+
+
+def check_options(settings: ScoreSettings) -> None:
+    """
+    What is wrong whatever the teacher.
+
+    Raises:
+        ValueError: an unknown method, a missing file, or no probes; one line.
+    """
+    for method in settings.methods:
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    for file in (settings.text, *settings.probe_files):
+        if file is not None and not file.is_file():
+            raise ValueError(f"{file}: no such file")
+    if settings.forms is not None and not settings.forms.is_file():
+        raise ValueError(f"{settings.forms}: no such file; hydrahead score and hydrahead.training.align write one")
+    if settings.methods and not settings.built_in and not settings.probe_files:
+        raise ValueError("no probes: pass a JSONL file, or leave the built-in ones on")

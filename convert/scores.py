@@ -1,0 +1,283 @@
+"""Head scores: how much each query head of a teacher matters, by several methods, with what they were measured on.
+
+Plain data, read and fused without PyTorch: what selection and pictures need.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..hub.checkpoint import whole_file
+
+METHODS = {
+    "replacement": "readout and text lost to the linear form, less what the full form loses: what a slot is worth",
+    "receiver+sender": "the paper's: direct effect on the answer, or effect through the heads that have one",
+    "receiver": "direct effect on the answer",
+    "sender": "effect through the receivers, by path patching",
+    "attribution": "first-order estimate of the effect of a head's corrupted output (AtP)",
+    "attribution-qk": "the same for queries, keys and values, attention computed exactly (AtP*)",
+    "attention": "share of attention on what the pair changes",
+    "logit-contribution": "what is written from the needle towards the answer's unembedding (LOCOS)",
+    "mean-ablation": "readout lost when a head writes its mean",
+}
+NEEDS_FORMS = ("replacement",)
+CLEAN_ONLY = ("replacement", "mean-ablation")  # never look at the corrupt text: one counterfactual is enough
+TEXT = "plain-text"  # the probe of the capability `language` that the KL on text stands for
+THRESHOLD = 0.01  # effect above which a head counts as taking part
+PARTS = {"receiver+sender": ("receiver", "sender"), "replacement": ("linear", "full")}  # quantities of a method
+
+Effects = list[list[list[float]]]
+"""`[pairs used][L][H]`."""
+
+
+@dataclass
+class ProbeResult:
+    """
+    What one probe gave.
+
+    Attributes:
+        name, capability, counterfactual, resampled: as in `Probe`.
+        pairs, used: pairs of the probe, and those that counted; 0 for a probe that is left out.
+        dropped: pairs that the teacher does not tell apart: the corruption moves the readout by less than 1 logit, or
+            the wrong answer is preferred in the clean text already.
+        answered: of all pairs, those that the teacher answers by greedy generation.
+        readouts: clean and corrupt readout of each pair used, in logits.
+        effects: by quantity, raw effects of each pair used. Shares of the difference between the two readouts, but
+            attention is a share of attention, logit contribution is in logits and the KL on text in nats per token.
+    """
+
+    name: str
+    capability: str
+    counterfactual: str = "value"
+    resampled: int = 0
+    pairs: int = 0
+    used: int = 0
+    dropped: int = 0
+    answered: int = 0
+    readouts: list[list[float]] = field(default_factory=list)
+    effects: dict[str, Effects] = field(default_factory=dict)
+
+    def measured(self, method: str) -> bool:
+        """Whether the probe holds what a method needs."""
+        return all(part in self.effects for part in PARTS.get(method, (method,)))
+
+    def effect(self, method: str, pairs: Sequence[int] | None = None) -> np.ndarray | None:
+        """
+        Mean effect `[L, H]` under a method, over all pairs or those of the given indices; `None` if not measured.
+
+        Receivers and senders are clamped to [0, 1] pair by pair, others to ≥ 0; the replacement effect keeps its sign,
+        because a full form may be worse than a linear one. Where an effect is not finite the mean is NaN.
+        """
+        if not self.measured(method):
+            return None
+        means = []
+        for part in PARTS.get(method, (method,)):
+            values = np.array(self.effects[part], dtype=float)  # [pairs, L, H]; a file's null is NaN
+            values = np.where(np.isfinite(values), values, np.nan)
+            values = values if pairs is None else values[list(pairs)]
+            if part in ("receiver", "sender"):
+                values = values.clip(0, 1)
+            elif method != "replacement":
+                values = values.clip(0)
+            means.append(values.mean(0))
+        return means[0] - means[1] if method == "replacement" else np.max(means, axis=0)
+
+
+class Fused(NamedTuple):
+    """
+    What `fuse` gives, `[L, H]` each.
+
+    Attributes:
+        scores: over all capabilities.
+        capabilities, kappas: by capability, the score and the share of its forms in which a head takes part.
+        largest: effect in any form, which the threshold applies to.
+    """
+
+    scores: np.ndarray
+    capabilities: dict[str, np.ndarray]
+    kappas: dict[str, np.ndarray]
+    largest: np.ndarray
+
+
+def fuse(
+    probes: Sequence[ProbeResult],
+    method: str,
+    weights: Mapping[str, float] | None = None,
+    pairs: Callable[[ProbeResult], Sequence[int] | None] = lambda probe: None,
+) -> Fused:
+    """
+    From effects to one score (METHOD §2).
+
+    A form's effect is the larger of its two counterfactuals'; a capability's is the mean over its forms times κ, the
+    share of forms in which a head passes 0.01; it is scaled to a maximum of 1 and, unless it has negative values, a
+    minimum of 0; the score is the weighted mean over capabilities, equal weights by default. A head without a finite
+    effect in some form has the score NaN, and leaves the others theirs.
+
+    Raises:
+        ValueError: the method was measured on none of the probes.
+    """
+    forms: dict[str, dict[str, list[np.ndarray]]] = {}
+    for probe in probes:
+        counts = probe.used and (weights or {}).get(probe.capability, 1.0) > 0
+        effect = probe.effect(method, pairs(probe)) if counts else None
+        if effect is not None:
+            forms.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
+    if not forms:
+        raise ValueError(f"{method} was not measured on these probes; measured: {', '.join(measured_methods(probes))}")
+    capabilities, kappas, largest = {}, {}, []
+    for capability, by_name in forms.items():
+        means = np.stack([np.max(effects, axis=0) for effects in by_name.values()])  # [forms, L, H]
+        largest.append(means.max(0))
+        kappas[capability] = (means > THRESHOLD).mean(0)
+        score = np.where(means.mean(0) > 0, means.mean(0) * kappas[capability], means.mean(0))
+        low = max(np.fmin.reduce(score, axis=None), 0.0)  # fmin and fmax pass over NaN
+        spread = np.fmax.reduce(score, axis=None) - low
+        capabilities[capability] = (score - low) / spread if spread > 0 else score * 0
+    weight = {name: (weights or {}).get(name, 1.0) for name in capabilities}
+    total = sum(weight.values())
+    scores = sum(capabilities[name] * weight[name] for name in capabilities) / total
+    return Fused(scores, capabilities, kappas, np.max(largest, axis=0))
+
+
+def measured_methods(probes: Sequence[ProbeResult]) -> list[str]:
+    """The methods whose effects some probe with usable pairs holds."""
+    return [name for name in METHODS if any(probe.used and probe.measured(name) for probe in probes)]
+
+
+@dataclass
+class HeadScores:
+    """
+    A ranking of all query heads of a teacher, `[L][H]`, and how it came about.
+
+    Attributes:
+        scores: the fused score of `method`, 1 at most.
+        tie_break: orders heads of equal score, larger first; the mean distance that a head attends over, in tokens.
+        num_key_value_heads: KV heads per layer, for budgets in KV groups.
+        probes: what every probe gave, for every method that was measured.
+        capabilities: score of each capability before fusion, of `method`.
+        method: whose ranking this is; see `using`.
+        teacher, revision, versions, seed: provenance.
+        seconds: cost of each method.
+        kappa: by capability, the share of its forms in which a head takes part.
+        weights: of the capabilities.
+        head_dim: for what a choice costs in cache.
+        evidence: see `convert.evidence`.
+        warnings: what to know before trusting the ranking, in words.
+    """
+
+    scores: list[list[float]]
+    tie_break: list[list[float]]
+    num_key_value_heads: int
+    probes: list[ProbeResult]
+    capabilities: dict[str, list[list[float]]]
+    method: str
+    teacher: str
+    revision: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    kappa: dict[str, list[list[float]]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    head_dim: int | None = None
+    evidence: dict = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def using(self, method: str) -> "HeadScores":
+        """
+        The ranking of another method that was measured too.
+
+        Raises:
+            ValueError: it was not.
+        """
+        fused = fuse(self.probes, method, self.weights)
+        return replace(
+            self,
+            method=method,
+            scores=fused.scores.tolist(),
+            capabilities={name: score.tolist() for name, score in fused.capabilities.items()},
+            kappa={name: share.tolist() for name, share in fused.kappas.items()},
+        )
+
+    def methods(self) -> list[str]:
+        """The methods that were measured, best first as `METHODS` lists them."""
+        return measured_methods(self.probes)
+
+    def taking_part(self) -> np.ndarray:
+        """Bool `[L, H]`: heads whose effect passes 0.01 in some form."""
+        return fuse(self.probes, self.method, self.weights).largest > THRESHOLD
+
+    def merge(self, other: "HeadScores") -> "HeadScores":
+        """
+        One file of two: pairs of further probes, or further methods on the same probes. Evidence has to be made anew.
+
+        Raises:
+            ValueError: they are of different teachers, or measured the same thing twice.
+        """
+        if (self.teacher, self.revision) != (other.teacher, other.revision):
+            raise ValueError(f"scores of {self.teacher} and {other.teacher} cannot be merged: different teachers")
+        probes = [replace(probe, effects=dict(probe.effects)) for probe in self.probes]
+        for probe in other.probes:
+            key = (probe.name, probe.counterfactual)
+            same = next((mine for mine in probes if (mine.name, mine.counterfactual) == key), None)
+            if same is None:
+                probes.append(probe)
+                continue
+            twice = sorted(set(same.effects) & set(probe.effects))
+            if same.readouts != probe.readouts or twice:
+                what = f"{', '.join(twice)} twice" if twice else "different pairs"
+                raise ValueError(f"{probe.name} ({probe.counterfactual}): the files hold {what}; merge other probes")
+            same.effects.update(probe.effects)
+        merged = replace(
+            self,
+            probes=probes,
+            seconds=self.seconds | {k: v + self.seconds.get(k, 0) for k, v in other.seconds.items()},
+            weights=self.weights | other.weights,
+            warnings=list(dict.fromkeys(self.warnings + other.warnings)),
+            evidence={},
+        )
+        return merged.using(self.method)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, whole or not at all. Numbers are rounded to six digits; `load` reads null as NaN again."""
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(_rounded(asdict(self)), allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "HeadScores":
+        """
+        Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, or is not a score file.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            data["probes"] = [ProbeResult(**probe) for probe in data["probes"]]
+            measured = {"scores", "tie_break", "capabilities", "kappa"} & data.keys()
+            return cls(**data | {name: _numbers(data[name]) for name in measured})
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a head score file ({error})") from None
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return [_rounded(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _numbers(value):
+    """What `_rounded` wrote, with NaN where a number was not finite."""
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    return math.nan if value is None else value
