@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -60,23 +60,23 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
 
-class Position(str, Enum):
+class Position(StrEnum):
     nope = "nope"
     rope = "rope"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 
 
-class FusionNorm(str, Enum):
+class FusionNorm(StrEnum):
     all = "all"
     linear = "linear"
 
 
-class Fusion(str, Enum):
+class Fusion(StrEnum):
     scale = "scale"
     gate = "gate"
     concat = "concat"
