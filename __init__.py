@@ -1,10 +1,14 @@
 """HydraHead: head-level hybrids of full attention and Gated DeltaNet, made from pretrained transformers."""
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .configuration_hydrahead import HydraHeadConfig
     from .modeling_hydrahead import HydraHeadForCausalLM, HydraHeadModel
+
+# fla decides when it is imported whether it looks for tuned configurations, and when it runs where (`kernels`).
+os.environ.setdefault("FLA_CACHE_MODE", "fuzzy")  # other sizes take what was found for the most similar ones
 
 __version__ = "0.1.0"
 __all__ = ["HydraHeadConfig", "HydraHeadForCausalLM", "HydraHeadModel"]

@@ -3,16 +3,17 @@
 import os
 from pathlib import Path
 
+import torch
+
+HOPPER = (9, 0)
+
 
 def use_tuned_kernels() -> None:
     """
-    Have fla take the configurations that lie here, on GPUs like the one that they were tuned on, instead of tuning.
+    Have fla take the configurations that lie here instead of tuning, on GPUs like the one that they were tuned on.
 
-    Without them the first forward pass takes most of a minute and the first backward pass minutes. Call it before fla
-    is imported; what the user has set is left alone.
+    Without them the first forward pass on a machine takes most of a minute and the first backward pass minutes. What
+    the user has set (`FLA_CONFIG_DIR`, `FLA_CACHE_MODE`) is left alone.
     """
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == HOPPER:
         os.environ.setdefault("FLA_CONFIG_DIR", str(Path(__file__).parent / "hopper"))
-        os.environ.setdefault("FLA_CACHE_MODE", "fuzzy")  # other sizes take what was found for the nearest form

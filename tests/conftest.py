@@ -5,6 +5,10 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
+from hydrahead.kernels import use_tuned_kernels
+
+use_tuned_kernels()
+
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
 
