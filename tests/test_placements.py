@@ -36,6 +36,7 @@ def test_an_off_loaded_teacher_gives_what_it_gives_in_memory(family, tmp_path):
     assert teacher.model.layers[1].mlp.down_proj.weight.is_meta
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="real devices are there: test_gpu_convert.py")
 @pytest.mark.skipif(
     _setup_privateuseone_for_python_backend is None, reason="this PyTorch cannot be told of a device from Python"
 )
