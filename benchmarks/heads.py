@@ -58,7 +58,8 @@ class Bench:
     def __init__(self, prompts: int, steps: int, threads: int):
         torch.set_num_threads(threads)
         self.steps = steps
-        self.teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32).eval()
+        teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32)
+        self.teacher = teacher.to(Accelerator().device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
         self.train, self.heldout = (encode_corpus(self.tokenizer, load_corpus(s)) for s in ("train", "heldout"))
         self.adapter = adapter_for(self.teacher.config)
@@ -111,7 +112,7 @@ class Bench:
         """A student's accuracy and text loss beyond the teacher's."""
         masks = as_masks(kept, self.layers, self.width)
         student = convert_model(self.teacher, masks, head_forms=forms, **POSITIONS[position])
-        return self.judge(student)
+        return self.judge(student.to(self.teacher.device))
 
     def judge(self, model) -> dict[str, float]:
         found = answers_found(model, self.pairs)

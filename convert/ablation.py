@@ -95,7 +95,8 @@ def answer_measure(model: PreTrainedModel, pair: Pair) -> Measure:
 
     def measure(states: torch.Tensor) -> torch.Tensor:
         states = states[:, positions]
-        return torch.stack([readout(states, direction), is_answer(model, states, pair).float()], dim=1)
+        answered = is_answer(model, states, pair).to(direction)
+        return torch.stack([readout(states, direction), answered], dim=1)
 
     return measure
 
@@ -184,7 +185,7 @@ def each_head_replaced(
 def _finish(model: PreTrainedModel, index: int, states: torch.Tensor, heads: torch.Tensor, context: dict):
     """Final normed states `[rows, T, D]` when layer `index` reads `states` and its heads write `[rows, T, H, d]`."""
     layer: nn.Module = model.model.layers[index]
-    states = states + layer.self_attn.o_proj(heads.flatten(2))
+    states = states.to(heads.device) + layer.self_attn.o_proj(heads.flatten(2))
     states = states + layer.mlp(layer.post_attention_layernorm(states))
     for later in model.model.layers[index + 1 :]:
         states = later(states, **context)

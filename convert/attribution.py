@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
 from .patching import (
@@ -136,7 +137,8 @@ def logit_contribution(reader: HeadReader, pair: Pair) -> torch.Tensor:
     states = record(model, pair.clean, answer_positions(pair)).states
     logits = model.lm_head(states.to(model.dtype)).to(needle.device)
     right = (logits.argmax(-1) == answer).float()  # [A]
-    directions = unembedding(model, pair.answer) * model.model.norm.weight.to(needle.device).float()  # [A, D]
+    with align_module_device(model.model.norm):  # accelerate may have off-loaded it
+        directions = unembedding(model, pair.answer) * model.model.norm.weight.to(needle.device).float()  # [A, D]
     scores = []
     for weight, attention, value in _answer_attention(reader, pair):
         written = torch.einsum("aD,Dhd,hpd->hap", directions, weight, value) * attention  # [H, A, T]

@@ -52,6 +52,8 @@ class FormOutputs(nn.Module):
     """
     The attention layers of two students, one of Gated DeltaNet heads only and one of full-attention heads only,
     without their output projections, in fp32.
+
+    A layer's forms live where what they read does: they follow a teacher that is split over devices or off-loaded.
     """
 
     def __init__(self, config: HydraHeadConfig, forms: Forms):
@@ -69,16 +71,15 @@ class FormOutputs(nn.Module):
         )
 
     def outputs(self, layer: int, hidden_states: torch.Tensor, branches: Sequence[str] = BRANCHES) -> torch.Tensor:
-        """What forms of a layer write when it reads `[B, T, D]`: `[branches, B, T, H, d]` fp32."""
+        """What forms of a layer write when it reads `[B, T, D]`: `[branches, B, T, H, d]` fp32, on the same device."""
         hidden_states = hidden_states.float()
+        attentions = [self.branches[branch][layer].to(hidden_states.device) for branch in branches]
         position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
         positions = {
             "position_embeddings": self.rotary_emb(hidden_states, position_ids),
             "query_scale": log_position_scale(self.configs["full"], position_ids),
         }
-        return torch.stack(
-            [self.branches[branch][layer].head_outputs(hidden_states, **positions) for branch in branches]
-        )
+        return torch.stack([attention.head_outputs(hidden_states, **positions) for attention in attentions])
 
 
 @torch.no_grad()
@@ -88,18 +89,22 @@ def calibrated_forms(teacher: PreTrainedModel, calibration_ids: torch.Tensor, co
     least squares against its teacher head (arXiv 2606.16429): a head that is still wrong is less wrong at less volume.
 
     Args:
+        teacher: where it should run; off-loaded by accelerate or not.
         calibration_ids: `[B, T]` token ids of a text.
         config: a student's configuration; its masks do not matter.
+
+    Returns:
+        the forms, on the CPU.
     """
     forms = head_forms_of(teacher, calibration_ids, config)
     if config.fusion == "concat":
         return forms
     linear = with_masks(config, [[0] * config.num_attention_heads] * config.num_hidden_layers)
-    rotary = HydraHeadRotaryEmbedding(config).to(home(teacher))
-    position_ids = torch.arange(calibration_ids.shape[1], device=home(teacher)).unsqueeze(0)
+    rotary = HydraHeadRotaryEmbedding(config)
 
     def fit(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         states, target = hidden_states.float(), heads.float()
+        position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
         attention = build_attention(linear, layer, forms).to(states.device)
         output = attention.head_outputs(states, position_embeddings=rotary(states, position_ids))
         scale = (output * target).sum((0, 1, 3)) / output.square().sum((0, 1, 3)).clamp_min(1e-12)

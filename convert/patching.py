@@ -275,7 +275,7 @@ class HeadReader:
         if len(self.cos) != length:
             position_ids = torch.arange(length, device=home(self.model)).unsqueeze(0)
             rotary = self.model.model.rotary_emb(torch.zeros(1, 1, device=home(self.model)), position_ids)
-            self.cos, self.sin = (tensor[0].float() for tensor in rotary)  # [T, d]
+            self.cos, self.sin = (tensor[0].to(home(self.model)).float() for tensor in rotary)  # [T, d]
         return self
 
     def attention(self, layer: int) -> TeacherAttention:

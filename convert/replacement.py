@@ -51,7 +51,7 @@ def form_changes(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int])
     changes: list[torch.Tensor] = []
 
     def keep(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        changes.append((forms.outputs(layer, hidden_states) - heads.float())[:, 0])
+        changes.append((forms.outputs(layer, hidden_states) - heads.float())[:, 0].to(home(model)))
         return heads
 
     with replaced_heads(model, keep):
@@ -77,7 +77,7 @@ def text_estimates(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int
     generator = torch.Generator(device=home(model)).manual_seed(seed)
 
     def likelihood(states: torch.Tensor) -> torch.Tensor:
-        logits = model.lm_head(states).float()
+        logits = model.lm_head(states).to(home(model)).float()
         with torch.no_grad():
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         return -F.cross_entropy(logits, drawn, reduction="sum")
@@ -229,11 +229,12 @@ def _exchange_gains(model: PreTrainedModel, forms: FormOutputs, masks: Masks, pa
         def convert(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor, changes=changes) -> torch.Tensor:
             linear, full_output = forms.outputs(layer, hidden_states)
             kept = full[layer][:, None].to(heads.device)
-            changes.append((torch.where(kept, linear - full_output, full_output - linear))[0].detach())
+            change = torch.where(kept, linear - full_output, full_output - linear)[0]
+            changes.append(change.detach().to(home(model)))
             return torch.where(kept, full_output, linear)
 
         def loss(states: torch.Tensor, answer=answer, positions=positions) -> torch.Tensor:
-            return F.cross_entropy(model.lm_head(states[positions]).float(), answer)
+            return F.cross_entropy(model.lm_head(states[positions]).to(answer.device).float(), answer)
 
         with replaced_heads(model, convert):
             slopes = head_slopes(model, pair.clean, loss)

@@ -17,7 +17,7 @@ from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_eviden
 from .forms import FormOutputs, check_forms, load_forms, save_forms
 from .mask_file import Exchange
 from .migration import Forms, student_config
-from .patching import Head, home
+from .patching import Head
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, check_length, jsonl_probes, niah_probe
 from .replacement import search_masks
 from .score_settings import ScoreSettings, check_options
@@ -153,7 +153,7 @@ def score_to_folder(
             if not unfinished.forms.is_file():
                 save_forms(make_forms(teacher, tokenizer, text_ids, options), options, unfinished.forms)
             made = tensors, _ = load_forms(unfinished.forms, adapter)
-        forms = running_forms(adapter, tensors, options, teacher)
+        forms = running_forms(adapter, tensors, options)
     rows = text_rows(text_ids)
     steps = score_steps(probes, settings.methods, len(rows))
     scores = score_heads(
@@ -260,7 +260,7 @@ def exchange_heads(
     checkpoint = fetch()
     text_ids = read_text(tokenizer, settings)
     teacher = load_teacher(checkpoint, settings)
-    forms = running_forms(adapter, *load_forms(exchange.forms, adapter), teacher)
+    forms = running_forms(adapter, *load_forms(exchange.forms, adapter))
     pairs = [
         pair
         for keys in NIAH_KEYS
@@ -291,8 +291,8 @@ def text_rows(text_ids: np.ndarray) -> list[list[int]]:
     return [text_ids[index * row : (index + 1) * row].tolist() for index in range(TEXT_ROWS)]
 
 
-def running_forms(adapter: TeacherAdapter, tensors: Forms, options: dict, teacher: PreTrainedModel) -> FormOutputs:
-    """Forms ready to stand in for the teacher's heads, where the teacher runs."""
+def running_forms(adapter: TeacherAdapter, tensors: Forms, options: dict) -> FormOutputs:
+    """Forms ready to stand in for the teacher's heads; they go where its layers run."""
     blank = [[0] * adapter.num_heads] * adapter.num_layers
     forms = FormOutputs(student_config(adapter, blank, **options), tensors)
-    return forms.to(home(teacher)).eval().requires_grad_(False)
+    return forms.eval().requires_grad_(False)

@@ -127,7 +127,8 @@ class Demo:
                 f"the held-out text has {len(self.heldout_ids):,} tokens, prompts of {self.lengths[-1]:,} need more: "
                 "give a longer text or a smaller length"
             )
-        self.teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        self.teacher = teacher.to(Accelerator().device).eval()
         self.progress = Progress(
             TextColumn("{task.description:<30}"),
             BarColumn(),
@@ -275,7 +276,7 @@ class Demo:
         student = convert_model(self.teacher, masks, head_forms=forms, **self.options)
         if file.is_file():
             student.load_state_dict(load_file(file), strict=False)
-            return student
+            return student.to(self.teacher.device)
         advance = self._stage("distil the hybrid", settings.distill_steps)
         set_seed(settings.seed)
         mixture = self._batch_at(2)

@@ -1,7 +1,8 @@
-"""Bounded, reproducible hypothesis runs, and one thread unless asked for more: tiny tensors lose time to a second."""
+"""Bounded, reproducible runs, and one thread unless asked for more: tiny tensors lose time to a second."""
 
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -20,3 +21,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("hydrahead")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """What a test draws, or a model that it builds, does not depend on the tests before it."""
+    torch.manual_seed(0)

@@ -208,7 +208,8 @@ def test_head_statistics_are_those_of_the_teachers_own_attention(family):
             assert math.isclose(measured.entropy[layer, head], sum(entropies) / len(entropies), rel_tol=1e-4)
 
 
-# The norm's epsilon takes its share of a head whose output is near zero at some tokens: up to 1e-3 of the RMS here.
+# The norm's epsilon takes its share of a head whose output is near zero at some tokens: up to 3e-3 of the RMS here,
+# hence 5e-3.
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fusion", ["scale", "gate"])
 def test_calibrated_heads_are_as_large_as_the_teachers(family, fusion):
@@ -232,9 +233,10 @@ def test_gates_start_from_the_teachers_attention_distance_and_entropy():
     teacher = make_teacher("qwen3-tied")
     statistics = measure_heads(adapter_for(teacher.config), read_model(teacher), CALIBRATION)
     student = convert_model(teacher, ALL_LINEAR, calibration_ids=CALIBRATION)
+    # Whatever the token is: the gates do not look at it yet.
+    states = torch.randn(1, 5, SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
     for index, layer in enumerate(student.model.layers):
-        # Whatever the token is: the gates do not look at it yet.
-        beta, g = layer.self_attn.linear_attention.gates(torch.randn(1, 5, SIZES["hidden_size"]))
+        beta, g = layer.self_attn.linear_attention.gates(states)
         half_life = math.log(2) / -g
         expected = statistics.distance[index].clamp_min(1).expand(1, 5, -1)
         torch.testing.assert_close(half_life, expected, rtol=1e-4, atol=0)
@@ -309,12 +311,13 @@ def test_forms_of_two_pure_students_make_any_mixed_one(family, options, masks):
 def test_trained_forms_arrive_at_their_heads(masks):
     """Every number different: what a head of the mixed student computes is what it computed in the pure one."""
     teacher, forms, pure = make_teacher("qwen2-untied"), {}, {}
+    generator = torch.Generator().manual_seed(0)
     for kind, branch in ((ALL_LINEAR, "linear"), (ALL_FULL, "full")):
         pure[branch] = convert_model(teacher, kind, calibration_ids=CALIBRATION)
         for layer in pure[branch].model.layers:
             for name, parameter in layer.self_attn.named_parameters():
                 if "o_proj" not in name:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
         forms |= forms_of(pure[branch], branch)
     student = convert_model(teacher, masks, head_forms=forms)
     ids = random_ids(2, 20)

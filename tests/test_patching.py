@@ -127,7 +127,7 @@ def test_a_recomputed_head_is_the_models_own(family):
         query = reader.project(layer, "q", some, inputs[layer][:, 4:9], slice(4, 9))
         key, value = reader.keys_values(layer, some, inputs[layer], everywhere)
         found = reader.attend(query, key, value, slice(4, 9))[0]
-        torch.testing.assert_close(found, heads[layer, 4:9][:, some], rtol=0, atol=2e-5)
+        torch.testing.assert_close(found, heads[layer, 4:9][:, some], rtol=0, atol=1e-5)
     torch.testing.assert_close(own_heads(teacher, 1, inputs[1]), heads[1], rtol=0, atol=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_senders_do_not_depend_on_their_order_or_batch(monkeypatch):
 
 
 def test_estimates_are_the_slope_of_the_exact_effect():
-    """A thousandth of the change has, within 2%, a thousandth of its estimate's effect."""
+    """A hundredth of the change has, within 2%, a hundredth of its estimate's effect."""
     teacher, pair = make_teacher("llama3-tied", num_hidden_layers=3), make_pair()
     patching, hops = PathPatching(HeadReader(teacher), pair), [[(1, 0)], [(2, 1), (2, 2)]]
     estimate = patching.estimate(hops)
@@ -169,7 +169,7 @@ def test_estimates_are_the_slope_of_the_exact_effect():
     found = patching.effects(ALL_HEADS, hops).view(3, HEADS) * 1e2
     largest = found.abs().max()
     assert largest > 1e-4
-    assert (found - estimate).abs().max() < 0.05 * largest
+    assert (found - estimate).abs().max() < 0.02 * largest
 
 
 def test_senders_of_senders_are_found_round_by_round_and_the_shortlist_keeps_the_largest():

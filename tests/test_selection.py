@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hydrahead import HydraHeadConfig
@@ -12,6 +12,11 @@ from hydrahead.convert import HeadScores, select_heads
 from hydrahead.convert.mask_file import describe_choice
 from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
 from hydrahead.tests.families import student_fields
+
+
+def random_scores(seed: int) -> HeadScores:
+    """Of 4 layers of 8 heads, two of which share a KV head."""
+    return make_scores(torch.rand(4, 8, generator=torch.Generator().manual_seed(seed)).tolist(), kv_heads=4)
 
 
 def make_scores(scores: list[list[float]], kv_heads: int = 2) -> HeadScores:
@@ -47,14 +52,29 @@ def test_layerwise_keeps_whole_layers():
     ratio=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
     seed=st.integers(0, 3),
 )
-def test_every_strategy_keeps_its_budget(strategy, unit, ratio, seed):
-    masks = select_heads(make_scores(torch.rand(4, 8).tolist(), kv_heads=4), ratio, strategy, unit, seed)
+@settings(max_examples=250)  # all there are
+def test_every_strategy_keeps_its_budget_and_looks_at_nothing_but_scores_or_seed(strategy, unit, ratio, seed):
+    masks = select_heads(random_scores(0), ratio, strategy, unit, seed)
     assert sum(map(sum, masks)) == round(ratio * 32)
-    assert masks == select_heads(make_scores(torch.rand(4, 8).tolist(), kv_heads=4), ratio, strategy, unit, seed) or (
-        strategy in ("global", "global-constrained", "layer")
-    )
     if unit == "kv_groups":
         assert all(row[head] == row[head + 1] for row in masks for head in range(0, 8, 2))
+    if strategy in BY_SCORE:
+        assert masks == select_heads(random_scores(0), ratio, strategy, unit, seed + 1)
+    else:
+        assert masks == select_heads(random_scores(1), ratio, strategy, unit, seed)
+
+
+@pytest.mark.parametrize("unit", ["heads", "kv_groups"])
+def test_scores_decide_where_they_should_and_dice_where_they_should(unit):
+    def choices(strategy, scores, seeds):
+        return {str(select_heads(random_scores(i), 0.5, strategy, unit, j)) for i, j in zip(scores, seeds)}
+
+    for strategy in BY_SCORE:
+        assert len(choices(strategy, scores=range(4), seeds=[0] * 4)) == 4
+    for strategy in ("layer-random", "global-random"):
+        assert len(choices(strategy, scores=[0] * 4, seeds=range(4))) == 4
+    for strategy in ("fixed", "layerwise"):
+        assert len(choices(strategy, scores=range(4), seeds=range(4))) == 1
 
 
 @pytest.mark.parametrize(
@@ -130,18 +150,21 @@ def test_kept_and_dropped_heads_have_the_last_word():
     keep=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=2),
 )
 def test_tensor_parallel_layers_hold_equal_shares_within_the_budget(strategy, unit, processes, ratio, keep):
-    scores = make_scores(torch.rand(4, 8, generator=torch.Generator().manual_seed(0)).tolist(), kv_heads=4)
-    try:
-        masks = select_heads(scores, ratio, strategy, unit, keep=keep, tensor_parallel=processes)
-    except ValueError as error:
-        assert "\n" not in str(error)
-        return
+    """Refused exactly where the smallest equal shares that hold what is kept are more than the budget."""
     size = 2 if unit == "kv_groups" else 1
+    budget = round(ratio * 32 / size)
+    kept = [len({head // size for where, head in keep if where == layer}) for layer in range(4)]
+    least = [max(math.ceil(count / processes), strategy != "global") * processes for count in kept]
+    wanted = {"keep": keep, "tensor_parallel": processes}
+    if sum(least) > budget:
+        with pytest.raises(ValueError, match=r"^the budget of [^\n]* cannot give layers multiples of [^\n]*$"):
+            select_heads(random_scores(0), ratio, strategy, unit, **wanted)
+        return
+    masks = select_heads(random_scores(0), ratio, strategy, unit, **wanted)
+    counts = [sum(row) // size for row in masks]
     assert all(masks[layer][head] for layer, head in keep)
-    assert sum(map(sum, masks)) <= round(ratio * 32 / size) * size
-    if processes > 1:
-        assert all(sum(row) // size % processes == 0 for row in masks)
-        assert sum(map(sum, masks)) // size > round(ratio * 32 / size) - processes
+    assert budget - processes < sum(counts) <= budget
+    assert all(count % processes == 0 for count in counts)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +186,7 @@ def test_wishes_that_cannot_be_met_are_refused_in_one_line(arguments, message):
 
 
 def test_the_cost_of_a_choice_is_what_the_models_config_says():
-    scores = make_scores(torch.rand(2, 6).tolist())
+    scores = make_scores([[0.0] * 6] * 2)
     masks = [[1, 1, 1, 0, 1, 0], [0, 0, 0, 0, 1, 0]]
     cost, config = selection_cost(scores, masks, head_dim=16), HydraHeadConfig(**student_fields(head_masks=masks))
     assert (cost.kv_heads, cost.all_kv_heads) == (3, 4)

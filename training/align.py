@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
 from ..convert.migration import Forms, forms_of_attention
+from ..convert.patching import home
 from ..hub.checkpoint import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
@@ -192,7 +193,8 @@ def walk_teacher(
 ) -> None:
     """
     Run a teacher on `[B, T]`; at each layer, when its heads are known, call `visit` with the layer's number, what its
-    attention read `[B, T, D]` and its heads' outputs `[B, T, H, d]`. Nothing of a layer is kept when the next begins.
+    attention read `[B, T, D]` and its heads' outputs `[B, T, H, d]`, where that layer runs. Nothing of a layer is kept
+    when the next begins.
     """
     read, hooks = {}, []
     shape = (teacher.config.num_attention_heads, -1)
@@ -207,7 +209,7 @@ def walk_teacher(
             ),
         ]
     try:
-        teacher.model(token_ids, use_cache=False)
+        teacher.model(token_ids.to(home(teacher)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -232,10 +234,10 @@ def target_squares(
     squares: dict[int, torch.Tensor] = {}
 
     def visit(layer: int, _, heads: torch.Tensor) -> None:
-        squares[layer] = squares.get(layer, 0) + module.target_square(layer, heads)
+        squares[layer] = squares.get(layer, 0) + module.target_square(layer, heads.to(accelerator.device))
 
     for batch in batches:
-        walk_teacher(teacher, batch.token_ids.to(accelerator.device), visit)
+        walk_teacher(teacher, batch.token_ids, visit)
     return accelerator.reduce(torch.stack(list(squares.values())) / len(batches), "mean")
 
 
@@ -267,6 +269,8 @@ def align(
         tokens, losses = batch.weights.numel(), []
 
         def visit(layer: int, states: torch.Tensor, target: torch.Tensor) -> None:
+            # The layer may run elsewhere, if the teacher is split over devices.
+            states, target = states.to(accelerator.device), target.to(accelerator.device)
             with torch.enable_grad():
                 with autocast():
                     loss = model(layer, states.float(), target, squares[layer])
@@ -299,7 +303,8 @@ def align_heads(
     Train both forms of all heads to do what their teacher heads do.
 
     Args:
-        teacher: in eval mode; moved to the accelerator's device.
+        teacher: in eval mode, where it should run: it is not moved, and may be off-loaded or split over devices.
+            Only the forms are trained, on the accelerator's device.
         config: a student's configuration; its masks do not matter.
         forms: where to start, from `convert.forms.calibrated_forms`.
         batch_at: token ids `[B, T]` of a step, as the first tensor of a batch.
@@ -312,7 +317,6 @@ def align_heads(
         token_ids = next(iter(batch_at(step)))
         return [Batch(token_ids, torch.ones(token_ids.shape))]
 
-    teacher = teacher.to(accelerator.device)
     module = HeadForms(config, forms)
     module.load_state_dict(
         align(accelerator, teacher, module, micro_batches, schedule, metrics_file=metrics_file, on_step=on_step)

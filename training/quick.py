@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..convert.forms import calibrated_forms
 from ..convert.migration import Forms, student_config
+from ..convert.patching import home
 from ..convert.teachers import adapter_for
 from ..demo.mixture import mixture_rows
 from .align import align_heads
@@ -34,9 +35,13 @@ def quick_forms(
     untrained for it (docs/experiments.md). The recipes' first stage is the same with more of it.
 
     Args:
+        teacher: in eval mode, where it should run; off-loaded by accelerate, split over devices or neither.
         text_ids: token ids of a text.
         options: of the student, as in `convert.migration.student_config`.
         steps: optimiser steps of 4 rows of 512 tokens.
+
+    Returns:
+        the forms, on the CPU.
     """
     adapter = adapter_for(teacher.config)
     config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **options)
@@ -46,7 +51,7 @@ def quick_forms(
         return [torch.from_numpy(ids)]
 
     return align_heads(
-        Accelerator(),
+        Accelerator(cpu=home(teacher).type == "cpu"),
         teacher,
         config,
         calibrated_forms(teacher, batch_at(-1 % 2**32)[0], config),

@@ -1,0 +1,164 @@
+"""What only GPUs can show of conversion: that alignment, scores, demo and benchmark run where the teacher runs."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hydrahead import modeling_hydrahead
+from hydrahead.convert import select_heads
+from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.migration import head_forms_of, student_config
+from hydrahead.convert.replacement import text_effects
+from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
+from hydrahead.convert.teachers import adapter_for
+from hydrahead.demo.corpus import encode_corpus, load_corpus
+from hydrahead.demo.run import EMBEDDED_TEACHER, Demo, DemoSettings
+from hydrahead.tests.families import ALL_LINEAR, make_teacher, random_ids
+from hydrahead.tests.placements import compare, everything, split
+from hydrahead.tests.test_scoring import usable_pairs
+from hydrahead.training.quick import quick_forms
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+GPU = "cuda:0"
+FEW = DemoSettings(length=192, pairs=2, train_length=96, batch_size=2, align_steps=3, distill_steps=3, samples=1)
+FLA = {
+    name: getattr(modeling_hydrahead, name) for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_arithmetic(monkeypatch):
+    """fp32 on the reference kernels, so that numbers compare closely; a fresh choice of accelerate's device."""
+    for name in FLA:
+        monkeypatch.setattr(modeling_hydrahead, name, None)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def sharp_teacher():
+    return make_teacher("qwen3-untied", initializer_range=0.4)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return usable_pairs(sharp_teacher(), 4)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The teacher of the demo, its tokenizer and ids of its training text."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+    teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32).eval()
+    return teacher, tokenizer, encode_corpus(tokenizer, load_corpus("train"))
+
+
+def devices(module: torch.nn.Module) -> set[str]:
+    return {str(parameter.device) for parameter in module.parameters()}
+
+
+def test_a_teacher_on_a_gpu_gives_what_it_gives_on_the_cpu(pairs):
+    """All methods, alignment included, within 1e-3 of the largest; left out is what a device's own dice decide."""
+    found = everything(sharp_teacher().to(GPU), pairs, Accelerator())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    expected = everything(sharp_teacher(), pairs, Accelerator(cpu=True))
+    compared = [name for name in expected if name.startswith(("calibrated", "aligned", "all", "tie-break"))]
+    compare({name: found[name] for name in compared}, {name: expected[name] for name in compared}, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "second", [pytest.param("cpu"), pytest.param("disk"), pytest.param(1, marks=two_gpus, id="another-gpu")]
+)
+def test_an_off_loaded_or_split_teacher_gives_what_it_gives_on_one_gpu(pairs, second, tmp_path):
+    """The upper half in CPU memory, on disk or on another GPU; within 1e-4 of the largest value."""
+    teacher = split(sharp_teacher(), 0, second, tmp_path)
+    assert devices(teacher) == {GPU, "cuda:1" if second == 1 else "meta"}
+    found = everything(teacher, pairs, Accelerator())
+    compare(found, everything(sharp_teacher().to(GPU), pairs, Accelerator()), 1e-4)
+
+
+@pytest.mark.parametrize("place", [GPU, pytest.param("cuda:1", marks=two_gpus)])
+def test_quick_alignment_leaves_the_teacher_on_its_gpu(shipped, place):
+    teacher, tokenizer, text_ids = shipped
+    teacher = copy.deepcopy(teacher).to(place)
+    forms = quick_forms(teacher, tokenizer, text_ids, {"fusion_norm": "linear"}, steps=2)
+    assert devices(teacher) == {place}
+    assert {tensor.device.type for tensor in forms.values()} == {"cpu"}
+    assert all(tensor.isfinite().all() for tensor in forms.values())
+
+
+def test_quick_alignment_of_a_teacher_on_the_cpu_asks_nothing_of_the_gpu(shipped):
+    teacher, tokenizer, text_ids = shipped
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    quick_forms(teacher, tokenizer, text_ids, {"fusion_norm": "linear"}, steps=1)
+    assert torch.cuda.max_memory_allocated() == before
+
+
+def test_score_uses_the_gpus_there_are_without_being_told(shipped, tmp_path):
+    """`device_map="auto"`, quick alignment and evidence included."""
+    placed = set()
+
+    def make_forms(teacher, tokenizer, text_ids, options):
+        placed.update(devices(teacher))
+        return quick_forms(teacher, tokenizer, text_ids, options, steps=1)
+
+    settings = ScoreSettings(
+        str(EMBEDDED_TEACHER), ("replacement",), length=200, pairs=2, shortlist=2, options={"fusion_norm": "linear"}
+    )
+    scores = score_to_folder(settings, tmp_path / "scores", make_forms)
+    assert all(place.startswith("cuda") for place in placed), placed
+    assert torch.tensor(scores.scores).isfinite().all() and set(scores.evidence) >= {"ablation", "conversion"}
+
+
+def test_the_demo_trains_and_evaluates_on_the_gpu_and_resumes_there(tmp_path):
+    demo = Demo(FEW, tmp_path, Console(quiet=True))
+    assert devices(demo.teacher) == {GPU}
+    forms = demo.align()
+    assert devices(demo.teacher) == {GPU} and {tensor.device.type for tensor in forms.values()} == {"cpu"}
+    masks = select_heads(demo.score(forms), FEW.ratio, FEW.strategy)
+    student = demo.distill(masks, forms)
+    resumed = demo.distill(masks, forms)
+    assert devices(student) == devices(resumed) == {GPU}
+    losses = [demo.evaluate("hybrid", model, model.config)["text_loss"] for model in (student, resumed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert demo.evaluate("teacher", demo.teacher, demo.teacher_config)["text_loss"][0] < 5
+
+
+def test_the_benchmark_of_head_rankings_runs_on_the_gpu():
+    file = Path(__file__).parents[1] / "benchmarks" / "heads.py"
+    spec = importlib.util.spec_from_file_location("heads", file)
+    heads = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(heads)
+    bench = heads.Bench(prompts=2, steps=2, threads=torch.get_num_threads())
+    assert devices(bench.teacher) == {GPU}
+    forms = bench.align("plain")
+    assert devices(bench.teacher) == {GPU}
+    running, some = bench.running(forms, "nope"), [(1, 2), (1, 3)]
+    judged = [bench.converted(some, forms, "nope"), bench.converted_alone(some, running), bench.ablated(some)]
+    assert all(torch.tensor(list(each.values())).isfinite().all() for each in judged)
+
+
+@two_gpus
+@pytest.mark.skipif(None in FLA.values(), reason="needs flash-linear-attention")
+def test_flas_kernels_run_on_the_gpu_of_the_layer_whose_heads_they_are(monkeypatch):
+    """The same kernels on either GPU: 1e-3 of the largest effect."""
+    for name, kernel in FLA.items():
+        monkeypatch.setattr(modeling_hydrahead, name, kernel)
+    plain, ids = make_teacher("qwen3-untied"), random_ids(1, 130)
+    config = student_config(adapter_for(plain.config), ALL_LINEAR)
+    tensors, found = head_forms_of(plain, ids, config), []
+    for teacher in (make_teacher("qwen3-untied").to(GPU), split(make_teacher("qwen3-untied"), 0, 1)):
+        forms = FormOutputs(config, tensors).requires_grad_(False)
+        found.append(text_effects(teacher, forms, ids[0].tolist()))
+    compare({"effects": found[1]}, {"effects": found[0]}, 1e-3)
