@@ -121,15 +121,15 @@ class Stage:
                     f"parallelism_config {size.lower()}: only data can be parallel; a recurrent state does not travel "
                     "between processes"
                 )
-        kinds = [each for each in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{each}") == "true"]
-        if "FSDP" in kinds and os.environ.get("FSDP_VERSION") != "2":
-            raise ValueError("fsdp_version: 2 is needed in Accelerate's config")
-        if self.name == "align" and "DEEPSPEED" in kinds:
-            raise ValueError("alignment goes backward once per layer, which DeepSpeed does not: use FSDP2 or replicas")
-        if kinds and self.recipe.evaluate.every:
-            raise ValueError(
-                f"evaluate.every: weights sharded by {kinds[0]} cannot generate; set it to 0 and evaluate checkpoints"
-            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise ValueError("DeepSpeed is not supported: launch with FSDP2 (training/recipes/accelerate/fsdp2.yaml)")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            if os.environ.get("FSDP_VERSION") != "2":
+                raise ValueError("fsdp_version: 2 is needed in Accelerate's config")
+            if self.recipe.evaluate.every:
+                raise ValueError(
+                    "evaluate.every: weights sharded by FSDP cannot generate; set it to 0 and evaluate checkpoints"
+                )
 
     def _check_earlier_run(self) -> None:
         file = self.folder / "recipe.json"
