@@ -49,7 +49,8 @@ Both forms of every head, `{layer}.linear.{parameter}` and `{layer}.full.{parame
 
 A parameter is `[heads, rows per head, ...]`: one entry per query head, or per KV head for k and v of the full form.
 Exceptions: `q_norm` and `k_norm` `[d]` serve all heads, `short_conv.weight` is `[3, H, d, kernel]` (q, k and v), and
-`{layer}.linear.gamma`, `{layer}.full.gamma` `[H]` are the scales of the fusion.
+`{layer}.linear.gamma`, `{layer}.full.gamma` `[H]` are the scales of the fusion. They hold what a student's options ask
+for: no `output_gate` where it has no gate, no `gamma` where its fusion is `concat`.
 """
 
 
@@ -116,12 +117,12 @@ def initial_forms(
         "gates.b_proj.bias": torch.logit(writing).unsqueeze(1),
         "gates.A_log": torch.zeros(heads, 1),
         "gates.dt_bias": torch.log(torch.expm1(step)).unsqueeze(1),  # softplus of it is the step
-        "gamma": gamma.clone(),
     }
-    full |= {
-        "output_gate.weight": torch.zeros(heads, dim, hidden, dtype=dtype),
-        "gamma": gamma.clone() if config.fusion_norm == "all" else torch.ones(heads),
-    }
+    if config.full_attention_gate:
+        full["output_gate.weight"] = torch.zeros(heads, dim, hidden, dtype=dtype)
+    if config.fusion != "concat":
+        linear["gamma"] = gamma.clone()
+        full["gamma"] = gamma.clone() if config.fusion_norm == "all" else torch.ones(heads)
     return {f"{layer}.linear.{name}": tensor for name, tensor in linear.items()} | {
         f"{layer}.full.{name}": tensor for name, tensor in full.items()
     }
@@ -136,7 +137,7 @@ def attention_state(forms: Forms, layer: int, config: HydraHeadConfig) -> dict[s
         names = [name.removeprefix(prefix) for name in forms if name.startswith(prefix)] if query_heads else []
         for name in names:
             tensor = forms[prefix + name]
-            if name == "gamma" or (name == "output_gate.weight" and not config.full_attention_gate):
+            if name == "gamma":
                 continue
             if "_norm." in name:
                 value = tensor.clone()
@@ -200,6 +201,30 @@ def student_config(adapter: TeacherAdapter, head_masks: list[list[int]], **optio
     if options.get("full_attention_position", "nope") == "nope":
         options.setdefault("logit_scale_base", adapter.config.max_position_embeddings)
     return HydraHeadConfig(**adapter.student_fields(), head_masks=head_masks, **options)
+
+
+def options_of(config: HydraHeadConfig) -> dict:
+    """All options of a student's heads, by name, those with their defaults too."""
+    return {name: getattr(config, name) for name in OPTIONS}
+
+
+def check_forms_fit(forms: Forms, config: HydraHeadConfig) -> None:
+    """
+    Check that a student has a place for everything that forms hold, and that they hold all that it needs.
+
+    Raises:
+        ValueError: gates or γ would be dropped, or are missing.
+    """
+    for name, option, wanted in (
+        ("full.output_gate.weight", "full_attention_gate", config.full_attention_gate),
+        ("linear.gamma", "fusion", config.fusion != "concat"),
+    ):
+        held = f"0.{name}" in forms
+        if held != wanted:
+            raise ValueError(
+                f"head_forms {'hold' if held else 'lack'} {name}, which {option}={getattr(config, option)!r} "
+                f"{'would drop' if held else 'needs'}: convert with the {option} that they were aligned under"
+            )
 
 
 def load_meta(module: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
@@ -334,7 +359,8 @@ def convert_model(
         the student, in eval mode.
 
     Raises:
-        ValueError: the teacher cannot be represented, or options or masks do not fit; before any weight is read.
+        ValueError: the teacher cannot be represented, or options, masks or forms do not fit; before any weight is
+            read.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
@@ -347,6 +373,8 @@ def convert_model(
     config = student_config(adapter, head_masks, **options)
     if calibration_ids is not None:
         check_calibration_ids(calibration_ids, config.vocab_size)
+    if head_forms is not None:
+        check_forms_fit(head_forms, config)
 
     if fetch is None:
         read = read_model(teacher)

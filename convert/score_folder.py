@@ -15,7 +15,7 @@ from ..evaluation.report import plot_head_map, plot_head_maps, plot_knockout, pl
 from ..hub.checkpoint import check_free, whole_file, whole_folder
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, check_forms, load_forms, save_forms
-from .migration import Forms, student_config
+from .migration import Forms, options_of, student_config
 from .patching import Head, home
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, jsonl_probes, niah_probe
 from .replacement import search_masks
@@ -43,7 +43,7 @@ class ScoreSettings:
         probe_files: JSONL files with probes of the user's own.
         built_in: use the built-in probes.
         forms: aligned forms of the heads (`head_forms.safetensors`).
-        options: the student's options, where no forms file says them.
+        options: the student's options; where a forms file is given, none that contradicts its own.
         align_steps: of the alignment, where no forms file is given.
         shortlist: heads whose replacement effect is measured; all by default.
         evidence: measure stability and knock-out curves.
@@ -94,7 +94,7 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
     if length > native:
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
     if settings.forms is not None:
-        check_forms(settings.forms, adapter)
+        check_forms(settings.forms, adapter, settings.options or {})
     return adapter, fetch, length
 
 
@@ -175,7 +175,8 @@ def score_to_folder(
         if settings.forms is not None:
             tensors, options = load_forms(settings.forms, adapter)
         else:
-            options = settings.options or {}
+            blank = [[0] * adapter.num_heads] * adapter.num_layers
+            options = options_of(student_config(adapter, blank, **settings.options or {}))
             if not unfinished.forms.is_file():
                 save_forms(make_forms(teacher, tokenizer, text_ids, options), options, unfinished.forms)
             made = tensors, _ = load_forms(unfinished.forms, adapter)

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.forms import FormOutputs, calibrated_forms
-from ..convert.migration import Forms, convert_model, student_config, teacher_config
+from ..convert.forms import FormOutputs, calibrated_forms, save_forms
+from ..convert.migration import Forms, convert_model, options_of, student_config, teacher_config
 from ..convert.probes import niah_probe
 from ..convert.scoring import HeadScores, score_heads
 from ..convert.selection import select_heads, selection_cost
@@ -248,8 +248,7 @@ class Demo:
             metrics_file=self.folder / "metrics.jsonl",
             on_step=lambda _, m: advance(f"error: linear {m['linear_loss']:.3f}, full {m['full_loss']:.3f}"),
         )
-        with whole_file(file) as partial:
-            save_file(forms, partial)
+        save_forms(forms, options_of(self.config), file)
         return forms
 
     def distill(self, masks: list[list[int]], forms: Forms) -> HydraHeadForCausalLM:

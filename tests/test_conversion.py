@@ -28,7 +28,13 @@ from transformers import (
 
 from hydrahead import HydraHeadForCausalLM
 from hydrahead.convert import migration, teachers
-from hydrahead.convert.migration import convert_model, forms_of_attention, measure_heads
+from hydrahead.convert.migration import (
+    convert_model,
+    forms_of_attention,
+    head_forms_of,
+    measure_heads,
+    student_config,
+)
 from hydrahead.convert.teachers import ADAPTERS, adapter_for, read_model
 from hydrahead.hub.checkpoint import save_checkpoint
 from hydrahead.tests.families import (
@@ -323,6 +329,29 @@ def test_trained_forms_arrive_at_their_heads(masks):
     for head in range(HEADS):
         expected = by_branch["full" if masks[0][head] else "linear"][:, :, head]
         torch.testing.assert_close(mixed[:, :, head], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("aligned", "asked", "line"),
+    [
+        (
+            {},
+            {"full_attention_gate": False},
+            "hold full.output_gate.weight, which full_attention_gate=False would drop",
+        ),
+        ({}, {"fusion": "concat"}, "hold linear.gamma, which fusion='concat' would drop"),
+        ({"full_attention_gate": False}, {}, "lack full.output_gate.weight, which full_attention_gate=True needs"),
+        ({"fusion": "concat"}, {}, "lack linear.gamma, which fusion='scale' needs"),
+    ],
+    ids=str,
+)
+def test_forms_are_not_converted_without_their_gates_and_scales(aligned, asked, line):
+    teacher = make_teacher("qwen3-tied")
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, **aligned)
+    forms = head_forms_of(teacher, CALIBRATION, config)
+    with pytest.raises(ValueError, match=rf"^head_forms {line}[^\n]*$"):
+        convert_model(teacher, MIXED, head_forms=forms, **asked)
+    convert_model(teacher, MIXED, head_forms=forms, **aligned)
 
 
 def test_the_student_does_not_share_memory_with_the_forms():

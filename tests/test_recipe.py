@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 
 from hydrahead.configuration_hydrahead import HydraHeadConfig
 from hydrahead.convert import migration
-from hydrahead.tests.families import make_student
+from hydrahead.convert.forms import save_forms
+from hydrahead.convert.migration import head_forms_of, options_of, student_config
+from hydrahead.convert.teachers import adapter_for
+from hydrahead.tests.families import ALL_LINEAR, make_student, make_teacher, random_ids
 from hydrahead.tests.training_runs import MAINS, make_inputs, write_recipe
 from hydrahead.training import launch
 from hydrahead.training.cost import body_parameters, estimate
@@ -106,6 +109,22 @@ def test_a_student_or_heads_of_another_teacher_are_refused(inputs, capsys):
         )
         said = refusal("distill", folder, recipe, capsys, f"distill.head_forms={folder / 'forms.safetensors'}")
         assert "heads of another teacher" in said
+
+
+def test_heads_aligned_for_other_options_are_refused_by_name(inputs, capsys):
+    """Under RoPE, heads that were aligned for NoPE would train in silence."""
+    folder, recipe = inputs
+    teacher = make_teacher("qwen3-tied", vocab_size=2048)
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR)
+    file = folder / "forms.safetensors"
+    save_forms(head_forms_of(teacher, random_ids(2, 24), config), options_of(config), file)
+    for option, line in {
+        "full_attention_position=rope": "full_attention_position 'nope', and 'rope' is asked for: ask for 'nope'",
+        "full_attention_gate=false": "full_attention_gate True, and False is asked for",
+        "fusion=concat": "fusion 'scale', and 'concat' is asked for",
+    }.items():
+        said = refusal("distill", folder, recipe, capsys, f"distill.head_forms={file}", f"student.{option}")
+        assert f"{file}: its heads were aligned for {line}" in said
 
 
 def test_the_curriculum_is_checked(inputs, capsys):
