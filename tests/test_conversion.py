@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -212,6 +213,68 @@ def test_head_statistics_are_those_of_the_teachers_own_attention(family):
                         entropies.append(entropy / math.log(t + 1))
             assert math.isclose(measured.distance[layer, head], sum(distances) / len(distances), rel_tol=1e-4)
             assert math.isclose(measured.entropy[layer, head], sum(entropies) / len(entropies), rel_tol=1e-4)
+
+
+class ProductDevices(TorchDispatchMode):
+    """Notes the devices that matrix products and softmax run on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "_softmax"):
+            self.found.add(result.device.type)
+        return result
+
+
+def test_heads_are_measured_on_the_device_that_is_asked_for():
+    """A device that holds no numbers stands for a GPU: everything is computed there, and only then brought back."""
+    teacher, devices = make_teacher("qwen3-tied"), ProductDevices()
+    with devices, pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        measure_heads(adapter_for(teacher.config), read_model(teacher), CALIBRATION, "meta")
+    assert devices.found == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_heads_measured_on_a_gpu_are_those_measured_on_a_cpu():
+    teacher = make_teacher("qwen3-tied")
+    adapter, read = adapter_for(teacher.config), read_model(teacher)
+    for name, found in vars(measure_heads(adapter, read, CALIBRATION, "cuda")).items():
+        expected = getattr(measure_heads(adapter, read, CALIBRATION), name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teachers_device_decides_where_its_heads_are_measured(tmp_path, monkeypatch):
+    """That where it takes its inputs; for a folder an accelerator, if there is one."""
+    asked, teacher = [], make_teacher("qwen3-tied")
+    teacher.save_pretrained(tmp_path)
+
+    def measure(adapter, read, ids, device="cpu"):
+        asked.append(str(device))
+        return measure_heads(adapter, read, ids)
+
+    monkeypatch.setattr(migration, "measure_heads", measure)
+    convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    convert_model(str(tmp_path), MIXED, calibration_ids=CALIBRATION)
+    monkeypatch.setattr(migration, "home", lambda model: torch.device("cuda:1"), raising=False)
+    convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
+    head_forms_of(teacher, CALIBRATION, student_config(adapter_for(teacher.config), MIXED))
+    assert asked == ["cpu", "cuda", "cuda:1", "cuda:1"]
+
+
+def test_an_off_loaded_teacher_is_measured_as_any_other(tmp_path):
+    teacher = make_teacher("qwen3-tied")
+    expected = convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
+    teacher.save_pretrained(tmp_path / "teacher")
+    places = {"model.layers.0": "disk", "model.norm": "disk"}
+    places |= dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.rotary_emb", "lm_head"), "cpu")
+    teacher = type(teacher).from_pretrained(tmp_path / "teacher", device_map=places, offload_folder=tmp_path / "off")
+    assert teacher.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert same_weights(convert_model(teacher, MIXED, calibration_ids=CALIBRATION), expected)
 
 
 # The norm's epsilon takes its share of a head whose output is near zero at some tokens: up to 1e-3 of the RMS here.

@@ -13,6 +13,8 @@ from ..hub.checkpoint import whole_file
 from .data import Batch
 from .losses import TeacherChunk
 
+CHUNK_TOKENS = 1024  # rows of logits that exist at once
+
 
 class TeacherCache:
     """
@@ -66,7 +68,14 @@ class TeacherCache:
 
     def _fill(self, samples: np.ndarray, teacher: TeacherChunk, length: int) -> None:
         for place, sample in enumerate(samples):
-            log_probs, _ = teacher(slice(place * length, (place + 1) * length))
-            values, indices = log_probs.topk(self.top_k, dim=-1)
-            self.log_probs[sample], self.indices[sample] = values.cpu().numpy(), indices.cpu().numpy()
-            self.done[sample] = 1
+            for start in range(0, length, CHUNK_TOKENS):
+                end = min(start + CHUNK_TOKENS, length)
+                log_probs, _ = teacher(slice(place * length + start, place * length + end))
+                values, indices = log_probs.topk(self.top_k, dim=-1)
+                self.log_probs[sample, start:end] = values.cpu().numpy()
+                self.indices[sample, start:end] = indices.cpu().numpy()
+        # What says that rows are there goes to the disk after them.
+        self.log_probs.flush()
+        self.indices.flush()
+        self.done[samples] = 1
+        self.done.flush()
