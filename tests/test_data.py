@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from hydrahead.demo.mixture import mixture_rows
 from hydrahead.tests.training_runs import make_inputs, write_recipe
 from hydrahead.training import data as data_module
 from hydrahead.training.data import (
@@ -133,6 +134,25 @@ def test_a_text_too_short_for_every_stage_is_read_whole_by_each_but_what_is_held
     assert min(int(rows[index].min()) for index in range(8)) == 40
     with pytest.raises(ValueError, match=r"^data: 300 tokens, 290 of them held out: [^\n]*$"):
         Rows(tokens, first=5000, wanted=10**6, heldout=290, length=32, seed=[0])
+
+
+def test_a_stage_says_when_it_has_no_text_of_its_own(recipe, tokenizer, caplog):
+    """24 pages: enough for the first stages, not for all, and not for long rows of their own."""
+    held = len(StageData(recipe, "align", tokenizer).phases[0][1].rows.tokens)
+    assert caplog.messages == []
+    greedy = replace(recipe, distill=replace(recipe.distill, tokens=10 * 2048, long_share=0.5), long_data=recipe.data)
+    StageData(greedy, "distill", tokenizer)
+    said, name = [message.split(": rows are read again")[0] for message in caplog.messages], recipe.data.name
+    assert [line.split(" to read")[0] for line in said] == [
+        f"distill: long_data ({name}) has {held:,} tokens, 10,241 are needed",
+        f"distill: data ({name}) has {held:,} tokens, {512 + 2048 + 10 * 2048 + 1:,} are needed",
+    ]
+    assert not any("\n" in message for message in caplog.messages)
+
+
+def test_a_text_shorter_than_a_row_of_the_mixture_is_one_line(tokenizer):
+    with pytest.raises(ValueError, match=r"^the text has 100 tokens, rows of 128 need a longer one$"):
+        mixture_rows(tokenizer, np.arange(100), 128, 1, 0)
 
 
 @pytest.mark.parametrize("stage", ["align", "distill", "finetune"])

@@ -12,6 +12,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from ..demo.corpus import load_corpus
 from ..demo.mixture import mixture_rows
 from ..hub.checkpoint import whole_file
 from .recipe import STAGES, DataSection, Recipe, StageSection, read_arguments
+
+logger = logging.getLogger(__name__)
 
 DOCUMENTS_AT_A_TIME = 256
 FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -233,7 +236,8 @@ class Rows:
     """
     Rows of `length` tokens out of a token file, and the token after each; shuffled anew in every epoch.
 
-    Where the file is too short for a stage to have text of its own, every stage reads all of it but the held-out part.
+    Where the file is too short for a stage to have text of its own (`is_shared`), every stage reads all of it but the
+    held-out part.
     """
 
     def __init__(self, tokens: np.ndarray, first: int, wanted: int, heldout: int, length: int, seed: list[int]):
@@ -241,7 +245,8 @@ class Rows:
         Raises:
             ValueError: there is not one row.
         """
-        if len(tokens) <= first + wanted:
+        self.is_shared = len(tokens) <= first + wanted
+        if self.is_shared:
             first, wanted = heldout, len(tokens) - heldout - 1
         self.tokens, self.first, self.length, self.seed = tokens, first, length, seed
         self.count = wanted // length
@@ -318,11 +323,14 @@ class StageData:
         section, seed = recipe.stage(stage), [recipe.run.seed, STAGES.index(stage)]
         self.section, self.predicts, self.micro_tokens = section, stage != "align", recipe.run.micro_batch_tokens
         first, heldout = tokens_before(recipe, stage), recipe.data.heldout_tokens
-        tokens = ready_tokens(recipe, tokenizer, recipe.data, "tokens", first + section.tokens + 1)
+        needed = first + section.tokens + 1
+        tokens = ready_tokens(recipe, tokenizer, recipe.data, "tokens", needed)
         long_tokens = None
         if section.long_share:
             wanted = int(section.tokens * section.long_share) + 1
             long_tokens = ready_tokens(recipe, tokenizer, recipe.long_data, "long_tokens", wanted)
+            if len(long_tokens) < wanted:
+                _warn_of_reuse(stage, "long_data", recipe.long_data, len(long_tokens), wanted)
         self.heldout = tokens[:heldout]
         self.phases: list[tuple[int, Phase]] = []  # the first step of each
         step = 0
@@ -335,6 +343,8 @@ class StageData:
             separate = recipe.data.separate_documents and self.predicts
             self.phases.append((step, Phase(section, rows, long_rows, tokenizer, [*seed, index], separate)))
             first, step = first + used, step + steps
+        if any(phase.rows.is_shared for _, phase in self.phases):
+            _warn_of_reuse(stage, "data", recipe.data, len(tokens), needed)
 
     def micro_batches(self, step: int, process: int = 0, processes: int = 1) -> list[Batch]:
         """The batches that one process of several accumulates in a step."""
@@ -344,6 +354,15 @@ class StageData:
         first = (step - begin) * step_rows
         starts = range(first + process * rows, first + step_rows, processes * rows)
         return [phase.batch(range(start, start + rows), self.predicts) for start in starts]
+
+
+def _warn_of_reuse(stage: str, key: str, data: DataSection, tokens: int, needed: int) -> None:
+    """Say once, not on every process, that a stage reads text again, or text of other stages."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(
+            f"{stage}: {key} ({data.name}) has {tokens:,} tokens, {needed:,} are needed to read each once and in one "
+            "stage only: rows are read again"
+        )
 
 
 def stage_phases(section: StageSection) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -226,8 +225,6 @@ class Job:
         set_seed(recipe.run.seed)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_behind in self.folder.glob(".student.*"):  # of a process that was killed while it wrote
-                shutil.rmtree(left_behind)
             for name, content in (("recipe.json", stage.record()), ("facts.json", self.facts())):
                 with whole_file(self.folder / name) as partial_file:
                     partial_file.write_text(json.dumps(content, indent=2) + "\n")

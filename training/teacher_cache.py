@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..hub.checkpoint import whole_file
+from ..hub.checkpoint import force_to_disk, whole_file
 from .data import Batch
 from .losses import TeacherChunk
 
@@ -49,6 +49,7 @@ class TeacherCache:
         self.log_probs = self._open(folder / "log_probs.bin", "<f4", shape)
         self.indices = self._open(folder / "indices.bin", "<i4", shape)
         self.done = self._open(folder / "done.bin", "u1", (rows,))
+        force_to_disk(folder)
 
     @staticmethod
     def _open(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
