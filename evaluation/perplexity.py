@@ -53,4 +53,4 @@ def _head_is_last(model: PreTrainedModel, ids: torch.Tensor) -> bool:
     if head is None:
         return False
     logits = head(model.get_decoder()(ids, use_cache=False).last_hidden_state)
-    return torch.equal(logits.float(), model(ids, use_cache=False).logits.float())
+    return torch.equal(logits, model(ids, use_cache=False).logits.to(logits))  # which may be on another device
