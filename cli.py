@@ -82,6 +82,23 @@ class Fusion(StrEnum):
     concat = "concat"
 
 
+POSITION = Annotated[
+    Position | None, typer.Option(help="Position signal of full-attention heads; else nope, or as the forms say.")
+]
+FUSION_NORM = Annotated[
+    FusionNorm | None, typer.Option(help="Which heads the fusion normalises; else all, or as the forms say.")
+]
+
+
+def _given(**options) -> dict:
+    """Those of a student's options that were given: the others are the forms' own, or defaults."""
+    return {
+        name: value.value if isinstance(value, StrEnum) else value
+        for name, value in options.items()
+        if value is not None
+    }
+
+
 @contextlib.contextmanager
 def _stages() -> Iterator[Callable[[str, int | None], Callable[[], None]]]:
     """Progress bars for stages of known length; lines where the output is no terminal."""
@@ -131,9 +148,9 @@ def score(
         int | None,
         typer.Option(help="Measure the replacement effect of so many heads only, estimate the others.", min=1),
     ] = None,
-    position: Annotated[Position, typer.Option(help="Position signal of full-attention heads.")] = Position.nope,
+    position: POSITION = None,
     logit_scale_base: Annotated[float | None, typer.Option(help="Base of the length scale with nope.")] = None,
-    fusion_norm: Annotated[FusionNorm, typer.Option(help="Which heads the fusion normalises.")] = FusionNorm.all,
+    fusion_norm: FUSION_NORM = None,
     evidence: Annotated[bool, typer.Option(help="Measure split-half stability and knock-out curves.")] = True,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, …; else a GPU if there is one, with off-loading.")
@@ -147,9 +164,7 @@ def score(
     from .convert.score_settings import ScoreSettings, check_options
     from .hub.checkpoint import check_free
 
-    options = {"full_attention_position": position.value, "fusion_norm": fusion_norm.value}
-    if logit_scale_base is not None:
-        options["logit_scale_base"] = logit_scale_base
+    options = _given(full_attention_position=position, logit_scale_base=logit_scale_base, fusion_norm=fusion_norm)
     settings = ScoreSettings(
         teacher,
         methods=tuple(method or ("replacement",)),
@@ -251,15 +266,20 @@ def convert(
     masks: Annotated[Path, typer.Option(help="JSON file of head masks [layers][heads], 1 for full attention.")],
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; else Python's standard library.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of text to calibrate on.", min=2)] = 2048,
-    position: Annotated[Position, typer.Option(help="Position signal of full-attention heads.")] = Position.nope,
+    position: POSITION = None,
     logit_scale_base: Annotated[
         float | None, typer.Option(help="Base of the length scale with nope; else the teacher's native length.")
     ] = None,
-    gate: Annotated[bool, typer.Option(help="Output gate on full-attention heads.")] = True,
-    fusion: Annotated[Fusion, typer.Option(help="How the two kinds of heads meet.")] = Fusion.scale,
-    fusion_norm: Annotated[FusionNorm, typer.Option(help="Which heads the fusion normalises.")] = FusionNorm.all,
+    gate: Annotated[
+        bool | None, typer.Option("--gate/--no-gate", help="Output gate on full-attention heads; else one.")
+    ] = None,
+    fusion: Annotated[
+        Fusion | None, typer.Option(help="How the two kinds of heads meet; else scale, or as the forms say.")
+    ] = None,
+    fusion_norm: FUSION_NORM = None,
     forms: Annotated[
-        Path | None, typer.Option(help="Aligned heads (head_forms.safetensors) to start from, with their own options.")
+        Path | None,
+        typer.Option(help="Aligned heads (head_forms.safetensors) to start from; options must agree with theirs."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a teacher on the Hub.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
@@ -277,14 +297,13 @@ def convert(
 
     from .convert.folder import convert_to_folder  # PyTorch and transformers: seconds
 
-    options = {
-        "full_attention_position": position.value,
-        "full_attention_gate": gate,
-        "fusion": fusion.value,
-        "fusion_norm": fusion_norm.value,
-    }
-    if logit_scale_base is not None:
-        options["logit_scale_base"] = logit_scale_base
+    options = _given(
+        full_attention_position=position,
+        logit_scale_base=logit_scale_base,
+        full_attention_gate=gate,
+        fusion=fusion,
+        fusion_norm=fusion_norm,
+    )
     console = Console()
     with console.status("reading the teacher's config") as status:
         convert_to_folder(

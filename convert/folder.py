@@ -52,8 +52,8 @@ def convert_to_folder(
         masks_file: JSON of head masks `[L][H]`.
         text: UTF-8 text to calibrate on.
         on_stage: told what begins.
-        forms_file: aligned forms of the heads; the options that they were aligned under go before `options`.
-        **options: as of `convert_model`.
+        forms_file: aligned forms of the heads, with the options that they were aligned under.
+        **options: as of `convert_model`; where forms are given, none that contradicts theirs.
 
     Raises:
         ValueError: anything that can be known to be wrong before weights are read is refused before.
@@ -66,8 +66,7 @@ def convert_to_folder(
     adapter = adapter_for(config)
     forms = None
     if forms_file is not None:
-        forms, aligned_options = load_forms(forms_file, adapter)
-        options |= aligned_options
+        forms, options = load_forms(forms_file, adapter, options)
     student_config(adapter, masks, **options)
 
     on_stage("fetching the teacher")

@@ -1,8 +1,9 @@
 """Both forms of every head of a teacher, running: what stands in a head's place when it is converted."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from accelerate import init_empty_weights
@@ -15,7 +16,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..hub.checkpoint import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .ablation import Replace, replaced_heads
-from .migration import Forms, attention_state, head_forms_of, load_meta
+from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config
 from .patching import home
 from .teachers import TeacherAdapter
 
@@ -147,12 +148,17 @@ def save_forms(forms: Forms, options: dict, path: Path) -> None:
         save_file(forms, partial, metadata={"student": json.dumps(options)})
 
 
-def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
+def check_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingProxyType({})) -> dict:
     """
-    The student's options that the forms in a file were aligned under; no tensor is read.
+    The options of a student made of the forms in a file: those that they were aligned under; no tensor is read.
+
+    Args:
+        options: asked for by name. They may repeat the file's, and choose between `scale` and `gate` fusion, which
+            start as the same.
 
     Raises:
-        ValueError: the file is missing, holds something else, or belongs to a teacher of another shape.
+        ValueError: the file is missing, holds something else, belongs to a teacher of another shape, or was aligned
+            under another value of one of `options`.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; alignment writes it (hydrahead.training.align)")
@@ -164,7 +170,7 @@ def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
             found = [file.get_slice("0.linear.q_proj.weight").get_shape()]
             if len(layers) == adapter.num_layers and found == expected[:1]:
                 found.append(file.get_slice("0.full.k_proj.weight").get_shape())
-            options = (file.metadata() or {}).get("student")
+            aligned = (file.metadata() or {}).get("student")
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path}: not the aligned forms of a teacher's heads ({error}); hydrahead score and "
@@ -175,17 +181,27 @@ def check_forms(path: Path, adapter: TeacherAdapter) -> dict:
             f"{path}: heads of another teacher, expected {adapter.num_layers} layers of query and KV heads "
             f"{expected}, got {len(layers)} of {found}; align this teacher's"
         )
-    if options is None:
+    if aligned is None:
         raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")
-    return json.loads(options)
+    aligned = json.loads(aligned)
+    blank = [[0] * adapter.num_heads] * adapter.num_layers
+    of_file = options_of(student_config(adapter, blank, **aligned))
+    for name in (name for name in of_file if name in options):
+        here, asked = of_file[name], options[name]
+        if asked != here and not (name == "fusion" and "concat" not in (asked, here)):
+            raise ValueError(
+                f"{path}: its heads were aligned for {name} {here!r}, and {asked!r} is asked for: ask for {here!r} or "
+                "align them again"
+            )
+    return aligned | dict(options)
 
 
-def load_forms(path: Path, adapter: TeacherAdapter) -> tuple[Forms, dict]:
+def load_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingProxyType({})) -> tuple[Forms, dict]:
     """
-    Forms and the student's options that they were aligned under.
+    Forms, and the options of a student made of them.
 
     Raises:
         ValueError: see `check_forms`.
     """
-    options = check_forms(path, adapter)
+    options = check_forms(path, adapter, options)
     return load_file(path), options

@@ -25,6 +25,7 @@ from ..modeling_hydrahead import (
     HydraHeadForCausalLM,
     HydraHeadRotaryEmbedding,
 )
+from .patching import home
 from .teachers import (
     Read,
     TeacherAdapter,
@@ -49,7 +50,8 @@ Both forms of every head, `{layer}.linear.{parameter}` and `{layer}.full.{parame
 
 A parameter is `[heads, rows per head, ...]`: one entry per query head, or per KV head for k and v of the full form.
 Exceptions: `q_norm` and `k_norm` `[d]` serve all heads, `short_conv.weight` is `[3, H, d, kernel]` (q, k and v), and
-`{layer}.linear.gamma`, `{layer}.full.gamma` `[H]` are the scales of the fusion.
+`{layer}.linear.gamma`, `{layer}.full.gamma` `[H]` are the scales of the fusion. They hold what a student's options ask
+for: no `output_gate` where it has no gate, no `gamma` where its fusion is `concat`.
 """
 
 
@@ -116,12 +118,12 @@ def initial_forms(
         "gates.b_proj.bias": torch.logit(writing).unsqueeze(1),
         "gates.A_log": torch.zeros(heads, 1),
         "gates.dt_bias": torch.log(torch.expm1(step)).unsqueeze(1),  # softplus of it is the step
-        "gamma": gamma.clone(),
     }
-    full |= {
-        "output_gate.weight": torch.zeros(heads, dim, hidden, dtype=dtype),
-        "gamma": gamma.clone() if config.fusion_norm == "all" else torch.ones(heads),
-    }
+    if config.full_attention_gate:
+        full["output_gate.weight"] = torch.zeros(heads, dim, hidden, dtype=dtype)
+    if config.fusion != "concat":
+        linear["gamma"] = gamma.clone()
+        full["gamma"] = gamma.clone() if config.fusion_norm == "all" else torch.ones(heads)
     return {f"{layer}.linear.{name}": tensor for name, tensor in linear.items()} | {
         f"{layer}.full.{name}": tensor for name, tensor in full.items()
     }
@@ -136,7 +138,7 @@ def attention_state(forms: Forms, layer: int, config: HydraHeadConfig) -> dict[s
         names = [name.removeprefix(prefix) for name in forms if name.startswith(prefix)] if query_heads else []
         for name in names:
             tensor = forms[prefix + name]
-            if name == "gamma" or (name == "output_gate.weight" and not config.full_attention_gate):
+            if name == "gamma":
                 continue
             if "_norm." in name:
                 value = tensor.clone()
@@ -202,6 +204,30 @@ def student_config(adapter: TeacherAdapter, head_masks: list[list[int]], **optio
     return HydraHeadConfig(**adapter.student_fields(), head_masks=head_masks, **options)
 
 
+def options_of(config: HydraHeadConfig) -> dict:
+    """All options of a student's heads, by name, those with their defaults too."""
+    return {name: getattr(config, name) for name in OPTIONS}
+
+
+def check_forms_fit(forms: Forms, config: HydraHeadConfig) -> None:
+    """
+    Check that a student has a place for everything that forms hold, and that they hold all that it needs.
+
+    Raises:
+        ValueError: gates or γ would be dropped, or are missing.
+    """
+    for name, option, wanted in (
+        ("full.output_gate.weight", "full_attention_gate", config.full_attention_gate),
+        ("linear.gamma", "fusion", config.fusion != "concat"),
+    ):
+        held = f"0.{name}" in forms
+        if held != wanted:
+            raise ValueError(
+                f"head_forms {'hold' if held else 'lack'} {name}, which {option}={getattr(config, option)!r} "
+                f"{'would drop' if held else 'needs'}: convert with the {option} that they were aligned under"
+            )
+
+
 def load_meta(module: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
     """Give a module on the meta device its weights: `dtype`, but fp32 for gates and fusion. All must be there."""
     cast = {
@@ -214,20 +240,24 @@ def load_meta(module: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dt
 
 
 @torch.no_grad()
-def measure_heads(adapter: TeacherAdapter, read: Read, token_ids: torch.Tensor) -> HeadStatistics:
+def measure_heads(
+    adapter: TeacherAdapter, read: Read, token_ids: torch.Tensor, device: torch.device | str = "cpu"
+) -> HeadStatistics:
     """
-    Statistics of all heads of a teacher on a calibration text.
+    Statistics of all heads of a teacher on a calibration text, on the CPU.
 
-    The teacher is walked layer by layer, in fp32, so that no more than one of its layers is in memory.
+    The teacher is walked layer by layer, in fp32, so that no more than one of its layers is in memory, and every row
+    by itself.
 
     Args:
         token_ids: `[B, T]` int64.
+        device: where to compute.
     """
     config = teacher_config(adapter)
     config._attn_implementation = "eager"
-    hidden_states = adapter.ends(read)["model.embed_tokens.weight"][token_ids].float()
-    position_ids = torch.arange(token_ids.shape[1]).unsqueeze(0)
-    position_embeddings = HydraHeadRotaryEmbedding(config)(hidden_states, position_ids)
+    hidden_states = adapter.ends(read)["model.embed_tokens.weight"][token_ids.cpu()].float().to(device)
+    position_ids = torch.arange(token_ids.shape[1], device=device).unsqueeze(0)
+    position_embeddings = HydraHeadRotaryEmbedding(config).to(device)(hidden_states, position_ids)
     causal_mask = create_causal_mask(config, hidden_states[:1], None, None)  # no padding, no cache
     distances = (position_ids.T - position_ids).clamp_min(0).float()  # [T, T], query minus key
     uniform_entropy = torch.log(position_ids[0] + 1.0).clamp_min(1e-6)  # [T]
@@ -237,22 +267,23 @@ def measure_heads(adapter: TeacherAdapter, read: Read, token_ids: torch.Tensor) 
             module = HydraHeadDecoderLayer(config, layer).eval()
         attention = adapter.attention(read, layer)
         forms = {f"{layer}.full.{name}": tensor for name, tensor in full_forms(attention).items()}
-        load_meta(module, layer_state(adapter, read, layer, attention, forms, config), torch.float32)
+        state = layer_state(adapter, read, layer, attention, forms, config)
+        load_meta(module, {name: tensor.to(device) for name, tensor in state.items()}, torch.float32).to(device)
 
-        normed = module.input_layernorm(hidden_states)
-        outputs, far, spread = [], [], []
-        for row in normed.split(1):  # attention weights are [1, H, T, T]
-            output, weights = module.self_attn.full_attention(row, position_embeddings, attention_mask=causal_mask)
-            outputs.append(output)
+        squares, far, spread = [], [], []
+        for row in hidden_states.split(1):  # attention weights are [1, H, T, T]; written in place, layer by layer
+            heads, weights = module.self_attn.full_attention(
+                module.input_layernorm(row), position_embeddings, attention_mask=causal_mask
+            )
+            squares.append(heads.pow(2).mean((1, 3)))
             far.append((weights * distances).sum(-1).mean(-1))
-            spread.append((torch.special.entr(weights).sum(-1)[..., 1:] / uniform_entropy[1:]).mean(-1))
-        heads = torch.cat(outputs)  # [B, T, H, d]
-        rms.append(heads.pow(2).mean((0, 1, 3)).sqrt())
+            spread.append((-torch.xlogy(weights, weights).sum(-1)[..., 1:] / uniform_entropy[1:]).mean(-1))
+            row += module.self_attn.o_proj(heads.flatten(2))
+            row += module.mlp(module.post_attention_layernorm(row))
+        rms.append(torch.cat(squares).mean(0).sqrt())
         distance.append(torch.cat(far).mean(0))
         entropy.append(torch.cat(spread).mean(0))
-        hidden_states = hidden_states + module.self_attn.o_proj(heads.flatten(2))
-        hidden_states = hidden_states + module.mlp(module.post_attention_layernorm(hidden_states))
-    return HeadStatistics(torch.stack(rms), torch.stack(distance), torch.stack(entropy))
+    return HeadStatistics(*(torch.stack(each).cpu() for each in (rms, distance, entropy)))
 
 
 def layer_state(
@@ -278,7 +309,7 @@ def head_forms_of(teacher: PreTrainedModel, calibration_ids: torch.Tensor, confi
     """
     adapter, read = adapter_for(teacher.config), read_model(teacher)
     check_calibration_ids(calibration_ids, config.vocab_size)
-    statistics = measure_heads(adapter, read, calibration_ids)
+    statistics = measure_heads(adapter, read, calibration_ids, home(teacher))
     forms: Forms = {}
     for layer in range(adapter.num_layers):
         forms |= initial_forms(adapter.attention(read, layer), statistics, layer, config)
@@ -313,7 +344,8 @@ def convert_model(
     **options,
 ) -> HydraHeadForCausalLM:
     """
-    Convert a pretrained transformer into a HydraHead student, on the CPU.
+    Convert a pretrained transformer into a HydraHead student, on the CPU. Its heads are measured where the teacher is,
+    or on an accelerator if there is one.
 
     A teacher given by name or folder is read one tensor at a time: the memory needed is that of the student and one
     layer. A teacher in memory is copied, so that training the student leaves it as it is.
@@ -332,7 +364,8 @@ def convert_model(
         the student, in eval mode.
 
     Raises:
-        ValueError: the teacher cannot be represented, or options or masks do not fit; before any weight is read.
+        ValueError: the teacher cannot be represented, or options, masks or forms do not fit; before any weight is
+            read.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
@@ -345,13 +378,16 @@ def convert_model(
     config = student_config(adapter, head_masks, **options)
     if calibration_ids is not None:
         check_calibration_ids(calibration_ids, config.vocab_size)
+    if head_forms is not None:
+        check_forms_fit(head_forms, config)
 
     if fetch is None:
-        read = read_model(teacher)
+        read, device = read_model(teacher), home(teacher)
         generation_config = copy.deepcopy(teacher.generation_config)
     else:
         folder = fetch()
         read = read_safetensors(folder)
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         has_file = (folder / "generation_config.json").is_file()
         generation_config = GenerationConfig.from_pretrained(folder) if has_file else None
 
@@ -360,7 +396,7 @@ def convert_model(
         if calibration_ids is None:
             logger.warning("No calibration text given: the new heads are scaled on random tokens.")
             calibration_ids = random_calibration_ids(config.vocab_size)
-        statistics = measure_heads(adapter, read, calibration_ids)
+        statistics = measure_heads(adapter, read, calibration_ids, device)
     else:
         statistics = HeadStatistics(*torch.ones(3, config.num_hidden_layers, config.num_attention_heads))
 

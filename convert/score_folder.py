@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..demo.corpus import encode_corpus, load_corpus
 from ..evaluation.report import plot_head_maps, plot_knockout, plot_stability
 from ..hub.checkpoint import check_free, whole_file, whole_folder
+from ..kernels import use_tuned_kernels
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, check_forms, load_forms, save_forms
 from .mask_file import Exchange
-from .migration import Forms, student_config
+from .migration import Forms, options_of, student_config
 from .patching import Head
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, check_length, jsonl_probes, niah_probe
 from .replacement import search_masks
@@ -50,7 +51,7 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
     if length > native:
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
     if settings.forms is not None:
-        check_forms(settings.forms, adapter)
+        check_forms(settings.forms, adapter, settings.options or {})
     if settings.device is not None:
         check_device(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(settings.teacher, revision=settings.revision)
@@ -149,7 +150,8 @@ def score_to_folder(
         if settings.forms is not None:
             tensors, options = load_forms(settings.forms, adapter)
         else:
-            options = settings.options or {}
+            blank = [[0] * adapter.num_heads] * adapter.num_layers
+            options = options_of(student_config(adapter, blank, **settings.options or {}))
             if not unfinished.forms.is_file():
                 save_forms(make_forms(teacher, tokenizer, text_ids, options), options, unfinished.forms)
             made = tensors, _ = load_forms(unfinished.forms, adapter)
@@ -187,6 +189,7 @@ def score_to_folder(
 def load_teacher(checkpoint: Path, settings: ScoreSettings) -> PreTrainedModel:
     """The teacher in eval mode; on a GPU as much of it as fits, the rest off-loaded."""
     device = settings.device or ("auto" if torch.cuda.is_available() else "cpu")
+    use_tuned_kernels()
     dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device).eval()
 

@@ -20,7 +20,7 @@ class ScoreSettings:
         probe_files: JSONL files with probes of the user's own.
         built_in: use the built-in probes.
         forms: aligned forms of the heads (`head_forms.safetensors`).
-        options: the student's options, where no forms file says them.
+        options: the student's options; where a forms file is given, none that contradicts its own.
         align_steps: of the alignment, where no forms file is given.
         shortlist: heads whose replacement effect is measured; all by default.
         evidence: measure stability and knock-out curves.

@@ -11,7 +11,7 @@ from .ablation import answer_measure, each_head_replaced, mean_heads
 from .attribution import attention_mass, attribution_effects, logit_contribution, query_key_effects
 from .forms import FormOutputs
 from .migration import measure_heads
-from .patching import Head, HeadReader, receiver_effects, sender_effects
+from .patching import Head, HeadReader, home, receiver_effects, sender_effects
 from .probes import Pair, Probe
 from .replacement import answer_effects, answer_estimates, shortlisted, text_effects, text_estimates
 from .scores import CLEAN_ONLY, METHODS, NEEDS_FORMS, TEXT, THRESHOLD, Effects, HeadScores, ProbeResult
@@ -92,7 +92,7 @@ def score_heads(
     # Most heads score 0. Those that look far are the harder ones to replace by a state that forgets.
     row = min(TIE_BREAK_TOKENS, *(len(pair.clean) for pair in probes[0].pairs[:2]))
     text = torch.tensor([pair.clean[:row] for pair in probes[0].pairs[:2]])
-    tie_break = measure_heads(adapter, read_model(teacher), text).distance.tolist()
+    tie_break = measure_heads(adapter, read_model(teacher), text, home(teacher)).distance.tolist()
     measuring.spend("tie-break", started)
     scores = HeadScores(
         scores=[],

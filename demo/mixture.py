@@ -54,6 +54,8 @@ def mixture_rows(
     """
     if length < 96:
         raise ValueError(f"a row with a needle and a question needs 96 tokens, got length={length}")
+    if len(corpus_ids) < length:
+        raise ValueError(f"the text has {len(corpus_ids):,} tokens, rows of {length:,} need a longer one")
     rng = np.random.default_rng(seed)
     ids = np.empty((rows, length), dtype=np.int64)
     weights = np.ones((rows, length), dtype=np.float32)

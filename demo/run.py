@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.forms import FormOutputs, calibrated_forms
-from ..convert.migration import Forms, convert_model, student_config, teacher_config
+from ..convert.forms import FormOutputs, calibrated_forms, save_forms
+from ..convert.migration import Forms, convert_model, options_of, student_config, teacher_config
 from ..convert.probes import check_length, niah_probe
 from ..convert.scores import HeadScores
 from ..convert.scoring import score_heads
@@ -35,6 +35,7 @@ from ..evaluation.perplexity import text_loss
 from ..evaluation.report import plot_accuracy_over_length, plot_head_map
 from ..hub.card import model_card
 from ..hub.checkpoint import answer_in_clean_process, save_checkpoint, whole_file
+from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..training.align import align_heads
 from ..training.distill import distill
@@ -129,6 +130,7 @@ class Demo:
             )
         teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         self.teacher = teacher.to(Accelerator().device).eval()
+        use_tuned_kernels()
         self.progress = Progress(
             TextColumn("{task.description:<30}"),
             BarColumn(),
@@ -266,8 +268,7 @@ class Demo:
             metrics_file=self.folder / "metrics.jsonl",
             on_step=lambda _, m: advance(f"error: linear {m['linear_loss']:.3f}, full {m['full_loss']:.3f}"),
         )
-        with whole_file(file) as partial:
-            save_file(forms, partial)
+        save_forms(forms, options_of(self.config), file)
         return forms
 
     def distill(self, masks: list[list[int]], forms: Forms) -> HydraHeadForCausalLM:

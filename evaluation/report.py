@@ -13,6 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from ..hub.checkpoint import whole_file
+
 
 def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], title: str, path: Path) -> None:
     """
@@ -135,8 +137,7 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
     figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=7, frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout(rect=(0, 0.06 if len(curves) == 1 else 0.04, 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path: Path) -> None:
@@ -210,8 +211,7 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
     figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=7, frameon=False)
     figure.suptitle("Converted, aligned head by head, not trained any further", fontsize=10)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def plot_accuracy_over_length(
@@ -269,8 +269,14 @@ def wilson_interval(share: float, samples: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def save_picture(figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all, and close it."""
+    with whole_file(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)
+
+
 def _save(figure, path: Path) -> None:
     if figure.get_layout_engine() is None:
         figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_picture(figure, path)

@@ -3,53 +3,137 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:  # files alone are written without PyTorch
     from transformers import PreTrainedTokenizerBase
 
     from ..modeling_hydrahead import HydraHeadForCausalLM
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
-    A folder to write into that takes the place of `folder` when the block ends, and vanishes when it fails.
+    A folder to write into that takes the place of `folder`, forced to the disk, when the block ends, and vanishes when
+    it fails. What a process that was killed left of the same folder is removed first.
 
     Raises:
-        ValueError: `folder` holds something already, and `overwrite` is not set.
+        ValueError: `folder` holds something already, and `overwrite` is not set; or another process is writing it.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     check_free(folder, overwrite)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.absolute().parent))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _writer_lock(folder) as is_only_writer:
+        if is_only_writer:
+            _settle(folder)
+            check_free(folder, overwrite)  # what it put back may not be overwritten either
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+        try:
+            yield partial
+            partial.chmod(0o755)  # mkdtemp's own mode is private
+            force_to_disk(*partial.rglob("*"), partial)
+            if folder.exists():
+                folder.rename(partial.with_suffix(".replaced"))
+            partial.rename(folder)
+            force_to_disk(folder.parent)
+        finally:
+            _settle(folder, partial.stem)
+
+
+@contextlib.contextmanager
+def _writer_lock(folder: Path) -> Iterator[bool]:
+    """Keep others from writing a folder; gives whether that was possible. Raises as `_take_lock`."""
+    path = folder.with_name(f".{folder.name}.lock")
+    lock = _take_lock(path, folder)
     try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp's own mode is private
-        if folder.exists():
-            replaced = partial.with_suffix(".replaced")
-            folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(folder)
+        yield lock is not None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            path.unlink(missing_ok=True)  # before it is released: whoever opened it meanwhile sees that it is gone
+            lock.close()
+
+
+def _take_lock(path: Path, folder: Path) -> IO | None:
+    """
+    The open file of a lock, which the system releases however this process ends.
+
+    Returns:
+        `None` where there are no locks: on Windows and on some network file systems.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    if fcntl is None:
+        return None
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        path.unlink(missing_ok=True)
+        return None
+    file.close()
+    raise ValueError(f"{folder}: another process is writing it; wait for it or choose another folder")
+
+
+def _settle(folder: Path, stem: str | None = None) -> None:
+    """
+    Remove what was not finished of a folder, and put back what was about to be replaced.
+
+    Args:
+        stem: of one attempt's names; of all attempts by default, for who holds the lock.
+    """
+    pattern = rf"\.{re.escape(folder.name)}\.[^.]+" if stem is None else re.escape(stem)
+    pattern = re.compile(rf"{pattern}\.(partial|replaced)")
+    for left in [path for path in folder.parent.iterdir() if pattern.fullmatch(path.name)]:
+        if left.suffix == ".replaced" and not folder.exists():
+            left.rename(folder)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` when the block ends, and does not when it fails."""
-    path = Path(path)
+    """
+    A path to write to that takes the place of `path`, forced to the disk, when the block ends, and vanishes when it
+    fails.
+    """
+    path = Path(path).absolute()
     partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        force_to_disk(partial)
+        partial.replace(path)
+        force_to_disk(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def force_to_disk(*paths: Path) -> None:
+    """Return when files and folders would survive a power failure as they are."""
+    if os.name == "nt":  # where folders cannot be opened, nor files be forced that are open for reading
+        return
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:

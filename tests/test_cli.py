@@ -9,15 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hydrahead import __version__
 from hydrahead.cli import app
 from hydrahead.convert import score_folder
+from hydrahead.convert.forms import save_forms
+from hydrahead.convert.migration import head_forms_of, options_of, student_config
 from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
 from hydrahead.convert.scoring import _Measuring
+from hydrahead.convert.teachers import adapter_for
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.hub.checkpoint import answer_in_clean_process, whole_folder
 from hydrahead.tests.families import make_teacher
@@ -198,6 +202,45 @@ def test_bad_input_gets_one_line_and_leaves_nothing(tmp_path, masks, arguments, 
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("hydrahead: ")
     assert message in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def nope_forms(tmp_path_factory) -> Path:
+    """Untrained forms of the shipped teacher's heads, of a student with `fusion_norm: linear`."""
+    teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER)
+    config = student_config(adapter_for(teacher.config), MASKS, fusion_norm="linear")
+    file = tmp_path_factory.mktemp("forms") / "head_forms.safetensors"
+    save_forms(head_forms_of(teacher, torch.arange(64).view(1, 64), config), options_of(config), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "line"),
+    [
+        ("convert", ["--position", "rope"], "full_attention_position 'nope', and 'rope' is asked for"),
+        ("convert", ["--fusion-norm", "all"], "fusion_norm 'linear', and 'all' is asked for"),
+        ("convert", ["--logit-scale-base", "512"], "logit_scale_base 1024, and 512.0 is asked for"),
+        ("convert", ["--no-gate"], "full_attention_gate True, and False is asked for"),
+        ("convert", ["--fusion", "concat"], "fusion 'scale', and 'concat' is asked for"),
+        ("score", ["--position", "rope"], "full_attention_position 'nope', and 'rope' is asked for"),
+        ("score", ["--fusion-norm", "all"], "fusion_norm 'linear', and 'all' is asked for"),
+    ],
+    ids=str,
+)
+def test_an_option_that_contradicts_the_forms_is_refused(tmp_path, masks, nope_forms, command, given, line):
+    arguments = [command, EMBEDDED_TEACHER, tmp_path / "out", "--forms", nope_forms, *given]
+    arguments += ["--masks", masks] if command == "convert" else []
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 1 and f"its heads were aligned for {line}" in done.stderr
+    assert done.stderr.strip().count("\n") == 0 and not (tmp_path / "out").exists()
+
+
+def test_an_option_that_was_not_given_is_the_forms_own(tmp_path, masks, nope_forms):
+    arguments = ["convert", EMBEDDED_TEACHER, tmp_path / "out", "--forms", nope_forms, "--masks", masks]
+    done = CliRunner().invoke(app, list(map(str, [*arguments, "--position", "nope", "--fusion", "gate"])))
+    assert done.exit_code == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["full_attention_position"], config["fusion_norm"], config["fusion"]) == ("nope", "linear", "gate")
 
 
 def test_an_unknown_name_gets_one_line_too(tmp_path, masks):

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -28,7 +29,13 @@ from transformers import (
 
 from hydrahead import HydraHeadForCausalLM
 from hydrahead.convert import migration, teachers
-from hydrahead.convert.migration import convert_model, forms_of_attention, measure_heads
+from hydrahead.convert.migration import (
+    convert_model,
+    forms_of_attention,
+    head_forms_of,
+    measure_heads,
+    student_config,
+)
 from hydrahead.convert.teachers import ADAPTERS, adapter_for, read_model
 from hydrahead.hub.checkpoint import save_checkpoint
 from hydrahead.tests.families import (
@@ -208,6 +215,68 @@ def test_head_statistics_are_those_of_the_teachers_own_attention(family):
             assert math.isclose(measured.entropy[layer, head], sum(entropies) / len(entropies), rel_tol=1e-4)
 
 
+class ProductDevices(TorchDispatchMode):
+    """Notes the devices that matrix products and softmax run on."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "_softmax"):
+            self.found.add(result.device.type)
+        return result
+
+
+def test_heads_are_measured_on_the_device_that_is_asked_for():
+    """A device that holds no numbers stands for a GPU: everything is computed there, and only then brought back."""
+    teacher, devices = make_teacher("qwen3-tied"), ProductDevices()
+    with devices, pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        measure_heads(adapter_for(teacher.config), read_model(teacher), CALIBRATION, "meta")
+    assert devices.found == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_heads_measured_on_a_gpu_are_those_measured_on_a_cpu():
+    teacher = make_teacher("qwen3-tied")
+    adapter, read = adapter_for(teacher.config), read_model(teacher)
+    for name, found in vars(measure_heads(adapter, read, CALIBRATION, "cuda")).items():
+        expected = getattr(measure_heads(adapter, read, CALIBRATION), name)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teachers_device_decides_where_its_heads_are_measured(tmp_path, monkeypatch):
+    """That where it takes its inputs; for a folder an accelerator, if there is one."""
+    asked, teacher = [], make_teacher("qwen3-tied")
+    teacher.save_pretrained(tmp_path)
+
+    def measure(adapter, read, ids, device="cpu"):
+        asked.append(str(device))
+        return measure_heads(adapter, read, ids)
+
+    monkeypatch.setattr(migration, "measure_heads", measure)
+    convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    convert_model(str(tmp_path), MIXED, calibration_ids=CALIBRATION)
+    monkeypatch.setattr(migration, "home", lambda model: torch.device("cuda:1"), raising=False)
+    convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
+    head_forms_of(teacher, CALIBRATION, student_config(adapter_for(teacher.config), MIXED))
+    assert asked == ["cpu", "cuda", "cuda:1", "cuda:1"]
+
+
+def test_an_off_loaded_teacher_is_measured_as_any_other(tmp_path):
+    teacher = make_teacher("qwen3-tied")
+    expected = convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
+    teacher.save_pretrained(tmp_path / "teacher")
+    places = {"model.layers.0": "disk", "model.norm": "disk"}
+    places |= dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.rotary_emb", "lm_head"), "cpu")
+    teacher = type(teacher).from_pretrained(tmp_path / "teacher", device_map=places, offload_folder=tmp_path / "off")
+    assert teacher.model.layers[0].self_attn.q_proj.weight.is_meta
+    assert same_weights(convert_model(teacher, MIXED, calibration_ids=CALIBRATION), expected)
+
+
 # The norm's epsilon takes its share of a head whose output is near zero at some tokens: up to 3e-3 of the RMS here,
 # hence 5e-3.
 @pytest.mark.parametrize("family", FAMILIES)
@@ -326,6 +395,29 @@ def test_trained_forms_arrive_at_their_heads(masks):
     for head in range(HEADS):
         expected = by_branch["full" if masks[0][head] else "linear"][:, :, head]
         torch.testing.assert_close(mixed[:, :, head], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("aligned", "asked", "line"),
+    [
+        (
+            {},
+            {"full_attention_gate": False},
+            "hold full.output_gate.weight, which full_attention_gate=False would drop",
+        ),
+        ({}, {"fusion": "concat"}, "hold linear.gamma, which fusion='concat' would drop"),
+        ({"full_attention_gate": False}, {}, "lack full.output_gate.weight, which full_attention_gate=True needs"),
+        ({"fusion": "concat"}, {}, "lack linear.gamma, which fusion='scale' needs"),
+    ],
+    ids=str,
+)
+def test_forms_are_not_converted_without_their_gates_and_scales(aligned, asked, line):
+    teacher = make_teacher("qwen3-tied")
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, **aligned)
+    forms = head_forms_of(teacher, CALIBRATION, config)
+    with pytest.raises(ValueError, match=rf"^head_forms {line}[^\n]*$"):
+        convert_model(teacher, MIXED, head_forms=forms, **asked)
+    convert_model(teacher, MIXED, head_forms=forms, **aligned)
 
 
 def test_the_student_does_not_share_memory_with_the_forms():

@@ -8,9 +8,13 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
-from transformers import AutoTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hydrahead.demo.mixture import mixture_rows
 from hydrahead.tests.training_runs import make_inputs, write_recipe
 from hydrahead.training import data as data_module
 from hydrahead.training.data import (
@@ -104,6 +108,60 @@ def test_a_token_file_of_another_source_or_tokenizer_is_refused(tmp_path, tokeni
         TokenFile(tmp_path / "tokens", data, other)
 
 
+def a_tokenizer(special: list[str], end: str) -> PreTrainedTokenizerFast:
+    """Whole words, some of which are special tokens; `end` is what its own texts or turns end in."""
+    vocabulary = ["[unk]", *("Page of many words " + " ".join(map(str, range(40)))).split(), "<|endoftext|>"]
+    words = tokenizers.Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="[unk]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, unk_token="[unk]")
+
+
+@pytest.mark.parametrize(
+    ("special", "end", "asked", "expected"),
+    [
+        (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", None, "<|endoftext|>"),  # Qwen3, chat
+        (["<|endoftext|>", "<|im_end|>"], "<|endoftext|>", None, "<|endoftext|>"),  # Qwen3, base
+        (["<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>", None, "<|end_of_text|>"),  # Llama 3, chat
+        (["</s>"], "</s>", None, "</s>"),  # <|endoftext|> is a word like any other
+        (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", "<|im_end|>", "<|im_end|>"),
+        (["<|endoftext|>", "<|im_end|>"], "<|im_end|>", "words", "words"),
+    ],
+    ids=["qwen chat", "qwen", "llama chat", "mistral", "asked for", "a word"],
+)
+def test_documents_end_in_the_token_for_it_and_not_in_that_of_a_turn(special, end, asked, expected, tmp_path):
+    tokenizer, data = a_tokenizer(special, end), DataSection(write_texts(tmp_path, "jsonl"), separator=asked)
+    file = TokenFile(tmp_path / "tokens", data, tokenizer)
+    file.fill(10**9)
+    plain = [tokenizer(text).input_ids for text in texts(40)]
+    token = tokenizer.convert_tokens_to_ids(expected)
+    assert file.read().tolist() == [each for ids in plain for each in (ids if ids[-1] == token else [*ids, token])]
+    assert json.loads((tmp_path / "tokens" / "tokens.json").read_text())["separator"] == expected
+
+
+def test_a_token_file_separated_by_another_token_is_refused(tmp_path):
+    """One from before the separator was recorded, too: it was the tokenizer's own end token."""
+    chat = a_tokenizer(["<|endoftext|>", "<|im_end|>"], "<|im_end|>")
+    data = DataSection(write_texts(tmp_path, "jsonl"))
+    TokenFile(tmp_path / "tokens", data, chat).fill(10)
+    turns, line = replace(data, separator="<|im_end|>"), r"separated by '{}', not by '{}'; choose another"
+    with pytest.raises(ValueError, match=line.format("<.endoftext.>", "<.im_end.>")):
+        TokenFile(tmp_path / "tokens", turns, chat)
+    record = tmp_path / "tokens" / "tokens.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "separator"}))
+    TokenFile(tmp_path / "tokens", turns, chat)
+    with pytest.raises(ValueError, match=line.format("<.im_end.>", "<.endoftext.>")):
+        TokenFile(tmp_path / "tokens", data, chat)
+
+
+def test_a_separator_that_the_tokenizer_does_not_know_is_refused_by_name(tmp_path):
+    data = DataSection(write_texts(tmp_path, "jsonl"), separator="<|eod|>")
+    line = r"^data.separator: '<.eod.>' is not in the tokenizer's vocabulary; leave it out for '<.endoftext.>'$"
+    with pytest.raises(ValueError, match=line):
+        TokenFile(tmp_path / "tokens", data, a_tokenizer(["<|endoftext|>", "<|im_end|>"], "<|im_end|>"))
+    assert not (tmp_path / "tokens").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -135,6 +193,25 @@ def test_a_text_too_short_for_every_stage_is_read_whole_by_each_but_what_is_held
     assert min(int(rows[index].min()) for index in range(8)) == 40
     with pytest.raises(ValueError, match=r"^data: 300 tokens, 290 of them held out: [^\n]*$"):
         Rows(tokens, first=5000, wanted=10**6, heldout=290, length=32, seed=[0])
+
+
+def test_a_stage_says_when_it_has_no_text_of_its_own(recipe, tokenizer, caplog):
+    """24 pages: enough for the first stages, not for all, and not for long rows of their own."""
+    held = len(StageData(recipe, "align", tokenizer).phases[0][1].rows.tokens)
+    assert caplog.messages == []
+    greedy = replace(recipe, distill=replace(recipe.distill, tokens=10 * 2048, long_share=0.5), long_data=recipe.data)
+    StageData(greedy, "distill", tokenizer)
+    said, name = [message.split(": rows are read again")[0] for message in caplog.messages], recipe.data.name
+    assert [line.split(" to read")[0] for line in said] == [
+        f"distill: long_data ({name}) has {held:,} tokens, 10,241 are needed",
+        f"distill: data ({name}) has {held:,} tokens, {512 + 2048 + 10 * 2048 + 1:,} are needed",
+    ]
+    assert not any("\n" in message for message in caplog.messages)
+
+
+def test_a_text_shorter_than_a_row_of_the_mixture_is_one_line(tokenizer):
+    with pytest.raises(ValueError, match=r"^the text has 100 tokens, rows of 128 need a longer one$"):
+        mixture_rows(tokenizer, np.arange(100), 128, 1, 0)
 
 
 @pytest.mark.parametrize("stage", ["align", "distill", "finetune"])
@@ -188,6 +265,26 @@ def test_separate_documents_restart_and_nothing_is_predicted_across_them(recipe,
     assert not batch.position_ids[:, 1:][ends[:, :-1]].any()
     aligned = StageData(apart, "align", tokenizer).micro_batches(0)[0]
     assert aligned.position_ids is None and aligned.token_ids.shape[1] == 32
+
+
+def test_positions_restart_at_the_separator_of_the_text_that_a_row_is_from(recipe, tokenizer, tmp_path):
+    """Long documents may end in another token than the others: each kind of row restarts at its own."""
+    data = replace(recipe.data, separate_documents=True)
+    mixed = replace(
+        recipe,
+        output=str(tmp_path),
+        data=data,
+        long_data=replace(data, separator=tokenizer.pad_token),
+        finetune=replace(recipe.finetune, long_share=0.5, curriculum=None),
+    )
+    seen, steps = set(), StageData(mixed, "finetune", tokenizer)
+    for batch in (batch for step in range(8) for batch in steps.micro_batches(step)):
+        inputs = batch.token_ids[:, :-1]
+        ends = (inputs == tokenizer.eos_token_id) | (inputs == tokenizer.pad_token_id)
+        assert torch.equal(batch.position_ids[:, 1:] == 0, ends[:, :-1])
+        assert torch.equal(batch.weights[:, 1:] == 0, ends)
+        seen |= set(inputs[ends].tolist())
+    assert seen == {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
 def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, tokenizer):

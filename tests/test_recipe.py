@@ -10,7 +10,10 @@ from safetensors.torch import save_file
 
 from hydrahead.configuration_hydrahead import HydraHeadConfig
 from hydrahead.convert import migration
-from hydrahead.tests.families import make_student
+from hydrahead.convert.forms import save_forms
+from hydrahead.convert.migration import head_forms_of, options_of, student_config
+from hydrahead.convert.teachers import adapter_for
+from hydrahead.tests.families import ALL_LINEAR, make_student, make_teacher, random_ids
 from hydrahead.tests.training_runs import MAINS, make_inputs, write_recipe
 from hydrahead.training import launch
 from hydrahead.training.cost import body_parameters, estimate
@@ -108,6 +111,22 @@ def test_a_student_or_heads_of_another_teacher_are_refused(inputs, capsys):
         assert "heads of another teacher" in said
 
 
+def test_heads_aligned_for_other_options_are_refused_by_name(inputs, capsys):
+    """Under RoPE, heads that were aligned for NoPE would train in silence."""
+    folder, recipe = inputs
+    teacher = make_teacher("qwen3-tied", vocab_size=2048)
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR)
+    file = folder / "forms.safetensors"
+    save_forms(head_forms_of(teacher, random_ids(2, 24), config), options_of(config), file)
+    for option, line in {
+        "full_attention_position=rope": "full_attention_position 'nope', and 'rope' is asked for: ask for 'nope'",
+        "full_attention_gate=false": "full_attention_gate True, and False is asked for",
+        "fusion=concat": "fusion 'scale', and 'concat' is asked for",
+    }.items():
+        said = refusal("distill", folder, recipe, capsys, f"distill.head_forms={file}", f"student.{option}")
+        assert f"{file}: its heads were aligned for {line}" in said
+
+
 def test_the_curriculum_is_checked(inputs, capsys):
     folder, recipe = inputs
     said = refusal("finetune", folder, recipe, capsys, "finetune.curriculum=[[16, 0.5], [128, 0.5]]")
@@ -192,12 +211,11 @@ def test_the_demo_recipe_names_the_heads_that_the_demo_chooses():
 
 
 def test_every_accelerate_configuration_leaves_precision_to_the_recipe():
-    """FSDP's own bf16 would round gates and decay; the untested one says so."""
+    """FSDP's own bf16 would round gates and decay."""
     files = sorted((RECIPES / "accelerate").glob("*.yaml"))
-    assert [file.stem for file in files] == ["ddp", "ddp_cpu", "deepspeed_zero3", "fsdp2"]
+    assert [file.stem for file in files] == ["ddp", "ddp_cpu", "fsdp2"]
     for file in files:
         assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
-    assert "UNTESTED" in (RECIPES / "accelerate" / "deepspeed_zero3.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +223,8 @@ def test_every_accelerate_configuration_leaves_precision_to_the_recipe():
     [
         ("finetune", {"PARALLELISM_CONFIG_CP_SIZE": "2"}, "parallelism_config cp_size: only data can be parallel"),
         ("distill", {"PARALLELISM_CONFIG_SP_SIZE": "2"}, "parallelism_config sp_size: only data can be parallel"),
-        ("align", {"ACCELERATE_USE_DEEPSPEED": "true"}, "alignment goes backward once per layer"),
+        ("align", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: launch with FSDP2"),
+        ("distill", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: launch with FSDP2"),
         ("align", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2 is needed"),
         (
             "distill",

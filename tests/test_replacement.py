@@ -220,6 +220,16 @@ def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
     save_forms(tensors, OPTIONS, tmp_path / "forms.safetensors")
     found, options = load_forms(tmp_path / "forms.safetensors", adapter)
     assert options == OPTIONS and all((found[name] == tensor).all() for name, tensor in tensors.items())
+    assert load_forms(tmp_path / "forms.safetensors", adapter, {"fusion": "gate"})[1] == OPTIONS | {"fusion": "gate"}
+    for name, value in {
+        "full_attention_position": "rope",
+        "logit_scale_base": 65,
+        "full_attention_gate": False,
+        "fusion": "concat",
+        "fusion_norm": "all",
+    }.items():
+        with pytest.raises(ValueError, match=rf"^[^\n]*aligned for {name} [^\n]*{value!r} is asked for[^\n]*$"):
+            load_forms(tmp_path / "forms.safetensors", adapter, {name: value})
     other = adapter_for(make_teacher("qwen3-tied", num_hidden_layers=3).config)
     with pytest.raises(ValueError, match=r"^[^\n]*expected 3 layers of [^\n]*, got 2 of [^\n]*$"):
         load_forms(tmp_path / "forms.safetensors", other)

@@ -1,7 +1,9 @@
 """Losses against their plain form, and that the two stages train what they should."""
 
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
+from hydrahead.training import teacher_cache
 from hydrahead.training.align import HeadForms, LayerForms, align, align_heads, teacher_heads, walk_teacher
 from hydrahead.training.data import Batch
 from hydrahead.training.distill import distill
@@ -19,6 +22,7 @@ from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import distillation_loss, teacher_chunks
 from hydrahead.training.recipe import LoraSection
 from hydrahead.training.student import StudentLoss, prepare_student, train_student
+from hydrahead.training.teacher_cache import TeacherCache
 
 
 def plain_distillation(states, heads, labels, weights, temperature):
@@ -74,6 +78,33 @@ def test_distillation_on_the_likeliest_tokens_is_a_lower_bound_and_exact_for_all
     assert sums[0] <= kl + 1e-6
     if top_k == 11:
         torch.testing.assert_close(sums[0], kl, rtol=1e-6, atol=1e-6)
+
+
+def test_a_teacher_cache_reads_logits_in_chunks_and_claims_no_row_before_its_data_is_on_disk(tmp_path, monkeypatch):
+    """What a power failure leaves is what was flushed: tokens first, then what says that they are there."""
+    monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 8, raising=False)
+    log_p = F.log_softmax(torch.randn(60, 11, generator=torch.Generator().manual_seed(0)), -1)
+    asked, flushed = [], []
+
+    def teacher(part: slice):
+        asked.append(len(log_p[part]))
+        return log_p[part], None
+
+    def flush(self):
+        name = Path(self.filename).name
+        flushed.append((name, (tmp_path / "done.bin").read_bytes(), (tmp_path / name).read_bytes()))
+
+    monkeypatch.setattr(np.memmap, "flush", flush)
+    cache = TeacherCache(tmp_path, rows=5, length=20, top_k=4, vocab_size=11, whose={})
+    samples = torch.tensor([4, 0, 2])
+    chunk = cache.chunks(Batch(torch.ones(3, 21).long(), torch.ones(3, 21), samples=samples), lambda: teacher)
+    values, indices = chunk(slice(0, 60))
+    assert torch.equal(values, log_p.topk(4).values) and torch.equal(indices, log_p.topk(4).indices)
+    assert max(asked) == 8 and sum(asked) == 60
+    assert [name for name, *_ in flushed] == ["log_probs.bin", "indices.bin", "done.bin"]
+    assert [done for _, done, _ in flushed] == [bytes(5), bytes(5), b"\1\0\1\0\1"]
+    kept = np.frombuffer(flushed[0][2], "<f4").reshape(5, 20, 4)
+    assert (kept[samples] == log_p.topk(4).values.view(3, 20, 4).numpy()).all()
 
 
 def same_batch(step: int) -> list[torch.Tensor]:

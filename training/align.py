@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
-from ..convert.migration import Forms, forms_of_attention
+from ..convert.migration import Forms, forms_of_attention, options_of
 from ..convert.patching import home
 from ..hub.checkpoint import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
@@ -366,7 +366,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
         trained = build()
         trained.load_state_dict(state)
         job.draw()
-        save_forms(trained.forms(), stage.options, output)  # last: it says that the stage is done
+        save_forms(trained.forms(), options_of(config), output)  # last: it says that the stage is done
         print(f"written to {output}")
     job.end()
 

@@ -2,14 +2,13 @@
 
 import errno
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..hub.checkpoint import whole_file
+from ..hub.checkpoint import force_to_disk, whole_file
 
 _NOTHING_FREE = 2**20  # bytes
 
@@ -90,16 +89,6 @@ class Checkpoints:
         """Where a stopped run would go on, in words."""
         newest = self.newest()
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
-
-
-def force_to_disk(*paths: Path) -> None:
-    """Return when files and folders would survive a power failure as they are."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def keep_metrics_before(file: Path, step: int) -> None:

@@ -11,6 +11,7 @@ for 5.8 billion tokens), a wait before the first step unless the file is made ah
 import glob
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,11 @@ from ..demo.mixture import mixture_rows
 from ..hub.checkpoint import whole_file
 from .recipe import STAGES, DataSection, Recipe, StageSection, read_arguments
 
+logger = logging.getLogger(__name__)
+
 DOCUMENTS_AT_A_TIME = 256
+# A chat tokenizer's own end token ends a turn: Qwen3's is <|im_end|>, Llama 3's <|eot_id|>.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>")
 FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -126,23 +131,51 @@ def read_documents(source, column: str, position: dict | int | None) -> Iterator
         yield texts, source.state_dict()
 
 
+def separator_of(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+    """
+    The token that ends a document: the recipe's, or the tokenizer's (see `DataSection`).
+
+    Raises:
+        ValueError: the tokenizer does not know the recipe's.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    default = next((token for token in END_OF_DOCUMENT if token in special), tokenizer.eos_token)
+    if data.separator and tokenizer.backend_tokenizer.token_to_id(data.separator) is None:
+        raise ValueError(
+            f"data.separator: {data.separator!r} is not in the tokenizer's vocabulary; leave it out for {default!r}"
+        )
+    return data.separator or default
+
+
 class TokenFile:
     """
     The tokens of a source, in a folder: `tokens.bin`, and `tokens.json` that says whose and how many they are.
 
-    A document is what the tokenizer makes of it, ended by the end-of-text token. Filling can be stopped at any
+    A document is what the tokenizer makes of it, ended by the separator. Filling can be stopped at any
     moment: what `tokens.json` does not count yet is cut off and done again.
     """
 
     def __init__(self, folder: Path, data: DataSection, tokenizer: PreTrainedTokenizerBase):
         """
         Raises:
-            ValueError: the folder holds tokens of another source or tokenizer.
+            ValueError: the tokenizer does not know the separator; or the folder holds tokens of another source or
+                tokenizer, or documents separated by another token.
         """
         self.folder, self.data, self.tokenizer = folder, data, tokenizer
         digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-        self.whose = {"source": [data.name, data.subset, data.split, data.column], "tokenizer": digest}
+        separator = separator_of(data, tokenizer)
+        self.end_token: int = tokenizer.backend_tokenizer.token_to_id(separator)
+        self.whose = {
+            "source": [data.name, data.subset, data.split, data.column],
+            "tokenizer": digest,
+            "separator": separator,
+        }
         state = self.state()
+        if state["separator"] != separator:
+            raise ValueError(
+                f"{folder}: holds documents separated by {state['separator']!r}, not by {separator!r}; choose another "
+                "data.cache or data.separator"
+            )
         if any(state[key] != value for key, value in self.whose.items()):
             raise ValueError(
                 f"{folder}: holds tokens of {state['source'][0]} or of another tokenizer; choose another data.cache"
@@ -153,7 +186,8 @@ class TokenFile:
         record = self.folder / "tokens.json"
         if not record.is_file():
             return self.whose | {"tokens": 0, "complete": False, "position": None}
-        return json.loads(record.read_text())
+        # Files from before it was recorded are separated by the tokenizer's own end token.
+        return {"separator": self.tokenizer.eos_token} | json.loads(record.read_text())
 
     def holds(self, tokens: int) -> bool:
         """Whether there are so many tokens, or no more to be had."""
@@ -196,7 +230,7 @@ class TokenFile:
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
-        end = self.tokenizer.eos_token_id
+        end = self.end_token
         return np.array([each for ids in encoded for each in (ids if ids[-1:] == [end] else [*ids, end])], "<u4")
 
     def _record(self, file, state: dict) -> None:
@@ -215,12 +249,17 @@ def token_folder(recipe: Recipe, data: DataSection, name: str) -> Path:
     return Path(data.cache) if data.cache else Path(recipe.output) / name
 
 
-def ready_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: str, tokens: int):
+def ready_tokens(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: str, tokens: int
+) -> tuple[np.ndarray, int]:
     """
     The tokens of a source, at least `tokens` if it has them: the first process fills the file, others wait for it.
 
+    Returns:
+        all tokens, and the one that ends documents.
+
     Raises:
-        ValueError: the source has not even one row after the held-out text.
+        ValueError: as `TokenFile`.
     """
     file = TokenFile(token_folder(recipe, data, folder), data, tokenizer)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -230,7 +269,7 @@ def ready_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: DataS
     else:
         while not file.holds(tokens):
             time.sleep(1)
-    return file.read()
+    return file.read(), file.end_token
 
 
 def tokens_before(recipe: Recipe, stage: str) -> int:
@@ -243,7 +282,8 @@ class Rows:
     """
     Rows of `length` tokens out of a token file, and the token after each; shuffled anew in every epoch.
 
-    Where the file is too short for a stage to have text of its own, every stage reads all of it but the held-out part.
+    Where the file is too short for a stage to have text of its own (`is_shared`), every stage reads all of it but the
+    held-out part.
     """
 
     def __init__(self, tokens: np.ndarray, first: int, wanted: int, heldout: int, length: int, seed: list[int]):
@@ -251,7 +291,8 @@ class Rows:
         Raises:
             ValueError: there is not one row.
         """
-        if len(tokens) <= first + wanted:
+        self.is_shared = len(tokens) <= first + wanted
+        if self.is_shared:
             first, wanted = heldout, len(tokens) - heldout - 1
         self.tokens, self.first, self.length, self.seed = tokens, first, length, seed
         self.count = wanted // length
@@ -277,7 +318,7 @@ class Rows:
 
 
 def document_positions(inputs: np.ndarray, end_token: int) -> np.ndarray:
-    """Positions `[T]` that restart after every end-of-text token."""
+    """Positions `[T]` that restart after every `end_token`."""
     places = np.arange(len(inputs))
     starts = np.concatenate([[0], np.where(inputs[:-1] == end_token, places[1:], 0)])
     return places - np.maximum.accumulate(starts)
@@ -286,9 +327,21 @@ def document_positions(inputs: np.ndarray, end_token: int) -> np.ndarray:
 class Phase:
     """The rows of some steps of a stage: one length, text, and, where asked for, long documents and retrieval."""
 
-    def __init__(self, section: StageSection, rows: Rows, long_rows: Rows | None, tokenizer, seed, separate: bool):
+    def __init__(
+        self,
+        section: StageSection,
+        rows: Rows,
+        long_rows: Rows | None,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: list[int],
+        end_tokens: tuple[int, int] | None,
+    ):
+        """
+        Args:
+            end_tokens: of documents in `rows` and in `long_rows`, where these are separate.
+        """
         self.section, self.rows, self.long_rows = section, rows, long_rows
-        self.tokenizer, self.seed, self.separate = tokenizer, seed, separate
+        self.tokenizer, self.seed, self.end_tokens = tokenizer, seed, end_tokens
 
     def row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids `[T + 1]`, weights `[T + 1]` and positions `[T]` of sample `sample`."""
@@ -303,9 +356,10 @@ class Phase:
         ids = (self.long_rows if is_long else self.rows)[sample]
         weights = np.ones(len(ids), np.float32)
         weights[0] = 0
-        if self.separate:
-            positions = document_positions(ids[:-1], self.tokenizer.eos_token_id)
-            weights[1:][ids[:-1] == self.tokenizer.eos_token_id] = 0
+        if self.end_tokens:
+            end = self.end_tokens[is_long]
+            positions = document_positions(ids[:-1], end)
+            weights[1:][ids[:-1] == end] = 0
         return ids, weights, positions
 
     def batch(self, samples: range, predicts: bool) -> Batch:
@@ -314,7 +368,7 @@ class Phase:
         ids, weights, positions = (torch.from_numpy(each) for each in (ids, weights, positions))
         if not predicts:
             ids, weights = ids[:, :-1], torch.ones(ids.shape[0], ids.shape[1] - 1)
-        return Batch(ids, weights, positions if self.separate else None, torch.tensor(list(samples)))
+        return Batch(ids, weights, positions if self.end_tokens else None, torch.tensor(list(samples)))
 
 
 class StageData:
@@ -328,11 +382,14 @@ class StageData:
         section, seed = recipe.stage(stage), [recipe.run.seed, STAGES.index(stage)]
         self.section, self.predicts, self.micro_tokens = section, stage != "align", recipe.run.micro_batch_tokens
         first, heldout = tokens_before(recipe, stage), recipe.data.heldout_tokens
-        tokens = ready_tokens(recipe, tokenizer, recipe.data, "tokens", first + section.tokens + 1)
-        long_tokens = None
+        needed = first + section.tokens + 1
+        tokens, end = ready_tokens(recipe, tokenizer, recipe.data, "tokens", needed)
+        long_tokens, long_end = None, end
         if section.long_share:
             wanted = int(section.tokens * section.long_share) + 1
-            long_tokens = ready_tokens(recipe, tokenizer, recipe.long_data, "long_tokens", wanted)
+            long_tokens, long_end = ready_tokens(recipe, tokenizer, recipe.long_data, "long_tokens", wanted)
+            if len(long_tokens) < wanted:
+                _warn_of_reuse(stage, "long_data", recipe.long_data, len(long_tokens), wanted)
         self.heldout = tokens[:heldout]
         self.phases: list[tuple[int, Phase]] = []  # the first step of each
         step = 0
@@ -342,9 +399,11 @@ class StageData:
             long_rows = None
             if long_tokens is not None:
                 long_rows = Rows(long_tokens, 0, len(long_tokens) - 1, 0, length, [*seed, index, 1])
-            separate = recipe.data.separate_documents and self.predicts
-            self.phases.append((step, Phase(section, rows, long_rows, tokenizer, [*seed, index], separate)))
+            ends = (end, long_end) if recipe.data.separate_documents and self.predicts else None
+            self.phases.append((step, Phase(section, rows, long_rows, tokenizer, [*seed, index], ends)))
             first, step = first + used, step + steps
+        if any(phase.rows.is_shared for _, phase in self.phases):
+            _warn_of_reuse(stage, "data", recipe.data, len(tokens), needed)
 
     def micro_batches(self, step: int, process: int = 0, processes: int = 1) -> list[Batch]:
         """The batches that one process of several accumulates in a step."""
@@ -354,6 +413,15 @@ class StageData:
         first = (step - begin) * step_rows
         starts = range(first + process * rows, first + step_rows, processes * rows)
         return [phase.batch(range(start, start + rows), self.predicts) for start in starts]
+
+
+def _warn_of_reuse(stage: str, key: str, data: DataSection, tokens: int, needed: int) -> None:
+    """Say once, not on every process, that a stage reads text again, or text of other stages."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(
+            f"{stage}: {key} ({data.name}) has {tokens:,} tokens, {needed:,} are needed to read each once and in one "
+            "stage only: rows are read again"
+        )
 
 
 def stage_phases(section: StageSection) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ..convert.forms import check_forms
-from ..convert.migration import convert_model
+from ..convert.migration import convert_model, options_of
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .data import Batch
@@ -81,7 +81,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     forms = Path(section.head_forms or Path(recipe.output) / "align" / "head_forms.safetensors")
     config = stage.check_student(Path(section.student)) if section.student else stage.config(stage.masks)
     if not section.student and not dry_run:
-        check_forms(forms, stage.adapter)
+        check_forms(forms, stage.adapter, options_of(config))
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, config)
     if (stage.folder / "student").is_dir():

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -27,6 +26,7 @@ from ..evaluation.niah import NiahSample, evaluate_niah, make_niah
 from ..evaluation.perplexity import text_loss
 from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint, whole_file
+from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .data import Batch, StageData, check_stage_data, find_files
 from .loop import Run, Schedule, Stopped
@@ -116,15 +116,15 @@ class Stage:
                     f"parallelism_config {size.lower()}: only data can be parallel; a recurrent state does not travel "
                     "between processes"
                 )
-        kinds = [each for each in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{each}") == "true"]
-        if "FSDP" in kinds and os.environ.get("FSDP_VERSION") != "2":
-            raise ValueError("fsdp_version: 2 is needed in Accelerate's config")
-        if self.name == "align" and "DEEPSPEED" in kinds:
-            raise ValueError("alignment goes backward once per layer, which DeepSpeed does not: use FSDP2 or replicas")
-        if kinds and self.recipe.evaluate.every:
-            raise ValueError(
-                f"evaluate.every: weights sharded by {kinds[0]} cannot generate; set it to 0 and evaluate checkpoints"
-            )
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            raise ValueError("DeepSpeed is not supported: launch with FSDP2 (training/recipes/accelerate/fsdp2.yaml)")
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            if os.environ.get("FSDP_VERSION") != "2":
+                raise ValueError("fsdp_version: 2 is needed in Accelerate's config")
+            if self.recipe.evaluate.every:
+                raise ValueError(
+                    "evaluate.every: weights sharded by FSDP cannot generate; set it to 0 and evaluate checkpoints"
+                )
 
     def _check_earlier_run(self) -> None:
         file = self.folder / "recipe.json"
@@ -218,11 +218,10 @@ class Job:
                 f"{stage.processes} processes were launched, Accelerate joined {self.accelerator.num_processes}: "
                 "check distributed_type in its config"
             )
+        use_tuned_kernels()
         set_seed(recipe.run.seed)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left_behind in self.folder.glob(".student.*"):  # of a process that was killed while it wrote
-                shutil.rmtree(left_behind)
             for name, content in (("recipe.json", stage.record()), ("facts.json", self.facts())):
                 with whole_file(self.folder / name) as partial_file:
                     partial_file.write_text(json.dumps(content, indent=2) + "\n")

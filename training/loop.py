@@ -179,8 +179,6 @@ def _prepare(accelerator: Accelerator, model: nn.Module, schedule: Schedule, by_
         weight_decay=0.0,
         fused=accelerator.device.type == "cuda",  # without copies of the size of the weights
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # asks for what only a data loader would tell it
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     if not by_layers or accelerator.distributed_type not in REPLICAS:
         return accelerator.prepare(model, optimizer)
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -10,6 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from ..evaluation.report import save_picture
+
 COLORS = {
     **{"linear_loss": "#1f6f9f", "full_loss": "#d1495b", "layer_loss": "#1f6f9f", "kl": "#1f6f9f", "ce": "#d1495b"},
     **{"niah_single": "#3a7d44", "niah_four": "#b8860b"},
@@ -59,8 +61,7 @@ def draw_training(metrics_file: Path, folder: Path) -> None:
     panels[-1].set_xlabel("step")
     for axes in panels:
         axes.grid(alpha=0.25)
-    figure.savefig(folder / "training.png", dpi=150)
-    plt.close(figure)
+    save_picture(figure, folder / "training.png")
     layers = [name for name in ("linear_layers", "full_layers", "layers") if name in lines[0]]
     if layers:
         _draw_layers(lines, layers, folder / "layers.png")
@@ -112,5 +113,4 @@ def _draw_layers(lines: list[dict], names: list[str], path: Path) -> None:
     panels[0][0].set_ylabel("relative squared error")
     if values.shape[1] <= 12:
         panels[0][-1].legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_picture(figure, path)

@@ -48,6 +48,8 @@ class DataSection:
         cache: folder of the token file; `tokens` in the output by default. Runs may share it.
         heldout_tokens: the first so many tokens are kept for evaluation.
         separate_documents: positions restart at every document, and none sees another. Not in alignment.
+        separator: the token that ends a document; by default `<|endoftext|>` or `<|end_of_text|>`, whichever the
+            tokenizer has as a special token, else its own end token, which in chat models may end a turn.
     """
 
     name: str
@@ -57,6 +59,7 @@ class DataSection:
     cache: str | None = None
     heldout_tokens: int = 262_144
     separate_documents: bool = False
+    separator: str | None = None
 
 
 @dataclass

@@ -9,9 +9,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..hub.checkpoint import whole_file
+from ..hub.checkpoint import force_to_disk, whole_file
 from .data import Batch
 from .losses import TeacherChunk
+
+CHUNK_TOKENS = 1024  # rows of logits that exist at once
 
 
 class TeacherCache:
@@ -47,6 +49,7 @@ class TeacherCache:
         self.log_probs = self._open(folder / "log_probs.bin", "<f4", shape)
         self.indices = self._open(folder / "indices.bin", "<i4", shape)
         self.done = self._open(folder / "done.bin", "u1", (rows,))
+        force_to_disk(folder)
 
     @staticmethod
     def _open(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -66,7 +69,14 @@ class TeacherCache:
 
     def _fill(self, samples: np.ndarray, teacher: TeacherChunk, length: int) -> None:
         for place, sample in enumerate(samples):
-            log_probs, _ = teacher(slice(place * length, (place + 1) * length))
-            values, indices = log_probs.topk(self.top_k, dim=-1)
-            self.log_probs[sample], self.indices[sample] = values.cpu().numpy(), indices.cpu().numpy()
-            self.done[sample] = 1
+            for start in range(0, length, CHUNK_TOKENS):
+                end = min(start + CHUNK_TOKENS, length)
+                log_probs, _ = teacher(slice(place * length + start, place * length + end))
+                values, indices = log_probs.topk(self.top_k, dim=-1)
+                self.log_probs[sample, start:end] = values.cpu().numpy()
+                self.indices[sample, start:end] = indices.cpu().numpy()
+        # What says that rows are there goes to the disk after them.
+        self.log_probs.flush()
+        self.indices.flush()
+        self.done[samples] = 1
+        self.done.flush()
