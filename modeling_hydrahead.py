@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hydrahead import HydraHeadConfig
 
+fla_error = "nothing said why"
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
 except Exception as error:  # not installed, or in pieces: the PyTorch reference takes over, and says why on a GPU

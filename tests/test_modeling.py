@@ -779,7 +779,7 @@ def test_a_broken_installation_of_the_kernels_is_named_on_a_gpu(monkeypatch, cap
         is_cuda = True
 
     monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", None)
-    monkeypatch.setattr(modeling_hydrahead, "fla_error", "OSError: libz3.so", raising=False)
+    monkeypatch.setattr(modeling_hydrahead, "fla_error", "OSError: libz3.so")
     monkeypatch.setattr(modeling_hydrahead.logger, "propagate", True)
     q, k, v = (x.as_subclass(OnGpu) for x in torch.ones(3, 1, 4, 2, 8))
     modeling_hydrahead.gated_delta_rule(q, k, v, -torch.ones(1, 4, 2), torch.ones(1, 4, 2), None, False)
