@@ -77,7 +77,7 @@ def test_fla_equals_the_reference_in_outputs_and_gradients(models, ids, monkeypa
     magnitudes = iter([(g * g.grad).abs().sum((0, 1)) for g in terms[: len(terms) // 2]])  # of the CPU's layers
     for (name, one), other in zip(gpu.named_parameters(), cpu.parameters()):
         if name.endswith("A_log"):
-            assert ((one.grad.cpu() - other.grad).abs() / next(magnitudes)).max() < 5e-3, name
+            assert ((one.grad.cpu() - other.grad).abs() / next(magnitudes)).max() < 2e-2, name
         elif other.grad.norm() > 1e-6:
             assert relative_error(one.grad, other.grad) < 2e-2, name
     cpu.zero_grad(), gpu.zero_grad()
