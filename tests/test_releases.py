@@ -32,9 +32,14 @@ NO_END = {"eos_token_id": None, "pad_token_id": 0, "do_sample": False, "max_new_
 TOLERANCE = 1e-4  # logits of order 5: the order of fp32 sums, which differs between a cache and a whole forward
 
 
-@pytest.fixture(scope="module", params=["version 0.1", "demo", "all full"])
+OTHERS = os.environ.get("HYDRAHEAD_CHECKPOINTS", "").split()  # folders of any checkpoints, to try them too
+
+
+@pytest.fixture(scope="module", params=["version 0.1", "demo", "all full", *OTHERS])
 def folder(request, tmp_path_factory) -> Path:
     """Checkpoint folders: an old one with the new code, the demo's before training, one with nothing converted."""
+    if request.param in OTHERS:
+        return Path(request.param)
     folder = tmp_path_factory.mktemp("checkpoint") / "hydrahead"
     if request.param == "version 0.1":
         shutil.copytree(OLD, folder)
