@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 RELEASE_TESTS = tests/test_releases.py tests/test_modeling.py tests/test_linear_attention.py tests/test_configuration.py \
 	tests/test_conversion.py
 
-.PHONY: demo test test-releases test-all lint format bench clean
+.PHONY: demo test test-releases test-all lint format bench clean always
 
 demo: $(READY)
 	$(BIN)/hydrahead demo
@@ -44,8 +44,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)-newest/.ready: always  # there may be a newer one
+
 # Beside .venv, what differs from it: everything else, torch above all, is borrowed.
-$(VENV)-lowest/.ready $(VENV)-newest/.ready: $(READY)
+$(VENV)-lowest/.ready $(VENV)-newest/.ready: $(READY) tests/releases.py
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import site, sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth

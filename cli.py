@@ -55,6 +55,7 @@ def _root(
 def _quiet() -> None:
     """The libraries say only what went wrong: the command has its own progress. Said before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it tells of every retry
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # flash-linear-attention says so at its import wherever there is no GPU; linear heads then run on PyTorch.
     warnings.filterwarnings("ignore", message="Triton is not supported on current platform")

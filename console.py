@@ -4,6 +4,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
+from safetensors import SafetensorError
+
 
 @contextlib.contextmanager
 def one_line_errors(debug: bool = False) -> Iterator[None]:
@@ -23,7 +25,7 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, OSError, FloatingPointError) as error:  # the Hub's HTTP errors are OSErrors
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:  # the Hub's HTTP errors are OSErrors
         lines = str(error).strip().splitlines() or [type(error).__name__]
         _end(lines[0])
     except RuntimeError as error:

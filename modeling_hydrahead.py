@@ -24,6 +24,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -46,9 +47,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hydrahead import HydraHeadConfig
 
-fla_error = "nothing said why"
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+
+    fla_error = None
 except Exception as error:  # not installed, or in pieces: the PyTorch reference takes over, and says why on a GPU
     chunk_gated_delta_rule = fused_recurrent_gated_delta_rule = None
     fla_error = f"{type(error).__name__}: {error}"
@@ -57,6 +59,8 @@ logger = logging.get_logger(__name__)
 
 # transformers 5.24 renamed `past_key_values` to `cache`. A cache comes in under either name, on every release, and
 # goes out under the name that the release's outputs have.
+CACHES = (Cache, PagedAttentionCache)
+OLD_CACHE_NAMES = ("past", "past_key_value", "layer_past", "cache_params")
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # transformers wraps these two so that fla replaces them wherever it can be imported, even for tensors on the CPU,
@@ -96,10 +100,13 @@ class Packing(NamedTuple):
     Attributes:
         offset: `[B, T]`, tokens of its own sequence before each token.
         bounds: `[N + 1]`, the first token of each sequence in the flattened batch, and its length.
+        of_heads: by number of heads, the bounds of that many copies of the batch, one after the other: fla keeps what
+            it derives from bounds by the tensor's identity, and layers share it.
     """
 
     offset: torch.Tensor
     bounds: torch.Tensor
+    of_heads: dict[int, torch.Tensor]
 
     @classmethod
     @torch.compiler.disable  # the number of sequences in a packed row is data
@@ -108,7 +115,15 @@ class Packing(NamedTuple):
         starts = F.pad(restarts, (1, 0), value=True)
         index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
         offset = index - torch.where(starts, index, 0).cummax(1).values
-        return cls(offset, F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel()))
+        return cls(offset, F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel()), {})
+
+    def bounds_of(self, heads: int) -> torch.Tensor:
+        """The bounds of `heads` copies of the batch, `[heads * N + 1]`."""
+        if heads not in self.of_heads:
+            first, tokens = self.bounds[:-1], self.offset.numel()
+            starts = first + tokens * torch.arange(heads, device=first.device)[:, None]
+            self.of_heads[heads] = F.pad(starts.flatten(), (0, 1), value=tokens * heads)
+        return self.of_heads[heads]
 
 
 class HydraHeadRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -183,27 +198,24 @@ def _heads_as_rows(x: torch.Tensor) -> torch.Tensor:
 def _packed_gated_delta_rule(query, key, value, g, beta, packing: Packing, use_fla: bool) -> torch.Tensor:
     """Gated delta rule that starts from an empty state at each packed sequence; shapes as in `gated_delta_rule`."""
     batch_size, seq_len = packing.offset.shape
-    bounds = packing.bounds
     query, key, value, g, beta = (x.flatten(0, 1) for x in (query, key, value, g, beta))  # [B * T, ...]
-    if (
-        use_fla
-    ):  # which wants all sequences in one row, and as above one head: all heads' sequences, one after the other
-        tokens, heads = query.shape[:2]
-        starts = bounds[:-1] + tokens * torch.arange(heads, device=bounds.device)[:, None]
+    if use_fla:
+        # All sequences in one row, as fla wants it, and in one head, as above: those of each head after the other's.
+        heads = query.shape[1]
         output, _ = chunk_gated_delta_rule(
-            *(_heads_as_rows(x.unsqueeze(0)).flatten(0, 1).unsqueeze(0) for x in (query, key, value)),
-            g=_heads_as_rows(g.unsqueeze(0)).flatten(0, 1).unsqueeze(0),
-            beta=_heads_as_rows(beta.unsqueeze(0)).flatten(0, 1).unsqueeze(0),
+            *(x.transpose(0, 1).flatten(0, 1)[None, :, None] for x in (query, key, value)),
+            g=g.t().flatten()[None, :, None],
+            beta=beta.t().flatten()[None, :, None],
             use_qk_l2norm_in_kernel=True,
-            cu_seqlens=F.pad(starts.flatten(), (0, 1), value=tokens * heads),
+            cu_seqlens=packing.bounds_of(heads),
         )
         return output.view(heads, batch_size, seq_len, -1).permute(1, 2, 0, 3)
 
     # The reference has no notion of packing: lay each sequence out as a row. Zeros at its end change nothing.
-    lengths = bounds.diff()
-    offsets = torch.arange(int(lengths.max()), device=bounds.device)
+    lengths = packing.bounds.diff()
+    offsets = torch.arange(int(lengths.max()), device=lengths.device)
     valid = offsets < lengths[:, None]  # [N, longest]
-    index = (bounds[:-1, None] + offsets).clamp(max=batch_size * seq_len - 1)
+    index = (packing.bounds[:-1, None] + offsets).clamp(max=batch_size * seq_len - 1)
     query, key, value, g, beta = (
         x[index].masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 1)), 0) for x in (query, key, value, g, beta)
     )
@@ -219,16 +231,14 @@ def only_cache(cache: Cache | None, past_key_values: Cache | None, more: dict) -
         ValueError: two different ones, or one among `more`, under a name that is not known.
     """
     for name, value in more.items():
-        if isinstance(value, Cache):
+        if isinstance(value, CACHES) or (name in OLD_CACHE_NAMES and value is not None):
             raise ValueError(f"{name} holds a cache under a name that is not known: pass it as cache")
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument: pass one of them")
-    return past_key_values if cache is None else cache
-
-
-def is_paged(cache) -> bool:
-    """Whether this is the cache of continuous batching, which is none of the `Cache` classes."""
-    return cache is not None and not isinstance(cache, Cache)
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, CACHES):
+        raise ValueError(f"cache must be one of transformers' Cache classes, got {type(cache).__name__}")
+    return cache
 
 
 def is_padding_mask(attention_mask: torch.Tensor | dict | None) -> bool:
@@ -256,7 +266,7 @@ def find_packing(
     is_pattern = attention_mask is not None and not is_padding_mask(attention_mask)
     if is_declared and position_ids is None:
         raise ValueError("cu_seq_lens_q describes packed sequences: pass their position_ids too")
-    if position_ids is None or position_ids.shape[-1] == 1 or is_pattern or is_paged(cache):
+    if position_ids is None or position_ids.shape[-1] == 1 or is_pattern or isinstance(cache, PagedAttentionCache):
         return None
     restarts = position_ids.diff(dim=-1) != 1
     if is_padding_mask(attention_mask):  # positions of padding do not count
@@ -385,7 +395,7 @@ class HydraHeadFullAttention(nn.Module):
             query = query * query_scale[:, None, :, None].to(query.dtype)
         # Under autocast fp32 norms and rotations promote what the projections gave in bf16: the kernel gets that.
         query, key = query.to(value.dtype), key.to(value.dtype)
-        if is_paged(cache) and CACHE == "past_key_values":
+        if isinstance(cache, PagedAttentionCache) and CACHE == "past_key_values":
             kwargs["cache"] = cache  # before transformers 5.24 the attention function fills it
         elif cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one adds to kwargs
@@ -781,8 +791,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         bounds = kwargs.get("cu_seq_lens_q")
         packing = find_packing(position_ids, attention_mask, cache, bounds is not None and bounds.numel() > 2)
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            logger.warning_once("A layer that is run again in the backward pass would fill the cache twice: no cache.")
-            cache = None
+            raise ValueError(
+                "gradient checkpointing runs layers twice, which would fill the cache twice: pass none, or turn it off"
+            )
         if use_cache and cache is None and packing is None:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
@@ -790,7 +801,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
 
         if isinstance(attention_mask, dict):  # prepared by `generate`
             masks = attention_mask
-        elif is_paged(cache):  # prepared by `generate_batch`
+        elif isinstance(cache, PagedAttentionCache):  # prepared by `generate_batch`
             masks = {"full_attention": attention_mask}
         else:
             masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}

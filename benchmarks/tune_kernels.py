@@ -11,6 +11,8 @@ import argparse
 import gc
 import json
 import time
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -41,6 +43,7 @@ def tune(output: Path, head_dim: int, dtype: str, packed: bool) -> None:
                 gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), start, True)
     torch.cuda.synchronize()
     tables = {}
+    # fla keeps no list of its tuners: each is the module-level object that a kernel's name stands for.
     for tuner in (each for each in gc.get_objects() if isinstance(each, CachedAutotuner) and each.cache):
         entries = {}
         for key, config in tuner.cache.items():
@@ -56,7 +59,14 @@ def tune(output: Path, head_dim: int, dtype: str, packed: bool) -> None:
         tables[tuner.kernel_name] = entries
     seconds = time.perf_counter() - began
     device = torch.cuda.get_device_name()
-    output.write_text(json.dumps({"triton": triton.__version__, "device": device, "tables": tables}))
+    made_from = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton_version": triton.__version__,
+        "fla": version("fla-core"),
+        "date": date.today().isoformat(),
+    }
+    output.write_text(json.dumps(made_from | {"tables": tables}))
     print(
         f"{output}: {sum(map(len, tables.values()))} entries of {len(tables)} kernels in {seconds:.0f} s on {device}"
     )
@@ -68,9 +78,8 @@ def merge(inputs: list[Path], folder: Path) -> None:
     for file in inputs:
         found = json.loads(file.read_text())
         for kernel, entries in found["tables"].items():
-            table = merged.setdefault(
-                kernel, {"kernel_name": kernel, "triton_version": found["triton"], "autotune_entries": {}}
-            )
+            made_from = {name: value for name, value in found.items() if name != "tables"}
+            table = merged.setdefault(kernel, {"kernel_name": kernel} | made_from | {"autotune_entries": {}})
             for key, entry in entries.items():
                 table["autotune_entries"].setdefault(key, entry)
     for kernel, table in merged.items():

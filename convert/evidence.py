@@ -1,5 +1,6 @@
 """Is a ranking true? Split-half stability, and what happens when its heads are knocked out (METHOD §2)."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,9 +22,14 @@ Masks = list[list[int]]
 
 
 def ranking(scores: Sequence[Sequence[float]], tie_break: Sequence[Sequence[float]]) -> Order:
-    """Heads (layer, head) from the best to the worst."""
+    """Heads (layer, head) from the best to the worst; one without a score comes last."""
     places = [(layer, head) for layer, row in enumerate(scores) for head in range(len(row))]
-    return sorted(places, key=lambda place: (scores[place[0]][place[1]], tie_break[place[0]][place[1]]), reverse=True)
+
+    def rank(place: tuple[int, int]) -> tuple[float, float]:
+        score = scores[place[0]][place[1]]
+        return (-math.inf if math.isnan(score) else score), tie_break[place[0]][place[1]]
+
+    return sorted(places, key=rank, reverse=True)
 
 
 def random_orders(scores: Sequence[Sequence[float]], count: int, seed: int = 0) -> list[Order]:

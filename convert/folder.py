@@ -8,9 +8,9 @@ from transformers import AutoTokenizer
 
 from ..demo.corpus import encode_corpus, load_corpus
 from ..hub.card import model_card
-from ..hub.checkpoint import check_free, save_checkpoint
+from ..hub.checkpoint import check_free, read_utf8, save_checkpoint
 from .forms import load_forms
-from .mask_file import read_masks
+from .mask_file import chosen_by, read_choice
 from .migration import convert_model, student_config, teacher_config
 from .teachers import adapter_for, find_checkpoint
 
@@ -24,7 +24,7 @@ def calibration_ids(tokenizer, text: Path | None, tokens: int) -> torch.Tensor:
     Raises:
         ValueError: the text has fewer than two tokens.
     """
-    documents = load_corpus("heldout") if text is None else [text.read_text(encoding="utf-8")]
+    documents = load_corpus("heldout") if text is None else [read_utf8(text)]
     ids = encode_corpus(tokenizer, documents)[:tokens]
     if len(ids) < 2:
         raise ValueError(f"{text}: too short to calibrate on")
@@ -49,7 +49,7 @@ def convert_to_folder(
 
     Args:
         teacher: Hub id or folder.
-        masks_file: JSON of head masks `[L][H]`.
+        masks_file: what `hydrahead select` writes, or a JSON list of head masks `[L][H]`.
         text: UTF-8 text to calibrate on.
         on_stage: told what begins.
         forms_file: aligned forms of the heads, with the options that they were aligned under.
@@ -59,7 +59,7 @@ def convert_to_folder(
         ValueError: anything that can be known to be wrong before weights are read is refused before.
     """
     check_free(output, overwrite)
-    masks = read_masks(masks_file)
+    masks, choice = read_choice(masks_file)
     if text is not None and not text.is_file():
         raise ValueError(f"{text}: no such file")
     config, fetch = find_checkpoint(teacher, revision)
@@ -79,6 +79,7 @@ def convert_to_folder(
     name = None if Path(teacher).is_dir() else teacher
     facts = {"Teacher": teacher if name else "a local folder", "Revision": revision or "default"}
     facts["Trained"] = "no" if forms is None else "heads aligned one by one, nothing end to end"
+    facts |= chosen_by(choice)
     if forms is None:
         facts["Calibrated on"] = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
     card = model_card(student.config, teacher_config(adapter), name, facts)

@@ -10,20 +10,35 @@ from .scores import HeadScores
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 
 
-def read_masks(path: Path) -> list[list[int]]:
+def read_choice(path: Path) -> tuple[Masks, dict]:
     """
-    Head masks `[L][H]` from a JSON file.
+    Head masks `[L][H]` from a JSON file, and what the file says of how they were chosen: nothing, for a bare list.
 
     Raises:
-        ValueError: the file is missing or is not a list of lists.
+        ValueError: the file is missing, or holds neither masks nor what `select_to_file` writes.
     """
     try:
-        masks = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    masks, facts = (found.pop("masks", None), found) if isinstance(found, dict) else (found, {})
     if not isinstance(masks, list) or not all(isinstance(row, list) for row in masks):
-        raise ValueError(f"{path}: expected a list of layers, each a list of 0 and 1")
-    return masks
+        raise ValueError(f"{path}: expected a list of layers, each a list of 0 and 1, alone or under `masks`")
+    return masks, facts
+
+
+def read_masks(path: Path) -> Masks:
+    """The masks of `read_choice` alone; raises as it does."""
+    return read_choice(path)[0]
+
+
+def chosen_by(facts: dict) -> dict[str, str]:
+    """How masks were chosen, in words for a card; nothing where the file does not say."""
+    if "method" not in facts:
+        return {}
+    words = f"{facts['method']} score, {facts['strategy']}, {facts['ratio']:g} of {facts['budget_unit']}"
+    words += f"; {facts['without_evidence']} of {facts['kept']} without evidence (score 0 or less)"
+    return {"Heads chosen by": words}
 
 
 def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -125,7 +140,7 @@ def select_to_file(
     exchange: Exchange | None = None,
 ) -> tuple[Masks, list[str]]:
     """
-    Choose heads and write `output` (JSON masks) and, beside it, a picture of the choice.
+    Choose heads and write `output` (JSON: masks, and how they were chosen) and, beside it, a picture of the choice.
 
     Args:
         exchange: improve the choice by greedy exchange.
@@ -158,12 +173,28 @@ def select_to_file(
             for record in (history[0], history[-1])
         ]
     lines += describe_choice(scores, masks, strategy, budget_unit)
+    cost = selection_cost(scores, masks)
+    facts = {
+        "teacher": scores.teacher,
+        "revision": scores.revision,
+        "scores": [file.name for file in files],
+        "method": scores.method,
+        "strategy": strategy,
+        "ratio": ratio,
+        "budget_unit": budget_unit,
+        "seed": seed,
+        "kept": cost.full_attention_heads,
+        "without_evidence": cost.without_evidence,
+    }
     from ..evaluation.report import plot_head_map  # matplotlib, only when there is something to draw
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial:
-        partial.write_text(json.dumps(masks) + "\n")
-    title = f"{scores.teacher}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}"
+        partial.write_text(json.dumps({"masks": masks} | facts) + "\n")
+    title = (
+        f"{scores.teacher}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}, "
+        f"{cost.full_attention_heads} kept, {cost.without_evidence} of them without evidence"
+    )
     plot_head_map(scores.scores, masks, title, output.with_suffix(".png"))
     return masks, lines
 

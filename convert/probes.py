@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.niah import answer_text, draw_keys, draw_values, encode_needle, least_length, make_niah
+from ..hub.checkpoint import read_utf8
 
 COUNTERFACTUALS = ("value", "key")
 NIAH_KEYS = (1, 4)  # needles in the text of the two built-in forms
@@ -352,7 +353,7 @@ def jsonl_probes(path: str | Path, tokenizer) -> list[Probe]:
     """
     path = Path(path)
     try:
-        lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(read_utf8(path).splitlines(), 1) if line.strip()]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     if not lines:

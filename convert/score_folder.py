@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..demo.corpus import encode_corpus, load_corpus
 from ..evaluation.report import plot_head_maps, plot_knockout, plot_stability
-from ..hub.checkpoint import check_free, whole_file, whole_folder
+from ..hub.checkpoint import check_free, read_utf8, whole_file, whole_folder
 from ..kernels import use_tuned_kernels
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, check_forms, load_forms, save_forms
@@ -52,7 +52,9 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
     if settings.forms is not None:
         check_forms(settings.forms, adapter, settings.options or {})
-    if settings.device is not None:
+    else:
+        student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **settings.options or {})
+    if isinstance(settings.device, str):  # not a `device_map`, which names modules
         check_device(settings.device)
     tokenizer = AutoTokenizer.from_pretrained(settings.teacher, revision=settings.revision)
     if settings.built_in:
@@ -66,7 +68,8 @@ def check_device(name: str) -> None:
         ValueError: there is no such device here.
     """
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError
     except (RuntimeError, AssertionError):  # what PyTorch raises depends on how it was built
         raise ValueError(
             f"device {name}: not on this machine, or not one that this PyTorch was built for; leave --device out, or "
@@ -284,7 +287,7 @@ def exchange_heads(
 
 def read_text(tokenizer, settings: ScoreSettings) -> np.ndarray:
     """Token ids of the text to measure on."""
-    documents = load_corpus("train") if settings.text is None else [settings.text.read_text(encoding="utf-8")]
+    documents = load_corpus("train") if settings.text is None else [read_utf8(settings.text)]
     return encode_corpus(tokenizer, documents)
 
 

@@ -34,7 +34,7 @@ from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
 from ..evaluation.perplexity import text_loss
 from ..evaluation.report import plot_accuracy_over_length, plot_head_map
 from ..hub.card import model_card
-from ..hub.checkpoint import answer_in_clean_process, save_checkpoint, whole_file
+from ..hub.checkpoint import answer_in_clean_process, read_utf8, save_checkpoint, whole_file
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..training.align import align_heads
@@ -145,7 +145,7 @@ class Demo:
         if self.settings.text is None:
             train, heldout = (encode_corpus(self.tokenizer, load_corpus(split)) for split in ("train", "heldout"))
             return train, heldout
-        ids = encode_corpus(self.tokenizer, [self.settings.text.read_text(encoding="utf-8")])
+        ids = encode_corpus(self.tokenizer, [read_utf8(self.settings.text)])
         cut = int(len(ids) * 0.9)
         return ids[:cut], ids[cut:]
 

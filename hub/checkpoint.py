@@ -85,6 +85,7 @@ def _take_lock(path: Path, folder: Path) -> IO | None:
     except (BlockingIOError, FileNotFoundError):
         pass
     except OSError:
+        file.close()
         path.unlink(missing_ok=True)
         return None
     file.close()
@@ -134,6 +135,19 @@ def force_to_disk(*paths: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def read_utf8(path: Path) -> str:
+    """
+    The text of a file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:

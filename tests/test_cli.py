@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hydrahead import __version__
 from hydrahead.cli import app
 from hydrahead.convert import score_folder
 from hydrahead.convert.forms import save_forms
+from hydrahead.convert.mask_file import read_masks
 from hydrahead.convert.migration import head_forms_of, options_of, student_config
 from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
 from hydrahead.convert.scoring import _Measuring
@@ -328,9 +330,46 @@ def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "full attention: 12 of 48 query heads (25.0%), in " in done.stdout
     assert "the same cache, budgeted in kv_groups: " in done.stdout
-    masks = json.loads((tmp_path / "masks.json").read_text())
+    file = json.loads((tmp_path / "masks.json").read_text())
+    masks = read_masks(tmp_path / "masks.json")
+    assert masks == file["masks"] and file["method"] == "receiver" and file["scores"] == ["head_scores.json"]
+    scores = json.loads((tmp_path / "scores" / "head_scores.json").read_text())["scores"]
+    kept = [score for row, mask in zip(scores, masks) for score, full in zip(row, mask) if full]
+    assert file["kept"] == 12 and file["without_evidence"] == sum(score <= 0 for score in kept)
+    done = hydrahead("convert", EMBEDDED_TEACHER, tmp_path / "out", "--masks", tmp_path / "masks.json")
+    assert done.returncode == 0, done.stderr
+    said = f"receiver score, global-constrained, 0.25 of heads; {file['without_evidence']} of 12 without evidence"
+    assert said in (tmp_path / "out" / "README.md").read_text()
     assert masks[1][2] == masks[1][3] == masks[5][0] == masks[5][1] == 1 and sum(map(sum, masks)) == 12
     assert all(map(any, masks)) and (tmp_path / "masks.png").is_file()
+
+
+@pytest.mark.parametrize("command", ["score", "convert"])
+def test_a_text_that_is_not_utf8_is_named(command, tmp_path):
+    (tmp_path / "text").write_bytes(b"caf\xe9 " * 1000)
+    (tmp_path / "masks.json").write_text(json.dumps(MASKS))
+    more = SCORE if command == "score" else ["--masks", tmp_path / "masks.json"]
+    done = hydrahead(command, EMBEDDED_TEACHER, tmp_path / "out", *more, "--text", tmp_path / "text")
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"hydrahead: {tmp_path / 'text'}: byte 3 is not UTF-8; convert the file to UTF-8"
+    )
+
+
+def test_a_student_that_cannot_be_is_refused_before_the_teacher_is_read(tmp_path):
+    done = hydrahead("score", EMBEDDED_TEACHER, tmp_path / "out", *SCORE, "--logit-scale-base", 0.5)
+    assert done.returncode == 1 and "logit_scale_base must be a finite number greater than 1" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_weight_file_is_one_line(tmp_path):
+    teacher = shutil.copytree(EMBEDDED_TEACHER, tmp_path / "teacher")
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "masks.json").write_text(json.dumps(MASKS))
+    done = hydrahead("convert", teacher, tmp_path / "out", "--masks", tmp_path / "masks.json")
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_score_goes_on_where_the_last_probe_was_finished(tmp_path, monkeypatch):
@@ -382,13 +421,13 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
     done = hydrahead("select", tmp_path / "two" / "head_scores.json", *chosen, *exchange)
     assert done.returncode == 0, done.stderr
     assert "after 1 conversions: needles 0." in done.stdout and "after 5 conversions: " in done.stdout
-    assert sum(map(sum, json.loads((tmp_path / "masks.json").read_text()))) == 12
+    assert sum(map(sum, read_masks(tmp_path / "masks.json"))) == 12
 
     done = hydrahead("convert", EMBEDDED_TEACHER, tmp_path / "out", "--masks", tmp_path / "masks.json", *forms[:2])
     assert done.returncode == 0, done.stderr
     aligned = load_file(forms[1])
     student = load_file(tmp_path / "out" / "model.safetensors")
-    head = json.loads((tmp_path / "masks.json").read_text())[2].index(0)
+    head = read_masks(tmp_path / "masks.json")[2].index(0)
     rows = aligned["2.linear.q_proj.weight"][head]
     found = student["model.layers.2.self_attn.linear_attention.q_proj.weight"][: len(rows)]
     assert (found == rows.to(found.dtype)).all()

@@ -1,5 +1,6 @@
 """The choice of heads: strategies, budgets, what the user asks for, and what it costs."""
 
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from hydrahead import HydraHeadConfig
 from hydrahead.convert import HeadScores, select_heads
+from hydrahead.convert.evidence import ranking
 from hydrahead.convert.mask_file import describe_choice
 from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
 from hydrahead.tests.families import student_fields
@@ -209,3 +211,11 @@ def test_the_same_cache_buys_more_heads_in_groups_and_fewer_groups_in_heads():
     assert unit == "heads"
     assert selection_cost(SCORES, back, 16).kv_heads <= selection_cost(SCORES, groups, 16).kv_heads
     assert sum(map(sum, back)) == 3
+
+
+def test_a_head_without_a_score_ranks_last_whatever_stands_beside_it():
+    scores = [[0.1, math.nan, 0.3, -0.2]]
+    for order in itertools.permutations(range(4)):
+        shuffled = [[scores[0][i] for i in order]]
+        ranked = [shuffled[0][head] for _, head in ranking(shuffled, [[0.0] * 4])]
+        assert ranked[:3] == [0.3, 0.1, -0.2] and math.isnan(ranked[3])

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..demo.corpus import load_corpus
 from ..demo.mixture import mixture_rows
-from ..hub.checkpoint import whole_file
+from ..hub.checkpoint import read_utf8, whole_file
 from .recipe import STAGES, DataSection, Recipe, StageSection, read_arguments
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def read_documents(source, column: str, position: dict | int | None) -> Iterator
     if isinstance(source, list):
         for start in range(position or 0, len(source), DOCUMENTS_AT_A_TIME):
             part = source[start : start + DOCUMENTS_AT_A_TIME]
-            texts = [each.read_text(encoding="utf-8") if isinstance(each, Path) else each for each in part]
+            texts = [read_utf8(each) if isinstance(each, Path) else each for each in part]
             yield texts, start + len(part)
         return
     if position is not None:

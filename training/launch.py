@@ -19,7 +19,7 @@ from transformers import logging as transformers_logging
 
 from .. import console
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.mask_file import read_masks
+from ..convert.mask_file import chosen_by, read_choice, read_masks
 from ..convert.migration import student_config, teacher_config
 from ..convert.teachers import TeacherAdapter, adapter_for, find_checkpoint
 from ..evaluation.niah import NiahSample, evaluate_niah, make_niah
@@ -44,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, as they should
-    with console.one_line_errors():
+    with console.one_line_errors(debug="--debug" in sys.argv):
         try:
             yield
         except Stopped as stopped:
@@ -290,6 +290,8 @@ class Job:
         history = [*history, self.facts()]
         shown = "the one that ships with hydrahead" if teacher.name == "demo" else "a local folder"
         facts = {"Teacher": shown if is_folder else teacher.name, "Revision": teacher.revision or "default"}
+        if isinstance(self.recipe.masks, str) and Path(self.recipe.masks).is_file():
+            facts |= chosen_by(read_choice(Path(self.recipe.masks))[1])
         for entry in history:
             facts[entry["stage"].capitalize()] = entry["summary"]
         name = None if is_folder else teacher.name

@@ -229,6 +229,7 @@ def read_arguments(arguments: list[str] | None, description: str) -> tuple[Recip
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--config", required=True, help=f"YAML file, or one of {', '.join(shipped_recipes())}")
     parser.add_argument("--dry-run", action="store_true", help="check the recipe, print what it costs, and stop")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for every error")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as run.seed=1 or distill.tokens=1e9")
     options = parser.parse_intermixed_args(arguments)
     return load_recipe(options.config, options.overrides), options.dry_run
