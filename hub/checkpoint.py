@@ -1,6 +1,7 @@
 """Checkpoint folders that load anywhere: written whole or not at all, and tried in a process without hydrahead."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -133,6 +134,9 @@ def force_to_disk(*paths: Path) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # some network file systems force files only, not folders
+                raise
         finally:
             os.close(handle)
 

@@ -16,7 +16,7 @@ def use_tuned_kernels() -> None:
     """
     Have fla take the configurations that lie here instead of tuning, on GPUs like the one that they were tuned on.
 
-    Without them the first forward pass on a machine takes most of a minute and the first backward pass minutes. What
+    Without them the first forward pass on a machine takes most of a minute (docs/benchmarks.md), backward longer. What
     the user has set (`FLA_CONFIG_DIR`, `FLA_CACHE_MODE`) is left alone. hydrahead has to be imported before fla, which
     a checkpoint's own code imports too: fla asks once whether it is to look for configurations.
     """

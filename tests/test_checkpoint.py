@@ -77,7 +77,9 @@ def forced(monkeypatch) -> list[list[str]]:
     """What is forced to the disk, in order: the names of each call."""
     calls = []
     monkeypatch.setattr(
-        checkpoint, "force_to_disk", lambda *paths: calls.append([path.name for path in paths]), raising=False
+        checkpoint,
+        "force_to_disk",
+        lambda *paths: calls.append([path.name for path in paths]),
     )
     return calls
 

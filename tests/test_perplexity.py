@@ -20,7 +20,7 @@ def make_scaled(name: str):
 
 @pytest.mark.parametrize("make", [make_student, lambda: make_teacher("qwen3-tied"), lambda: make_teacher("phi3")])
 def test_the_loss_is_that_of_whole_logits_and_no_more_of_them_exist_than_a_chunk(make, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_TOKENS", 16, raising=False)
+    monkeypatch.setattr(perplexity, "CHUNK_TOKENS", 16)
     model, ids, rows = make(), random_ids(1, 101)[0], []
     model.get_output_embeddings().register_forward_hook(lambda _, args, logits: rows.append(logits.shape[1]))
     found = text_loss(model, ids.tolist(), 50)
