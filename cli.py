@@ -163,7 +163,7 @@ def score(
 ) -> None:
     """Score every query head of a teacher: which ones does a hybrid have to keep, and how sure is that."""
     from .convert.score_settings import ScoreSettings, check_options
-    from .hub.checkpoint import check_free
+    from .files import check_free
 
     options = _given(full_attention_position=position, logit_scale_base=logit_scale_base, fusion_norm=fusion_norm)
     settings = ScoreSettings(
@@ -287,7 +287,7 @@ def convert(
 ) -> None:
     """Convert a teacher into an untrained student: its weights, calibrated new heads, and the code that loads it."""
     from .convert.mask_file import read_masks
-    from .hub.checkpoint import check_free
+    from .files import check_free
 
     check_free(output, overwrite)
     read_masks(masks)

@@ -34,11 +34,11 @@ from hydrahead.convert.replacement import search_masks
 from hydrahead.convert.scores import METHODS, HeadScores
 from hydrahead.convert.scoring import score_heads
 from hydrahead.convert.teachers import adapter_for
-from hydrahead.demo.corpus import encode_corpus, load_corpus
-from hydrahead.demo.mixture import mixture_rows
+from hydrahead.data.corpus import encode_corpus, load_corpus
+from hydrahead.data.mixture import mixture_rows
 from hydrahead.demo.run import EMBEDDED_TEACHER
-from hydrahead.evaluation.perplexity import text_loss
-from hydrahead.evaluation.report import plot_conditions, wilson_interval
+from hydrahead.evaluation.figures import plot_conditions, wilson_interval
+from hydrahead.evaluation.text import text_loss
 from hydrahead.training.align import align_heads
 from hydrahead.training.loop import Schedule
 

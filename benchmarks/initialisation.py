@@ -28,8 +28,8 @@ from hydrahead.convert.ablation import replaced_heads
 from hydrahead.convert.forms import FormOutputs
 from hydrahead.convert.migration import Forms, HeadStatistics, initial_forms, measure_heads, student_config
 from hydrahead.convert.teachers import adapter_for, read_model
-from hydrahead.demo.corpus import encode_corpus, load_corpus
-from hydrahead.demo.mixture import mixture_rows
+from hydrahead.data.corpus import encode_corpus, load_corpus
+from hydrahead.data.mixture import mixture_rows
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import head_matching_loss

@@ -39,7 +39,7 @@ from hydrahead.convert.probes import Pair, Probe, niah_probe
 from hydrahead.convert.replacement import answer_effects, answer_estimates
 from hydrahead.convert.scoring import score_heads
 from hydrahead.convert.teachers import adapter_for
-from hydrahead.demo.corpus import encode_corpus, load_corpus
+from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.training.quick import quick_forms
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ..demo.corpus import encode_corpus, load_corpus
+from ..data.corpus import encode_corpus, load_corpus
+from ..files import check_free, read_utf8
 from ..hub.card import model_card
-from ..hub.checkpoint import check_free, read_utf8, save_checkpoint
+from ..hub.checkpoint import save_checkpoint
 from .forms import load_forms
 from .mask_file import chosen_by, read_choice
 from .migration import convert_model, student_config, teacher_config

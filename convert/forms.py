@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..hub.checkpoint import whole_file
+from ..files import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .ablation import Replace, replaced_heads
 from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..hub.checkpoint import whole_file
+from ..files import whole_file
 from .scores import HeadScores
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 
@@ -186,7 +186,7 @@ def select_to_file(
         "kept": cost.full_attention_heads,
         "without_evidence": cost.without_evidence,
     }
-    from ..evaluation.report import plot_head_map  # matplotlib, only when there is something to draw
+    from ..evaluation.figures import plot_head_map
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(output) as partial:

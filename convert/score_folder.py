@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..demo.corpus import encode_corpus, load_corpus
-from ..evaluation.report import plot_head_maps, plot_knockout, plot_stability
-from ..hub.checkpoint import check_free, read_utf8, whole_file, whole_folder
+from ..data.corpus import encode_corpus, load_corpus
+from ..evaluation.figures import plot_head_maps, plot_knockout, plot_stability
+from ..files import check_free, read_utf8, whole_file, whole_folder
 from ..kernels import use_tuned_kernels
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, check_forms, load_forms, save_forms

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..hub.checkpoint import whole_file
+from ..files import whole_file
 
 METHODS = {
     "replacement": "readout and text lost to the linear form, less what the full form loses: what a slot is worth",

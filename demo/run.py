@@ -30,18 +30,20 @@ from ..convert.scores import HeadScores
 from ..convert.scoring import score_heads
 from ..convert.selection import select_heads, selection_cost
 from ..convert.teachers import adapter_for, find_checkpoint, public_name
-from ..evaluation.niah import NiahSample, evaluate_niah, make_niah, needle_text
-from ..evaluation.perplexity import text_loss
-from ..evaluation.report import plot_accuracy_over_length, plot_head_map
+from ..data.corpus import encode_corpus, load_corpus
+from ..data.mixture import mixture_rows
+from ..data.needles import NiahSample, make_niah, needle_text
+from ..evaluation.figures import plot_accuracy_over_length, plot_head_map
+from ..evaluation.needles import evaluate_niah
+from ..evaluation.text import text_loss
+from ..files import read_utf8, whole_file
 from ..hub.card import model_card
-from ..hub.checkpoint import answer_in_clean_process, read_utf8, save_checkpoint, whole_file
+from ..hub.checkpoint import answer_in_clean_process, save_checkpoint
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..training.align import align_heads
 from ..training.distill import distill
 from ..training.loop import Schedule
-from .corpus import encode_corpus, load_corpus
-from .mixture import mixture_rows
 
 EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 FACTORS = (1, 2, 4, 8)  # evaluated lengths, in multiples of the working length

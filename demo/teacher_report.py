@@ -14,9 +14,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..evaluation.niah import evaluate_niah, make_niah
-from ..evaluation.perplexity import text_loss
-from .corpus import encode_corpus, load_corpus
+from ..data.corpus import encode_corpus, load_corpus
+from ..data.needles import make_niah
+from ..evaluation.needles import evaluate_niah
+from ..evaluation.text import text_loss
 
 # Seeds of evaluation prompts; training rows come from the recipe's seed, and from other text.
 FIRST_SEED = 1_000_000
@@ -46,7 +47,7 @@ key-value heads of {head_dim}, MLP {intermediate_size}, RoPE theta {rope_theta:g
 needles hidden in three rows of four; about 5% of the files held out |
 | trained on | {million_tokens:.0f} million tokens, {minutes:.1f} minutes, {hardware}, torch {torch} |
 
-Needle prompts (`hydrahead.evaluation.niah`) hidden in held-out text, greedy generation, exact match. The last two
+Needle prompts (`hydrahead.data.needles`) hidden in held-out text, greedy generation, exact match. The last two
 columns split them by the distance from the needle to the answer.
 
 | length | keys | prompts | exact | needle within {native_length} tokens | farther away |

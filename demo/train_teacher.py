@@ -23,10 +23,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils.data import DataLoader, Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from ..evaluation.niah import draw_keys, draw_values, header_text, needle_text, question_text
-from ..evaluation.perplexity import text_loss
-from .corpus import encode_corpus, load_corpus
-from .mixture import ANSWER_WEIGHT, mixture_rows
+from ..data.corpus import encode_corpus, load_corpus
+from ..data.mixture import ANSWER_WEIGHT, mixture_rows
+from ..data.needles import draw_keys, draw_values, header_text, needle_text, question_text
+from ..evaluation.text import text_loss
 from .teacher_report import environment, evaluate
 
 TEACHER = Path(__file__).parent / "teacher"

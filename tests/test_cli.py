@@ -25,7 +25,8 @@ from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
 from hydrahead.convert.scoring import _Measuring
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.demo.run import EMBEDDED_TEACHER
-from hydrahead.hub.checkpoint import answer_in_clean_process, whole_folder
+from hydrahead.files import whole_folder
+from hydrahead.hub.checkpoint import answer_in_clean_process
 from hydrahead.tests.families import make_teacher
 
 COMMAND = [sys.executable, "-m", "hydrahead"]
@@ -269,7 +270,6 @@ def test_an_interrupted_convert_leaves_no_folder(tmp_path, masks, sent):
     code = (
         "import sys, time, pathlib\n"
         "from hydrahead import cli\n"
-        "from hydrahead.hub import checkpoint\n"
         "from transformers import PreTrainedModel\n"
         "save = PreTrainedModel.save_pretrained\n"
         "def slow(self, folder, *args, **kwargs):\n"

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hydrahead.demo import corpus
-from hydrahead.demo.corpus import load_corpus
+from hydrahead.data import corpus
+from hydrahead.data.corpus import load_corpus
 
 
 def test_splits_are_disjoint_and_of_the_stated_size():

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hydrahead.demo.mixture import mixture_rows
+from hydrahead.data.mixture import mixture_rows
 from hydrahead.tests.training_runs import make_inputs, write_recipe
 from hydrahead.training import data as data_module
 from hydrahead.training.data import (

@@ -18,7 +18,7 @@ from hydrahead.convert.migration import head_forms_of, student_config
 from hydrahead.convert.replacement import text_effects
 from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
 from hydrahead.convert.teachers import adapter_for
-from hydrahead.demo.corpus import encode_corpus, load_corpus
+from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.demo.run import EMBEDDED_TEACHER, Demo, DemoSettings
 from hydrahead.tests.families import ALL_LINEAR, make_teacher, random_ids
 from hydrahead.tests.placements import compare, everything, split

@@ -16,7 +16,7 @@ from hydrahead.convert.probes import (
     niah_probe,
     text_probe,
 )
-from hydrahead.demo.corpus import encode_corpus, load_corpus
+from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.demo.run import EMBEDDED_TEACHER
 
 

@@ -23,7 +23,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
 from ..convert.migration import Forms, forms_of_attention, options_of
 from ..convert.patching import home
-from ..hub.checkpoint import whole_file
+from ..files import whole_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
 from .data import Batch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..hub.checkpoint import force_to_disk, whole_file
+from ..files import force_to_disk, whole_file
 
 _NOTHING_FREE = 2**20  # bytes
 

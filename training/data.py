@@ -24,9 +24,9 @@ import torch
 from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..demo.corpus import load_corpus
-from ..demo.mixture import mixture_rows
-from ..hub.checkpoint import read_utf8, whole_file
+from ..data.corpus import load_corpus
+from ..data.mixture import mixture_rows
+from ..files import read_utf8, whole_file
 from .recipe import STAGES, DataSection, Recipe, StageSection, read_arguments
 
 logger = logging.getLogger(__name__)

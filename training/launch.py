@@ -22,10 +22,12 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.mask_file import chosen_by, read_choice, read_masks
 from ..convert.migration import student_config, teacher_config
 from ..convert.teachers import TeacherAdapter, adapter_for, find_checkpoint
-from ..evaluation.niah import NiahSample, evaluate_niah, make_niah
-from ..evaluation.perplexity import text_loss
+from ..data.needles import NiahSample, make_niah
+from ..evaluation.needles import evaluate_niah
+from ..evaluation.text import text_loss
+from ..files import whole_file
 from ..hub.card import model_card
-from ..hub.checkpoint import save_checkpoint, whole_file
+from ..hub.checkpoint import save_checkpoint
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .data import Batch, StageData, check_stage_data, find_files

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ..evaluation.report import save_picture
+from ..evaluation.figures import save_picture
 
 COLORS = {
     **{"linear_loss": "#1f6f9f", "full_loss": "#d1495b", "layer_loss": "#1f6f9f", "kl": "#1f6f9f", "ce": "#d1495b"},

@@ -11,7 +11,7 @@ from ..convert.forms import calibrated_forms
 from ..convert.migration import Forms, student_config
 from ..convert.patching import home
 from ..convert.teachers import adapter_for
-from ..demo.mixture import mixture_rows
+from ..data.mixture import mixture_rows
 from .align import align_heads
 from .loop import Schedule
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..hub.checkpoint import force_to_disk, whole_file
+from ..files import force_to_disk, whole_file
 from .data import Batch
 from .losses import TeacherChunk
 

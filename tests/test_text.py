@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from hydrahead.evaluation import perplexity
-from hydrahead.evaluation.perplexity import text_loss
+from hydrahead.evaluation import text
+from hydrahead.evaluation.text import text_loss
 from hydrahead.tests.families import SIZES, make_student, make_teacher, random_ids
 
 
@@ -20,7 +20,7 @@ def make_scaled(name: str):
 
 @pytest.mark.parametrize("make", [make_student, lambda: make_teacher("qwen3-tied"), lambda: make_teacher("phi3")])
 def test_the_loss_is_that_of_whole_logits_and_no_more_of_them_exist_than_a_chunk(make, monkeypatch):
-    monkeypatch.setattr(perplexity, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(text, "CHUNK_TOKENS", 16)
     model, ids, rows = make(), random_ids(1, 101)[0], []
     model.get_output_embeddings().register_forward_hook(lambda _, args, logits: rows.append(logits.shape[1]))
     found = text_loss(model, ids.tolist(), 50)

@@ -5,7 +5,7 @@ import math
 import pytest
 from matplotlib.patches import Rectangle
 
-from hydrahead.evaluation import report
+from hydrahead.evaluation import figures
 
 LONG = "SomeOrganisation/A-Teacher-of-135M-Instruct: receiver+sender score, global-constrained, 0.25 of kv_groups"
 SIGNED = [[0.5, -0.02, 0.0, -0.3], [0.0, 0.1, math.nan, 0.0]]
@@ -16,16 +16,16 @@ MASKS = [[1, 1, 0, 0], [0, 0, 0, 1]]
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures, not written to files but laid out as they would be."""
-    figures = []
+    found = []
 
     def keep(figure, path):
         figure.canvas.draw()
-        figures.append(figure)
+        found.append(figure)
 
-    monkeypatch.setattr(report, "_save", keep)
-    yield figures
-    for figure in figures:
-        report.plt.close(figure)
+    monkeypatch.setattr(figures, "_save", keep)
+    yield found
+    for figure in found:
+        figures.plt.close(figure)
 
 
 def assert_on_canvas(figure) -> None:
@@ -56,7 +56,7 @@ def assert_shows(axes, scores, masks) -> None:
 
 @pytest.mark.parametrize("scores", [SIGNED, POSITIVE], ids=["signed", "positive"])
 def test_a_head_map_shows_kept_heads_and_negative_scores(scores, drawn, tmp_path):
-    report.plot_head_map(scores, MASKS, LONG, tmp_path / "map.png")
+    figures.plot_head_map(scores, MASKS, LONG, tmp_path / "map.png")
     (figure,) = drawn
     axes, bar = figure.axes
     assert_shows(axes, scores, MASKS)
@@ -67,7 +67,7 @@ def test_a_head_map_shows_kept_heads_and_negative_scores(scores, drawn, tmp_path
 
 def test_maps_of_several_methods_have_a_scale_each(drawn, tmp_path):
     maps = {"replacement": SIGNED, "receiver": POSITIVE, "attention": POSITIVE, "logit-contribution": POSITIVE}
-    report.plot_head_maps(maps, dict.fromkeys(maps, MASKS), LONG, tmp_path / "maps.png")
+    figures.plot_head_maps(maps, dict.fromkeys(maps, MASKS), LONG, tmp_path / "maps.png")
     (figure,) = drawn
     panels = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in panels] == list(maps)
@@ -78,5 +78,5 @@ def test_maps_of_several_methods_have_a_scale_each(drawn, tmp_path):
 
 
 def test_a_tall_map_keeps_its_labels(drawn, tmp_path):
-    report.plot_head_map([[0.0, 1.0]] * 40, [[0, 1]] * 40, LONG, tmp_path / "map.png")
+    figures.plot_head_map([[0.0, 1.0]] * 40, [[0, 1]] * 40, LONG, tmp_path / "map.png")
     assert_on_canvas(drawn[0])

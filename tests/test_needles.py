@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from hydrahead.demo import mixture
-from hydrahead.demo.corpus import encode_corpus, load_corpus
-from hydrahead.evaluation.niah import evaluate_niah, make_niah
+from hydrahead.data import mixture
+from hydrahead.data.corpus import encode_corpus, load_corpus
+from hydrahead.data.needles import make_niah
+from hydrahead.evaluation.needles import evaluate_niah
 
-TEACHER = Path(mixture.__file__).parent / "teacher"
+TEACHER = Path(mixture.__file__).parents[1] / "demo" / "teacher"
 FORMS = [{}, {"num_keys": 4}, {"num_keys": 8}, {"num_keys": 4, "num_queries": 3}, {"num_values": 3}]
 
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from ..hub.checkpoint import whole_file
+from ..files import whole_file
 
 
 def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], title: str, path: Path) -> None:

@@ -7,13 +7,13 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 
-from hydrahead.evaluation.report import plot_head_map
-from hydrahead.hub import checkpoint
-from hydrahead.hub.checkpoint import whole_file, whole_folder
+from hydrahead import files
+from hydrahead.evaluation.figures import plot_head_map
+from hydrahead.files import whole_file, whole_folder
 
 WRITE_FOREVER = """
 import pathlib, sys, time
-from hydrahead.hub.checkpoint import whole_folder
+from hydrahead.files import whole_folder
 with whole_folder(sys.argv[1], overwrite=True) as partial:
     (partial / "half").write_text("half")
     print("writing", flush=True)
@@ -77,7 +77,7 @@ def forced(monkeypatch) -> list[list[str]]:
     """What is forced to the disk, in order: the names of each call."""
     calls = []
     monkeypatch.setattr(
-        checkpoint,
+        files,
         "force_to_disk",
         lambda *paths: calls.append([path.name for path in paths]),
     )

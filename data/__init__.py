@@ -1,0 +1,1 @@
+"""What models read: text, needles hidden in it, and mixtures of both."""
