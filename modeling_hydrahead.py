@@ -57,10 +57,10 @@ except Exception as error:  # not installed, or in pieces: the PyTorch reference
 
 logger = logging.get_logger(__name__)
 
-# transformers 5.24 renamed `past_key_values` to `cache`. A cache comes in under either name, on every release, and
-# goes out under the name that the release's outputs have.
 CACHES = (Cache, PagedAttentionCache)
 OLD_CACHE_NAMES = ("past", "past_key_value", "layer_past", "cache_params")
+# transformers 5.24 renamed `past_key_values` to `cache`. A cache comes in under either name, on every release, and
+# goes out under the name that the release's outputs have.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # transformers wraps these two so that fla replaces them wherever it can be imported, even for tensors on the CPU,
