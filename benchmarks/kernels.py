@@ -52,8 +52,8 @@ def inputs(batch: int, heads: int, needs_grad: bool):
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (batch, 2048, heads)
     q, k, v = (torch.randn(*shape, 128, generator=generator, device="cuda").bfloat16() for _ in range(3))
-    g, beta = -0.1 * torch.rand(shape, generator=generator, device="cuda"), torch.rand(shape, device="cuda")
-    return [x.requires_grad_(needs_grad) for x in (q, k, v, g, beta)]
+    g, beta = (torch.rand(shape, generator=generator, device="cuda") for _ in range(2))
+    return [x.requires_grad_(needs_grad) for x in (q, k, v, -0.1 * g, beta)]
 
 
 def rows() -> dict:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..data.needles import answer_text, draw_keys, draw_values, header_text, hide_needles, needle_text, question_text
+from .needles import answer_text, draw_keys, draw_values, header_text, hide_needles, needle_text, question_text
 
 PLAIN_TEXT_SHARE = 0.25
 # Rows of more than one value to an answer (RULER's multiquery and multivalue), where the length has room for them.
