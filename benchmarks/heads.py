@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hydrahead.convert.ablation import answers_found, constant_heads, mean_heads, replaced_heads
 from hydrahead.convert.evidence import Order, as_masks, random_orders, ranking, stability
@@ -33,10 +32,9 @@ from hydrahead.convert.probes import built_in_probes, niah_probe
 from hydrahead.convert.replacement import search_masks
 from hydrahead.convert.scores import METHODS, HeadScores
 from hydrahead.convert.scoring import score_heads
-from hydrahead.convert.teachers import adapter_for
+from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
-from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.evaluation.figures import plot_conditions, wilson_interval
 from hydrahead.evaluation.text import text_loss
 from hydrahead.training.align import align_heads
@@ -58,11 +56,10 @@ class Bench:
     def __init__(self, prompts: int, steps: int, threads: int):
         torch.set_num_threads(threads)
         self.steps = steps
-        teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32)
-        self.teacher = teacher.to(Accelerator().device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+        teacher = open_teacher("demo")
+        self.teacher, self.tokenizer = teacher.load("float32", Accelerator().device), teacher.tokenizer()
         self.train, self.heldout = (encode_corpus(self.tokenizer, load_corpus(s)) for s in ("train", "heldout"))
-        self.adapter = adapter_for(self.teacher.config)
+        self.adapter = teacher.adapter
         self.layers, self.width = self.adapter.num_layers, self.adapter.num_heads
         self.heads = self.layers * self.width
         self.pairs = [

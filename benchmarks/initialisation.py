@@ -22,15 +22,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hydrahead.convert.ablation import replaced_heads
 from hydrahead.convert.forms import FormOutputs
 from hydrahead.convert.migration import Forms, HeadStatistics, initial_forms, measure_heads, student_config
-from hydrahead.convert.teachers import adapter_for, read_model
+from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
-from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import head_matching_loss
 
@@ -42,11 +40,10 @@ VARIANTS = ("fla", "naive", "half-life", "+ entropy", "+ least squares")
 class Study:
     def __init__(self, rows: int):
         self.rows = rows
-        self.teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32).eval()
-        self.teacher.requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+        teacher = open_teacher("demo")
+        self.teacher, self.tokenizer = teacher.load("float32", "cpu"), teacher.tokenizer()
         self.text = encode_corpus(self.tokenizer, load_corpus("train"))
-        self.adapter = adapter_for(self.teacher.config)
+        self.adapter = teacher.adapter
         self.layers, self.heads = self.adapter.num_layers, self.adapter.num_heads
         self.config = student_config(self.adapter, [[0] * self.heads] * self.layers, fusion_norm="linear")
 

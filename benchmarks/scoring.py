@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead.convert.ablation import replaced_heads
 from hydrahead.convert.evidence import spearman
@@ -38,9 +38,8 @@ from hydrahead.convert.patching import (
 from hydrahead.convert.probes import Pair, Probe, niah_probe
 from hydrahead.convert.replacement import answer_effects, answer_estimates
 from hydrahead.convert.scoring import score_heads
-from hydrahead.convert.teachers import adapter_for
+from hydrahead.convert.teachers import adapter_for, open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
-from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.training.quick import quick_forms
 
 QWEN3_17B = {
@@ -118,8 +117,8 @@ def load(shape: str, device: str, length: int) -> tuple[PreTrainedModel, list[Pa
             model = Qwen3ForCausalLM(Qwen3Config(**QWEN3_17B, dtype="bfloat16")).to(torch.bfloat16).eval()
         model.requires_grad_(False)
         return model, random_pairs(QWEN3_17B["vocab_size"], length)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+    teacher = open_teacher("demo")
+    model, tokenizer = teacher.load("float32", device), teacher.tokenizer()
     text = encode_corpus(tokenizer, load_corpus("heldout"))
     return model, list(niah_probe(tokenizer, text, length, num_keys=4, num_pairs=PAIRS).pairs)
 
@@ -292,7 +291,7 @@ def main() -> None:
 
     errors = {}
     if demo:
-        tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
+        tokenizer = open_teacher("demo").tokenizer()
         text = encode_corpus(tokenizer, load_corpus("train"))
         short = list(niah_probe(tokenizer, text, 512, num_keys=4, num_pairs=4).pairs)
         errors = shortlist_errors(model, short, tokenizer, text, arguments.align_steps)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from ..data.corpus import encode_corpus, load_corpus
 from ..files import check_free, read_utf8
@@ -13,7 +12,7 @@ from ..hub.checkpoint import save_checkpoint
 from .forms import load_forms
 from .mask_file import chosen_by, read_choice
 from .migration import convert_model, student_config, teacher_config
-from .teachers import adapter_for, find_checkpoint
+from .teachers import open_teacher
 
 CALIBRATION_ROW = 512
 
@@ -63,16 +62,14 @@ def convert_to_folder(
     masks, choice = read_choice(masks_file)
     if text is not None and not text.is_file():
         raise ValueError(f"{text}: no such file")
-    config, fetch = find_checkpoint(teacher, revision)
-    adapter = adapter_for(config)
+    opened = open_teacher(teacher, revision)
     forms = None
     if forms_file is not None:
-        forms, options = load_forms(forms_file, adapter, options)
-    student_config(adapter, masks, **options)
+        forms, options = load_forms(forms_file, opened.adapter, options)
+    student_config(opened.adapter, masks, **options)
 
     on_stage("fetching the teacher")
-    checkpoint = fetch()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    checkpoint, tokenizer = opened.fetch(), opened.tokenizer()
     on_stage("calibrating and converting")
     ids = calibration_ids(tokenizer, text, calibration_tokens)
     student = convert_model(checkpoint, masks, calibration_ids=ids, head_forms=forms, **options)
@@ -83,5 +80,5 @@ def convert_to_folder(
     facts |= chosen_by(choice)
     if forms is None:
         facts["Calibrated on"] = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
-    card = model_card(student.config, teacher_config(adapter), name, facts)
+    card = model_card(student.config, teacher_config(opened.adapter), name, facts)
     save_checkpoint(student, tokenizer, output, {"README.md": card, "head_masks.json": masks}, overwrite)

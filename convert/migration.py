@@ -31,7 +31,7 @@ from .teachers import (
     TeacherAdapter,
     TeacherAttention,
     adapter_for,
-    find_checkpoint,
+    open_teacher,
     read_model,
     read_safetensors,
 )
@@ -369,23 +369,19 @@ def convert_model(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    fetch = None
-    if isinstance(teacher, PreTrainedModel):
-        teacher_cfg = teacher.config
-    else:
-        teacher_cfg, fetch = find_checkpoint(str(teacher), revision)
-    adapter = adapter_for(teacher_cfg)
+    opened = None if isinstance(teacher, PreTrainedModel) else open_teacher(teacher, revision)
+    adapter = adapter_for(teacher.config) if opened is None else opened.adapter
     config = student_config(adapter, head_masks, **options)
     if calibration_ids is not None:
         check_calibration_ids(calibration_ids, config.vocab_size)
     if head_forms is not None:
         check_forms_fit(head_forms, config)
 
-    if fetch is None:
+    if opened is None:
         read, device = read_model(teacher), home(teacher)
         generation_config = copy.deepcopy(teacher.generation_config)
     else:
-        folder = fetch()
+        folder = opened.fetch()
         read = read_safetensors(folder)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         has_file = (folder / "generation_config.json").is_file()

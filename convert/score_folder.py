@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..data.corpus import encode_corpus, load_corpus
 from ..evaluation.figures import plot_head_maps, plot_knockout, plot_stability
@@ -25,7 +25,7 @@ from .score_settings import ScoreSettings, check_options
 from .scores import CLEAN_ONLY, NEEDS_FORMS, HeadScores, ProbeResult
 from .scoring import score_heads
 from .selection import Masks
-from .teachers import TeacherAdapter, adapter_for, find_checkpoint
+from .teachers import Teacher, TeacherAdapter, open_teacher
 
 DEFAULT_LENGTH = 4096
 TEXT_ROWS, TEXT_LENGTH = 4, 512
@@ -33,20 +33,19 @@ MakeForms = Callable[[PreTrainedModel, object, np.ndarray, dict], Forms]
 """Teacher, tokenizer, text ids, student's options: aligned forms. How is not this package's business."""
 
 
-def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[], Path], object, int]:
+def check_settings(settings: ScoreSettings) -> tuple[Teacher, object, int]:
     """
     Everything that can be known to be wrong before a weight is read.
 
     Returns:
-        the teacher's adapter, what fetches its checkpoint, its tokenizer, and the length of a prompt.
+        the teacher, its tokenizer, and the length of a prompt.
 
     Raises:
         ValueError: a one-line reason.
     """
     check_options(settings)
-    config, fetch = find_checkpoint(settings.teacher, settings.revision)
-    adapter = adapter_for(config)
-    native = config.max_position_embeddings
+    teacher = open_teacher(settings.teacher, settings.revision)
+    adapter, native = teacher.adapter, teacher.config.max_position_embeddings
     length = min(DEFAULT_LENGTH, native) if settings.length is None else settings.length
     if length > native:
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
@@ -56,10 +55,10 @@ def check_settings(settings: ScoreSettings) -> tuple[TeacherAdapter, Callable[[]
         student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **settings.options or {})
     if isinstance(settings.device, str):  # not a `device_map`, which names modules
         check_device(settings.device)
-    tokenizer = AutoTokenizer.from_pretrained(settings.teacher, revision=settings.revision)
+    tokenizer = teacher.tokenizer()
     if settings.built_in:
         check_length(tokenizer, length)
-    return adapter, fetch, tokenizer, length
+    return teacher, tokenizer, length
 
 
 def check_device(name: str) -> None:
@@ -137,8 +136,9 @@ def score_to_folder(
         ValueError: see `check_settings` and `score_heads`.
     """
     check_free(output, overwrite)
-    adapter, fetch, tokenizer, length = check_settings(settings)
-    checkpoint = fetch()
+    opened, tokenizer, length = check_settings(settings)
+    adapter = opened.adapter
+    opened.fetch()
     text_ids = read_text(tokenizer, settings)
     probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
     if settings.built_in:
@@ -147,7 +147,7 @@ def score_to_folder(
     unfinished = Unfinished(output, settings)
     unfinished.open()
     on_stage("reading the teacher", None)
-    teacher = load_teacher(checkpoint, settings)
+    teacher = load_teacher(opened, settings)
     made, forms = None, None
     if set(settings.methods) & set(NEEDS_FORMS):
         if settings.forms is not None:
@@ -189,12 +189,10 @@ def score_to_folder(
     return scores
 
 
-def load_teacher(checkpoint: Path, settings: ScoreSettings) -> PreTrainedModel:
-    """The teacher in eval mode; on a GPU as much of it as fits, the rest off-loaded."""
-    device = settings.device or ("auto" if torch.cuda.is_available() else "cpu")
+def load_teacher(teacher: Teacher, settings: ScoreSettings) -> PreTrainedModel:
+    """The teacher as the settings ask for it."""
     use_tuned_kernels()
-    dtype = settings.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, device_map=device).eval()
+    return teacher.load(settings.dtype, settings.device)
 
 
 def score_steps(probes: Sequence[Probe], methods: Sequence[str], text_rows: int) -> int:
@@ -257,15 +255,15 @@ def exchange_heads(
         device=exchange.device,
         revision=exchange.revision,
     )
-    adapter, fetch, tokenizer, length = check_settings(settings)
+    opened, tokenizer, length = check_settings(settings)
+    adapter = opened.adapter
     if (len(masks), len(masks[0])) != (adapter.num_layers, adapter.num_heads):
         raise ValueError(
             f"the scores are of {len(masks)} layers of {len(masks[0])} heads, {exchange.teacher} has "
             f"{adapter.num_layers} of {adapter.num_heads}"
         )
-    checkpoint = fetch()
     text_ids = read_text(tokenizer, settings)
-    teacher = load_teacher(checkpoint, settings)
+    teacher = load_teacher(opened, settings)
     forms = running_forms(adapter, *load_forms(exchange.forms, adapter))
     pairs = [
         pair

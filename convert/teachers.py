@@ -10,11 +10,20 @@ import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 Read = Callable[[str], torch.Tensor]
 """Gives the tensor of a name in the teacher's checkpoint, as memory of the caller's own."""
 
+EMBEDDED_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -223,45 +232,86 @@ def adapter_for(config: PreTrainedConfig) -> TeacherAdapter:
     return ADAPTERS[config.model_type](config)
 
 
-def find_checkpoint(name_or_path: str, revision: str | None = None) -> tuple[PreTrainedConfig, Callable[[], Path]]:
+class Teacher:
     """
-    Config of a teacher, and a function that brings its checkpoint to this machine and gives its folder.
+    A pretrained transformer that has been found and can be represented; `open_teacher` gives it.
 
-    Only the config is read before that function is called, so that a teacher which cannot be converted is refused
-    before anything large is downloaded. A name that is a folder here is that folder, otherwise it is a Hub id.
+    Attributes:
+        name, revision: as asked for: a folder, a Hub id, or `demo`; and a revision on the Hub.
+        public_name: its name in records, which travel: a Hub id, a folder's own name, or `demo`.
+        config, adapter: read from its config alone.
+    """
+
+    def __init__(self, name: str, revision: str | None, source: str, config: PreTrainedConfig):
+        self.name, self.revision, self.config = name, revision, config
+        self.adapter, self.public_name = adapter_for(config), public_name(source)
+        self._source = source
+
+    def fetch(self) -> Path:
+        """Folder of the checkpoint, which is brought to this machine first where it is not here yet."""
+        if not Path(self._source).is_dir():
+            self._source = snapshot_download(self._source, revision=self.revision, allow_patterns=CHECKPOINT_FILES)
+        return Path(self._source)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer; no weight is fetched for it."""
+        return AutoTokenizer.from_pretrained(self._source, revision=self.revision)
+
+    def load(
+        self, dtype: str | torch.dtype = "auto", device: str | torch.device | dict | None = None
+    ) -> PreTrainedModel:
+        """
+        The model in eval mode, without gradients.
+
+        Args:
+            dtype: `"auto"` is the checkpoint's own.
+            device: where to put it, or a device map; by default a GPU if there is one, off-loading what does not fit.
+        """
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        device = device or ("auto" if torch.cuda.is_available() else "cpu")
+        model = AutoModelForCausalLM.from_pretrained(self.fetch(), dtype=dtype, device_map=device)
+        return model.eval().requires_grad_(False)
+
+
+def open_teacher(name: str | Path, revision: str | None = None) -> Teacher:
+    """
+    Find a teacher by name; only its config is read, so that one which cannot be converted costs no download.
+
+    Args:
+        name: a folder, else a Hub id; `demo` is the teacher that ships with the package.
 
     Raises:
-        ValueError: there is no such model, the folder holds none, or transformers itself does not know the family.
+        ValueError: there is no such model, the folder holds none, or it cannot be represented; one line.
     """
-    path = Path(name_or_path)
+    source = str(EMBEDDED_TEACHER) if name == "demo" else str(name)
+    path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: not a model folder (no config.json)")
-    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith(".")):
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise ValueError(f"{path}: no such folder")
     try:
-        model_type = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)[0].get("model_type")
+        model_type = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if path.is_dir():
             raise ValueError(f"{path}: its config.json cannot be read ({reason})") from None
         raise ValueError(
-            f"{name_or_path}: no folder here, and not to be had from the Hub ({reason}) Check the spelling; offline, "
+            f"{name}: no folder here, and not to be had from the Hub ({reason}) Check the spelling; offline, "
             "only what was downloaded before is found; a gated model needs `hf auth login`"
         ) from None
     if model_type == "hydrahead":
-        raise ValueError(f"{name_or_path}: a HydraHead student; pass the pretrained transformer that it was made from")
+        raise ValueError(f"{name}: a HydraHead student; pass the pretrained transformer that it was made from")
     if model_type not in CONFIG_MAPPING:  # transformers would ask whether to run the checkpoint's own code
         raise unknown_family(model_type)
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    if path.is_dir():
-        return config, lambda: path
-    return config, lambda: Path(snapshot_download(name_or_path, revision=revision, allow_patterns=CHECKPOINT_FILES))
+    return Teacher(str(name), revision, source, AutoConfig.from_pretrained(source, revision=revision))
 
 
 def public_name(name_or_path: str) -> str:
-    """A Hub id as it is; of a folder its own name only, because records travel and paths of a machine should not."""
+    """A Hub id as it is; of a folder its own name only, and `demo` for the teacher that ships with the package."""
     path = Path(name_or_path)
-    return path.resolve().name if path.is_dir() else name_or_path
+    if not path.is_dir():
+        return name_or_path
+    return "demo" if path.resolve() == EMBEDDED_TEACHER.resolve() else path.resolve().name
 
 
 def read_model(model: PreTrainedModel) -> Read:

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import FormOutputs, calibrated_forms, save_forms
@@ -29,7 +29,7 @@ from ..convert.probes import check_length, niah_probe
 from ..convert.scores import HeadScores
 from ..convert.scoring import score_heads
 from ..convert.selection import select_heads, selection_cost
-from ..convert.teachers import adapter_for, find_checkpoint, public_name
+from ..convert.teachers import EMBEDDED_TEACHER, open_teacher, public_name
 from ..data.corpus import encode_corpus, load_corpus
 from ..data.mixture import mixture_rows
 from ..data.needles import NiahSample, make_niah, needle_text
@@ -45,7 +45,6 @@ from ..training.align import align_heads
 from ..training.distill import distill
 from ..training.loop import Schedule
 
-EMBEDDED_TEACHER = Path(__file__).parent / "teacher"
 FACTORS = (1, 2, 4, 8)  # evaluated lengths, in multiples of the working length
 TASKS = {"single_key": 1, "four_keys": 4}
 TEXT_ROWS = 4  # on which what a head is worth to plain text is measured
@@ -110,12 +109,11 @@ class Demo:
                 too short; before weights are read.
         """
         self.settings, self.folder, self.console = settings, folder, console
-        config, fetch = find_checkpoint(settings.teacher)
-        adapter = adapter_for(config)
-        native = config.max_position_embeddings
+        opened = open_teacher(settings.teacher)
+        adapter, native = opened.adapter, opened.config.max_position_embeddings
         self.length = min(1024, native) if settings.length is None else settings.length
         self.lengths = [self.length * factor for factor in FACTORS]
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.teacher)
+        self.tokenizer = opened.tokenizer()
         check_length(self.tokenizer, min(self.length, SCORE_LENGTH))
         # Only recurrent outputs are normalised: a full-attention head is then exactly its aligned form.
         self.options = {"fusion_norm": "linear", "logit_scale_base": self.length}
@@ -123,15 +121,14 @@ class Demo:
         self.config = student_config(adapter, blank, **self.options)
         self.teacher_config = teacher_config(adapter)
 
-        checkpoint = fetch()
+        opened.fetch()
         self.train_ids, self.heldout_ids = self._read_text()
         if len(self.heldout_ids) <= self.lengths[-1]:
             raise ValueError(
                 f"the held-out text has {len(self.heldout_ids):,} tokens, prompts of {self.lengths[-1]:,} need more: "
                 "give a longer text or a smaller length"
             )
-        teacher: PreTrainedModel = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        self.teacher = teacher.to(Accelerator().device).eval()
+        self.teacher = opened.load(torch.float32, Accelerator().device)
         use_tuned_kernels()
         self.progress = Progress(
             TextColumn("{task.description:<30}"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from hydrahead.convert import HeadScores
+from hydrahead.convert import HeadScores, teachers
 from hydrahead.demo import run
 from hydrahead.demo.run import Demo, DemoSettings
 
@@ -75,6 +75,6 @@ def test_a_length_without_room_for_needles_is_refused_before_the_teacher_is_read
 
 def test_a_short_text_is_refused_before_the_teacher_is_read(tmp_path, monkeypatch):
     (tmp_path / "short.txt").write_text("too short " * 50)
-    monkeypatch.setattr(run.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("read the teacher"))
+    monkeypatch.setattr(teachers.Teacher, "load", lambda *_, **__: pytest.fail("read the teacher"))
     with pytest.raises(ValueError, match=r"^the held-out text has [^\n]*$"):
         Demo(DemoSettings(text=tmp_path / "short.txt"), tmp_path / "out", Console(quiet=True))

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import save_file
 
 from hydrahead.configuration_hydrahead import HydraHeadConfig
-from hydrahead.convert import migration
+from hydrahead.convert import migration, teachers
 from hydrahead.convert.forms import save_forms
 from hydrahead.convert.migration import head_forms_of, options_of, student_config
 from hydrahead.convert.teachers import adapter_for
@@ -29,7 +29,7 @@ def inputs(tmp_path, monkeypatch):
     def read(*_, **__):
         pytest.fail("read weights or started processes before the recipe was checked")
 
-    monkeypatch.setattr(launch.AutoModelForCausalLM, "from_pretrained", read)
+    monkeypatch.setattr(teachers.Teacher, "load", read)
     monkeypatch.setattr(launch, "Accelerator", read)
     monkeypatch.setattr(launch, "StageData", read)
     monkeypatch.setattr(migration, "read_safetensors", read)

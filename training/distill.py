@@ -94,7 +94,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
             student = HydraHeadForCausalLM.from_pretrained(section.student, dtype=torch.float32)
         else:
             student = convert_model(
-                job.checkpoint, stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
+                stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
             )
         return prepare_student(student, section.lora, section.gradient_checkpointing)
 

@@ -14,14 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from .. import console
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.mask_file import chosen_by, read_choice, read_masks
 from ..convert.migration import student_config, teacher_config
-from ..convert.teachers import TeacherAdapter, adapter_for, find_checkpoint
+from ..convert.teachers import EMBEDDED_TEACHER, TeacherAdapter, open_teacher
 from ..data.needles import NiahSample, make_niah
 from ..evaluation.needles import evaluate_niah
 from ..evaluation.text import text_loss
@@ -35,7 +35,6 @@ from .loop import Run, Schedule, Stopped
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
-EMBEDDED_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 MAX_NEW_TOKENS = 16
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
 
@@ -66,7 +65,7 @@ def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it is not a fast one, or has no end-of-text token to part documents with.
     """
-    tokenizer = AutoTokenizer.from_pretrained(teacher_path(recipe), revision=recipe.teacher.revision)
+    tokenizer = open_teacher(recipe.teacher.name, recipe.teacher.revision).tokenizer()
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise ValueError(f"{recipe.teacher.name}: training needs a fast tokenizer with an end-of-text token")
     return tokenizer
@@ -88,10 +87,10 @@ class Stage:
         self.recipe, self.name = recipe, name
         self.section: StageSection = recipe.stage(name)
         self.folder = Path(recipe.output) / name
-        config, self.fetch = find_checkpoint(teacher_path(recipe), recipe.teacher.revision)
-        self.adapter: TeacherAdapter = adapter_for(config)
+        self.teacher = open_teacher(recipe.teacher.name, recipe.teacher.revision)
+        self.adapter: TeacherAdapter = self.teacher.adapter
         self.processes = int(os.environ.get("WORLD_SIZE", 1))
-        check_stage_data(recipe, name, config.max_position_embeddings, self.processes)
+        check_stage_data(recipe, name, self.teacher.config.max_position_embeddings, self.processes)
         if min(recipe.run.save_every, recipe.run.keep) < 1:
             raise ValueError("run.save_every and run.keep must be at least 1")
         tracker = recipe.run.report_to
@@ -206,7 +205,7 @@ class Job:
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = StageData(recipe, stage.name, self.tokenizer)
         self.prompts = self.make_prompts() if stage.name != "align" else {}
-        self.checkpoint = stage.fetch()
+        stage.teacher.fetch()
         self.accelerator = Accelerator(
             # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
             cpu=not torch.accelerator.is_available(),
@@ -238,9 +237,7 @@ class Job:
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher in the recipe's dtype, without gradients, on this process's device."""
-        dtype = getattr(torch, self.recipe.teacher.dtype)
-        teacher = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=dtype).eval().requires_grad_(False)
-        return teacher.to(self.accelerator.device)
+        return self.stage.teacher.load(self.recipe.teacher.dtype, self.accelerator.device)
 
     def micro_batches(self, step: int) -> list[Batch]:
         """What this process accumulates in a step."""
