@@ -1,13 +1,14 @@
 """Recipes: one YAML file that says how a teacher becomes a student, in sections that the three stages share."""
 
 import argparse
-import difflib
-import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("align", "distill", "finetune")
@@ -240,7 +241,7 @@ def shipped_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     A recipe from a file, or from the package by its name alone, with `key=value` overrides.
 
@@ -250,78 +251,42 @@ def load_recipe(name: str, overrides: list[str] = ()) -> Recipe:
     path = RECIPES / f"{name}.yaml" if name in shipped_recipes() else Path(name)
     if not path.is_file():
         raise ValueError(f"{name}: no such recipe; expected a YAML file or one of {', '.join(shipped_recipes())}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        pairs = [item.split("=", 1) for item in overrides if "=" in item]
-        changes = [(key, yaml.safe_load(value)) for key, value in pairs]
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{name}: expected a mapping of keys to values")
     for item in overrides:
         if "=" not in item:
             raise ValueError(f"{item}: expected key=value")
-    for key, value in changes:
-        _override(values, key, value)
-    return _build(Recipe, values, "")
+    recipe, key = OmegaConf.structured(Recipe), ""
+    try:
+        for values in (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))):
+            if not OmegaConf.is_dict(values):
+                raise ValueError(f"{name}: expected a mapping of keys to values")
+            for key, value in _plain(OmegaConf.to_container(values)).items():
+                recipe = OmegaConf.merge(recipe, {key: value})
+    except (yaml.YAMLError, OSError) as error:
+        raise ValueError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    except OmegaConfBaseException as error:
+        known = f"; known: {', '.join(error.parent_node)}" if isinstance(error, ConfigKeyError) else ""
+        raise ValueError(f"{error.full_key or key}: {str(error).splitlines()[0]}{known}") from None
+    if missing := OmegaConf.missing_keys(recipe):
+        raise ValueError(f"{min(missing)}: missing from the recipe")
+    return OmegaConf.to_object(recipe)
 
 
-def _override(values: dict, key: str, value) -> None:
-    *sections, last = key.split(".")
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise ValueError(f"{key}: {section} is a value, not a section")
-    values[last] = value
+def _plain(value, key: str = ""):
+    """
+    A value as its writer meant it: `8e8` may be a whole number, and `no` in YAML is not always false.
 
-
-def _build(section: type, values, prefix: str):
-    """A section from plain values, keys and kinds checked."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.')}: expected a section of keys, got {values!r}")
-    kinds = typing.get_type_hints(section)
-    known = {item.name: item for item in fields(section)}
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"{prefix}{key}: unknown key, expected one of {', '.join(known)}{hint}")
-    missing = [
-        name
-        for name, item in known.items()
-        if name not in values and item.default is MISSING and item.default_factory is MISSING
-    ]
-    if missing:
-        raise ValueError(f"{prefix}{missing[0]}: missing from the recipe")
-    return section(**{key: _convert(kinds[key], value, prefix + key) for key, value in values.items()})
-
-
-def _convert(kind, value, key: str):
-    """A value as `kind`. Numbers may be written 1e-3 or 8e8, which YAML takes for text."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        kind = next(each for each in typing.get_args(kind) if each is not type(None))
-    if is_dataclass(kind):
-        return _build(kind, value, f"{key}.")
-    if typing.get_origin(kind) is typing.Literal:
-        value = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value  # YAML's own reading of no
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{key}: expected one of {', '.join(typing.get_args(kind))}, got {value!r}")
-        return value
-    if kind in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{key}: expected a number, got {value!r}") from None
-        if kind is int and number != int(number):
-            raise ValueError(f"{key}: expected a whole number, got {value!r}")
-        return kind(number)
-    if kind is not typing.Any and not isinstance(value, kind):
-        raise ValueError(f"{key}: expected {kind.__name__}, got {value!r}")
-    return value
+    Raises:
+        ValueError: it asks to be replaced by another value, which could be one of the environment.
+    """
+    if isinstance(value, dict):
+        return {name: _plain(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{key}: {value}: recipes do not replace ${{…}}; write the value itself")
+    if key == "mixed_precision" and value is False:
+        return "no"
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def stage_record(recipe: Recipe, stage: str) -> dict:
