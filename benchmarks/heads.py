@@ -12,16 +12,12 @@ Writes `heads.json` and `../docs/heads.png`.
 
 import argparse
 import json
-import os
-import platform
 import time
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 
 from hydrahead.convert.ablation import answers_found, constant_heads, mean_heads, replaced_heads
@@ -37,6 +33,7 @@ from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
 from hydrahead.evaluation.figures import plot_conditions, wilson_interval
 from hydrahead.evaluation.text import text_loss
+from hydrahead.provenance import environment
 from hydrahead.training.align import align_heads
 from hydrahead.training.loop import Schedule
 
@@ -233,11 +230,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "heads.json")
     arguments = parser.parse_args()
     report = run(arguments.prompts, arguments.steps, arguments.threads, arguments.search)
-    report |= {
-        "machine": {"processor": platform.machine(), "threads": arguments.threads, "cpus": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "date": date.today().isoformat(),
-    }
+    report |= environment()
     arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     tables = {name: result["table"] for name, result in report["results"].items()}
     plot_conditions(tables, list(KEPT), arguments.output.parent.parent / "docs" / "heads.png")

@@ -15,13 +15,9 @@ Writes `initialisation.json`.
 import argparse
 import json
 import math
-import os
-import platform
-from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
 
 from hydrahead.convert.ablation import replaced_heads
 from hydrahead.convert.forms import FormOutputs
@@ -29,6 +25,7 @@ from hydrahead.convert.migration import Forms, HeadStatistics, initial_forms, me
 from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
+from hydrahead.provenance import environment
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import head_matching_loss
 
@@ -151,9 +148,7 @@ def main() -> None:
     report = {
         "errors": errors,
         "tokens_per_step": arguments.rows * LENGTH,
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "cpus": os.cpu_count()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "date": date.today().isoformat(),
+        **environment(),
     }
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 

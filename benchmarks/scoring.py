@@ -9,16 +9,12 @@ Writes `scoring-<device>.json` beside itself, with the cost that operation count
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead.convert.ablation import replaced_heads
@@ -40,6 +36,7 @@ from hydrahead.convert.replacement import answer_effects, answer_estimates
 from hydrahead.convert.scoring import score_heads
 from hydrahead.convert.teachers import adapter_for, open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
+from hydrahead.provenance import environment
 from hydrahead.training.quick import quick_forms
 
 QWEN3_17B = {
@@ -303,14 +300,7 @@ def main() -> None:
         "measured": measured,
         "shortlist_errors": errors,
         "computed_at_4096": computed,
-        "machine": {
-            "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
-        },
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "date": date.today().isoformat(),
+        **environment(arguments.device),
     }
     output = arguments.output or Path(__file__).parent / f"scoring-{arguments.device}.json"
     output.write_text(json.dumps(report, indent=2) + "\n")

@@ -12,25 +12,23 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate import Accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.teachers import adapter_for
+from hydrahead.provenance import environment
 from hydrahead.training.align import HeadForms, align, teacher_heads
 from hydrahead.training.data import Batch
 from hydrahead.training.distill import read_teacher
@@ -94,13 +92,6 @@ class Machine:
 
     def peak(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) if self.is_cuda else self._status("VmHWM:")
-
-    def describe(self) -> str:
-        return (
-            torch.cuda.get_device_name(self.device)
-            if self.is_cuda
-            else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-        )
 
 
 def make_teacher(machine: Machine, shape: dict, vocabulary: int, **changes) -> Qwen3ForCausalLM:
@@ -305,11 +296,8 @@ def main() -> None:
         "distillation_seconds": {name: result["seconds"] for name, result in distillation.items()},
         "distillation_loss": {name: result["loss"] for name, result in distillation.items()},
         "speed": measure_speed(machine, shape, settings, options.repeats),
-        "hardware": machine.describe(),
         "precision": "fp32" if not machine.is_cuda else "fp32 weights, bf16 autocast, bf16 teacher",
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "date": date.today().isoformat(),
+        **environment(options.device),
     }
     output = options.output or Path(__file__).with_name(f"training-{options.device.split(':')[0]}.json")
     output.write_text(json.dumps(report, indent=2) + "\n")

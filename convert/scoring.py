@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
+from ..provenance import environment
 from .ablation import answer_measure, each_head_replaced, mean_heads
 from .attribution import attention_mass, attribution_effects, logit_contribution, query_key_effects
 from .forms import FormOutputs
@@ -103,7 +103,7 @@ def score_heads(
         method=methods[0],
         teacher=public_name(teacher.config.name_or_path),
         revision=revision,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        versions=environment()["versions"],
         seed=seed,
         seconds=measuring.seconds,
         weights=dict(weights or {}),

@@ -2,16 +2,13 @@
 
 import contextlib
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
@@ -41,6 +38,7 @@ from ..hub.card import model_card
 from ..hub.checkpoint import answer_in_clean_process, save_checkpoint
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
+from ..provenance import environment
 from ..training.align import align_heads
 from ..training.distill import distill
 from ..training.loop import Schedule
@@ -340,9 +338,7 @@ class Demo:
             "pairs": {probe.name: {"used": probe.used, "dropped": probe.dropped} for probe in scores.probes},
             "lengths": self.lengths,
             "results": results,
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "date": date.today().isoformat(),
+            **environment(),
         }
 
     def save(self, student: HydraHeadForCausalLM, scores: HeadScores, report: dict) -> None:

@@ -3,17 +3,14 @@
 import json
 import lzma
 import math
-import os
-import platform
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .. import provenance
 from ..data.corpus import encode_corpus, load_corpus
 from ..data.needles import make_niah
 from ..evaluation.needles import evaluate_niah
@@ -215,11 +212,6 @@ def _share(value: float | None) -> str:
 
 
 def environment(device: torch.device) -> dict:
-    """Date, machine and versions, to stand beside every number."""
-    return {
-        "date": date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    """Date, machine and versions, side by side, as the files beside the teacher have them."""
+    found = provenance.environment(device.type)
+    return found.pop("versions") | found

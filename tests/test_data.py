@@ -100,7 +100,7 @@ def test_an_interrupted_token_file_goes_on_where_it_was(kind, tmp_path, tokenize
 def test_a_token_file_of_another_source_or_tokenizer_is_refused(tmp_path, tokenizer):
     data = DataSection(name=write_texts(tmp_path, "jsonl"))
     TokenFile(tmp_path / "tokens", data, tokenizer).fill(10)
-    with pytest.raises(ValueError, match=r"^[^\n]*holds tokens of [^\n]*choose another data.cache$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*made with another source [^\n]*choose another data.cache$"):
         TokenFile(tmp_path / "tokens", replace(data, name="demo"), tokenizer)
     other = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
     other.add_tokens(["<another>"])
@@ -144,7 +144,7 @@ def test_a_token_file_separated_by_another_token_is_refused(tmp_path):
     chat = a_tokenizer(["<|endoftext|>", "<|im_end|>"], "<|im_end|>")
     data = DataSection(write_texts(tmp_path, "jsonl"))
     TokenFile(tmp_path / "tokens", data, chat).fill(10)
-    turns, line = replace(data, separator="<|im_end|>"), r"separated by '{}', not by '{}'; choose another"
+    turns, line = replace(data, separator="<|im_end|>"), r"another separator \('{}', now '{}'\); choose another"
     with pytest.raises(ValueError, match=line.format("<.endoftext.>", "<.im_end.>")):
         TokenFile(tmp_path / "tokens", turns, chat)
     record = tmp_path / "tokens" / "tokens.json"

@@ -150,7 +150,7 @@ def test_an_output_with_another_recipe_is_not_mixed_with_this_one(inputs, capsys
     (stage.folder / "recipe.json").write_text(json.dumps(stage.record()))
     launch.Stage(load_recipe(write_recipe(folder, recipe), ["run.save_every=7", "distill.tokens=512"]), "align")
     said = refusal("align", folder, recipe, capsys, "align.learning_rate=0.5")
-    assert "holds a run with another align.learning_rate (0.01, now 0.5)" in said
+    assert "made with another align.learning_rate (0.01, now 0.5)" in said
 
 
 SHAPES = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ROOT_FILES = {"console", "files", "provenance"}
 MODEL = {"configuration_hydrahead", "modeling_hydrahead"}
 # What each room may import beside itself. A file at the root is a room of its own.
 ROOMS = {
@@ -13,12 +14,13 @@ ROOMS = {
     "modeling_hydrahead": {"configuration_hydrahead"},
     "console": set(),
     "files": set(),
+    "provenance": {"files"},
     "kernels": set(),
-    "data": {"files"},
-    "hub": {"files", *MODEL},
-    "evaluation": {"files", "data"},
-    "convert": {"files", "kernels", "data", "evaluation", "hub", *MODEL},
-    "training": {"console", "files", "kernels", "data", "evaluation", "hub", "convert", *MODEL},
+    "data": ROOT_FILES,
+    "hub": {*ROOT_FILES, *MODEL},
+    "evaluation": {*ROOT_FILES, "data"},
+    "convert": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", *MODEL},
+    "training": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", *MODEL},
 }
 FILES = [
     path

@@ -10,7 +10,6 @@ for 5.8 billion tokens), a wait before the first step unless the file is made ah
 
 import glob
 import hashlib
-import json
 import logging
 import os
 import time
@@ -26,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.corpus import load_corpus
 from ..data.mixture import mixture_rows
-from ..files import read_utf8, whole_file
+from ..files import read_utf8
+from ..provenance import Record
 from .recipe import STAGES, DataSection, Recipe, StageSection, read_arguments
 
 logger = logging.getLogger(__name__)
@@ -170,24 +170,13 @@ class TokenFile:
             "tokenizer": digest,
             "separator": separator,
         }
-        state = self.state()
-        if state["separator"] != separator:
-            raise ValueError(
-                f"{folder}: holds documents separated by {state['separator']!r}, not by {separator!r}; choose another "
-                "data.cache or data.separator"
-            )
-        if any(state[key] != value for key, value in self.whose.items()):
-            raise ValueError(
-                f"{folder}: holds tokens of {state['source'][0]} or of another tokenizer; choose another data.cache"
-            )
+        # Files from before it was recorded are separated by the tokenizer's own end token.
+        self.record = Record(folder / "tokens.json", {"separator": tokenizer.eos_token})
+        self.record.check(self.whose, "choose another data.cache")
 
     def state(self) -> dict:
         """What is in the file by now."""
-        record = self.folder / "tokens.json"
-        if not record.is_file():
-            return self.whose | {"tokens": 0, "complete": False, "position": None}
-        # Files from before it was recorded are separated by the tokenizer's own end token.
-        return {"separator": self.tokenizer.eos_token} | json.loads(record.read_text())
+        return self.record.read() or self.whose | {"tokens": 0, "complete": False, "position": None}
 
     def holds(self, tokens: int) -> bool:
         """Whether there are so many tokens, or no more to be had."""
@@ -221,23 +210,22 @@ class TokenFile:
                     file.write(ids.tobytes())
                     state["tokens"] += len(ids)
                     state["position"] = position
-                    self._record(file, state)
+                    self._write_state(file, state)
                     on_tokens(len(ids))
                     if state["tokens"] >= tokens:
                         return
                 state["complete"] = True
-                self._record(file, state)
+                self._write_state(file, state)
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False).input_ids
         end = self.end_token
         return np.array([each for ids in encoded for each in (ids if ids[-1:] == [end] else [*ids, end])], "<u4")
 
-    def _record(self, file, state: dict) -> None:
+    def _write_state(self, file, state: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
-        with whole_file(self.folder / "tokens.json") as partial:
-            partial.write_text(json.dumps(state))
+        self.record.write(state)
 
     def read(self) -> np.ndarray:
         """All tokens, memory-mapped: uint32 `[N]`."""

@@ -1,7 +1,6 @@
 """Start and end of a stage: what can be wrong is refused first, what was done already is not done again."""
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -25,11 +24,11 @@ from ..convert.teachers import EMBEDDED_TEACHER, TeacherAdapter, open_teacher
 from ..data.needles import NiahSample, make_niah
 from ..evaluation.needles import evaluate_niah
 from ..evaluation.text import text_loss
-from ..files import whole_file
 from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
+from ..provenance import Record
 from .data import Batch, StageData, check_stage_data, find_files
 from .loop import Run, Schedule, Stopped
 from .pictures import draw_training
@@ -128,11 +127,7 @@ class Stage:
                 )
 
     def _check_earlier_run(self) -> None:
-        file = self.folder / "recipe.json"
-        if file.is_file():
-            before, now = (json.loads(text) for text in (file.read_text(), json.dumps(self.record())))
-            if changed := _first_difference(before, now):
-                raise ValueError(f"{self.folder} holds a run with another {changed}: choose another output")
+        Record(self.folder / "recipe.json").check(self.record(), "choose another output")
 
     def record(self) -> dict:
         """What decides the stage's numbers."""
@@ -185,17 +180,6 @@ class Stage:
         return Job(self)
 
 
-def _first_difference(before: dict, now: dict, prefix: str = "") -> str | None:
-    for key in sorted(before.keys() | now.keys()):
-        one, other = before.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
-            if found := _first_difference(one, other, f"{prefix}{key}."):
-                return found
-        elif one != other:
-            return f"{prefix}{key} ({one!r}, now {other!r})"
-    return None
-
-
 class Job:
     """A stage that is running: its data, its processes, and its way of ending."""
 
@@ -223,9 +207,8 @@ class Job:
         set_seed(recipe.run.seed)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name, content in (("recipe.json", stage.record()), ("facts.json", self.facts())):
-                with whole_file(self.folder / name) as partial_file:
-                    partial_file.write_text(json.dumps(content, indent=2) + "\n")
+            Record(self.folder / "recipe.json").write(stage.record())
+            Record(self.folder / "facts.json").write(self.facts())
         if recipe.run.report_to:
             self.accelerator.init_trackers(stage.name)
         self.autocast: Callable[[], torch.autocast] = partial(

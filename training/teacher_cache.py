@@ -1,6 +1,5 @@
 """A teacher's likeliest tokens on disk, for further epochs and for other students of the same teacher."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from ..files import force_to_disk, whole_file
+from ..files import force_to_disk
+from ..provenance import Record
 from .data import Batch
 from .losses import TeacherChunk
 
@@ -37,13 +37,10 @@ class TeacherCache:
         if not 1 <= top_k <= vocab_size:
             raise ValueError(f"distill.teacher_cache.top_k must be 1 … {vocab_size}, got {top_k}")
         folder.mkdir(parents=True, exist_ok=True)
-        whose = json.loads(json.dumps(whose | {"top_k": top_k}))
-        record = folder / "cache.json"
-        if record.is_file() and json.loads(record.read_text()) != whose:
-            raise ValueError(f"{folder}: holds another teacher's or another run's logits; choose another folder")
-        if not record.is_file() and int(os.environ.get("RANK", 0)) == 0:
-            with whole_file(record) as partial:
-                partial.write_text(json.dumps(whose, indent=2) + "\n")
+        record, whose = Record(folder / "cache.json"), whose | {"top_k": top_k}
+        record.check(whose, "choose another folder")
+        if int(os.environ.get("RANK", 0)) == 0 and not record.matches(whose):
+            record.write(whose)
         shape = (rows, length, top_k)
         self.top_k = top_k
         self.log_probs = self._open(folder / "log_probs.bin", "<f4", shape)
