@@ -17,7 +17,7 @@ except ImportError:  # Windows
 
 
 @contextlib.contextmanager
-def whole_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     A folder to write into that takes the place of `folder`, forced to the disk, when the block ends, and vanishes when
     it fails. What a process that was killed left of the same folder is removed first.
@@ -102,7 +102,7 @@ def _settle(folder: Path, stem: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     A path to write to that takes the place of `path`, forced to the disk, when the block ends, and vanishes when it
     fails.

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 
-from .files import whole_file
+from .files import atomic_file
 
 PACKAGES = ("hydrahead", "torch", "transformers", "flash-linear-attention", "triton")
 
@@ -95,5 +95,5 @@ class Record:
     def write(self, settings: dict) -> None:
         """Say under which settings the work is done, whole or not at all."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(self.path) as partial:
+        with atomic_file(self.path) as partial:
             partial.write_text(json.dumps(settings, indent=2, default=str) + "\n")

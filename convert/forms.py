@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..files import whole_file
+from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .ablation import Replace, replaced_heads
 from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config
@@ -144,7 +144,7 @@ def linear_heads(forms: FormOutputs, ablated: Sequence[Sequence[int]]) -> Replac
 
 def save_forms(forms: Forms, options: dict, path: Path) -> None:
     """Write forms with the student's options that they were aligned under, whole or not at all (safetensors)."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         save_file(forms, partial, metadata={"student": json.dumps(options)})
 
 

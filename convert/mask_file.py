@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..files import whole_file
+from ..files import atomic_file
 from .scores import HeadScores
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 
@@ -189,7 +189,7 @@ def select_to_file(
     from ..evaluation.figures import plot_head_map
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(output) as partial:
+    with atomic_file(output) as partial:
         partial.write_text(json.dumps({"masks": masks} | facts) + "\n")
     title = (
         f"{scores.teacher}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}, "

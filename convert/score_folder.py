@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..data.corpus import encode_corpus, load_corpus
 from ..evaluation.figures import plot_head_maps, plot_knockout, plot_stability
-from ..files import check_free, read_utf8, whole_file, whole_folder
+from ..files import atomic_file, atomic_folder, check_free, read_utf8
 from ..kernels import use_tuned_kernels
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .forms import FormOutputs, check_forms, load_forms, save_forms
@@ -97,7 +97,7 @@ class Unfinished:
         if not self.settings.is_file() or self.settings.read_text() != self.record:
             self.close()
             self.folder.mkdir(parents=True)
-            with whole_file(self.settings) as partial:
+            with atomic_file(self.settings) as partial:
                 partial.write_text(self.record)
 
     def finished(self) -> list[ProbeResult]:
@@ -108,7 +108,7 @@ class Unfinished:
 
     def keep(self, results: Sequence[ProbeResult]) -> None:
         """Keep the probes measured so far."""
-        with whole_file(self.probes) as partial:
+        with atomic_file(self.probes) as partial:
             partial.write_text(json.dumps([asdict(result) for result in results]))
 
     def close(self) -> None:
@@ -180,7 +180,7 @@ def score_to_folder(
         points = knockout_points(len(settings.methods), adapter.num_layers * adapter.num_heads)
         points *= len(pairs) * (1 if forms is None else 2)
         scores = with_evidence(teacher, scores, settings.methods, pairs, forms, on_stage("replace many heads", points))
-    with whole_folder(output, overwrite) as partial:
+    with atomic_folder(output, overwrite) as partial:
         scores.save(partial / "head_scores.json")
         draw_scores(scores, partial)
         if made is not None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import whole_file
+from ..files import atomic_file
 
 METHODS = {
     "replacement": "readout and text lost to the linear form, less what the full form loses: what a slot is worth",
@@ -244,7 +244,7 @@ class HeadScores:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all. Numbers are rounded to six digits; `load` reads null as NaN again."""
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(json.dumps(_rounded(asdict(self)), allow_nan=False) + "\n")
 
     @classmethod

@@ -33,7 +33,7 @@ from ..data.needles import NiahSample, make_niah, needle_text
 from ..evaluation.figures import plot_accuracy_over_length, plot_head_map
 from ..evaluation.needles import evaluate_niah
 from ..evaluation.text import text_loss
-from ..files import read_utf8, whole_file
+from ..files import atomic_file, read_utf8
 from ..hub.card import model_card
 from ..hub.checkpoint import answer_in_clean_process, save_checkpoint
 from ..kernels import use_tuned_kernels
@@ -165,7 +165,7 @@ class Demo:
         self.save(student, scores, report)
         report["reloaded"] = self.reload()
         report["seconds"] = round(time.perf_counter() - started, 1)
-        with whole_file(self.folder / "report.json") as partial:
+        with atomic_file(self.folder / "report.json") as partial:
             partial.write_text(json.dumps(report, indent=2) + "\n")
         self.draw(scores, report)
         self.show(report)
@@ -185,7 +185,7 @@ class Demo:
         if not record.is_file() or record.read_text() != settings:
             for name in ("head_scores.json", "head_forms.safetensors", "distilled.safetensors", "metrics.jsonl"):
                 (self.folder / name).unlink(missing_ok=True)
-            with whole_file(record) as partial:
+            with atomic_file(record) as partial:
                 partial.write_text(settings)
 
     def _stage(self, name: str, total: int) -> Callable[..., None]:
@@ -293,7 +293,7 @@ class Demo:
             on_step=lambda _, m: advance(f"KL {m['kl']:.3f}, CE {m['ce']:.3f}"),
         )
         state = {name: tensor for name, tensor in student.state_dict().items() if not name.startswith("lm_head")}
-        with whole_file(file) as partial:
+        with atomic_file(file) as partial:
             save_file(state, partial)
         return student
 

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from ..files import whole_file
+from ..files import atomic_file
 
 
 def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], title: str, path: Path) -> None:
@@ -271,7 +271,7 @@ def wilson_interval(share: float, samples: int) -> tuple[float, float]:
 
 def save_picture(figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all, and close it."""
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import whole_folder
+from ..files import atomic_folder
 
 if TYPE_CHECKING:  # what only writes files needs no PyTorch
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ def save_checkpoint(
     Raises:
         ValueError: the folder holds something already, and `overwrite` is not set.
     """
-    with whole_folder(folder, overwrite) as partial:
+    with atomic_folder(folder, overwrite) as partial:
         student.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

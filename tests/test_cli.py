@@ -25,7 +25,7 @@ from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
 from hydrahead.convert.scoring import _Measuring
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.demo.run import EMBEDDED_TEACHER
-from hydrahead.files import whole_folder
+from hydrahead.files import atomic_folder
 from hydrahead.hub.checkpoint import answer_in_clean_process
 from hydrahead.tests.families import make_teacher
 
@@ -300,15 +300,15 @@ def test_an_interrupted_convert_leaves_no_folder(tmp_path, masks, sent):
 
 def test_a_folder_is_replaced_only_when_asked_and_only_when_the_new_one_is_whole(tmp_path):
     folder = tmp_path / "folder"
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         (partial / "old").touch()
-    with pytest.raises(ValueError, match=r"not empty"), whole_folder(folder):
+    with pytest.raises(ValueError, match=r"not empty"), atomic_folder(folder):
         pass
-    with pytest.raises(RuntimeError), whole_folder(folder, overwrite=True) as partial:
+    with pytest.raises(RuntimeError), atomic_folder(folder, overwrite=True) as partial:
         (partial / "new").touch()
         raise RuntimeError
     assert [path.name for path in folder.iterdir()] == ["old"]
-    with whole_folder(folder, overwrite=True) as partial:
+    with atomic_folder(folder, overwrite=True) as partial:
         (partial / "new").touch()
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]

@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from hydrahead import files
 from hydrahead.evaluation.figures import plot_head_map
-from hydrahead.files import whole_file, whole_folder
+from hydrahead.files import atomic_file, atomic_folder
 
 WRITE_FOREVER = """
 import pathlib, sys, time
-from hydrahead.files import whole_folder
-with whole_folder(sys.argv[1], overwrite=True) as partial:
+from hydrahead.files import atomic_folder
+with atomic_folder(sys.argv[1], overwrite=True) as partial:
     (partial / "half").write_text("half")
     print("writing", flush=True)
     time.sleep(600)
@@ -42,7 +42,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_the_same_
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     (left,) = tmp_path.glob(".student.*.partial/half")
-    with whole_folder(tmp_path / "student") as partial:
+    with atomic_folder(tmp_path / "student") as partial:
         assert not left.exists()
         (partial / "whole").touch()
     assert names(tmp_path) == [".student.b.abc.partial", "student"] and names(tmp_path / "student") == ["whole"]
@@ -52,10 +52,10 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path, writer):
     before = names(tmp_path)
     with (
         pytest.raises(ValueError, match=r"^[^\n]*student: another process is writing it; [^\n]*$"),
-        whole_folder(tmp_path / "student"),
+        atomic_folder(tmp_path / "student"),
     ):
         pass
-    with whole_folder(tmp_path / "other"):
+    with atomic_folder(tmp_path / "other"):
         pass
     assert writer.poll() is None and names(tmp_path) == sorted([*before, "other"])
 
@@ -65,9 +65,9 @@ def test_a_folder_that_was_about_to_be_replaced_comes_back(tmp_path):
     for ending in ("partial", "replaced"):
         (tmp_path / f".student.abc.{ending}").mkdir()
         (tmp_path / f".student.abc.{ending}" / ending).touch()
-    with pytest.raises(ValueError, match="not empty"), whole_folder(tmp_path / "student"):
+    with pytest.raises(ValueError, match="not empty"), atomic_folder(tmp_path / "student"):
         pass
-    with pytest.raises(RuntimeError), whole_folder(tmp_path / "student", overwrite=True):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "student", overwrite=True):
         raise RuntimeError
     assert names(tmp_path) == ["student"] and names(tmp_path / "student") == ["replaced"]
 
@@ -85,17 +85,17 @@ def forced(monkeypatch) -> list[list[str]]:
 
 
 def test_a_file_is_on_the_disk_before_its_name_is_and_the_name_too(tmp_path, forced):
-    with whole_file(tmp_path / "a.json") as partial:
+    with atomic_file(tmp_path / "a.json") as partial:
         partial.write_text("new")
     assert forced == [["a.json.partial"], [tmp_path.name]] and names(tmp_path) == ["a.json"]
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "a.json") as partial:
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "a.json") as partial:
         partial.write_text("half")
         raise RuntimeError
     assert names(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_text() == "new"
 
 
 def test_all_of_a_folder_is_on_the_disk_before_its_name_is(tmp_path, forced):
-    with whole_folder(tmp_path / "student") as partial:
+    with atomic_folder(tmp_path / "student") as partial:
         (partial / "inner").mkdir()
         (partial / "inner" / "file").touch()
     assert [sorted(each) for each in forced] == [sorted(["inner", "file", partial.name]), [tmp_path.name]]

@@ -23,7 +23,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
 from ..convert.migration import Forms, forms_of_attention, options_of
 from ..convert.patching import home
-from ..files import whole_file
+from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
 from .data import Batch
@@ -331,7 +331,7 @@ def starting_forms(job: Job, teacher: PreTrainedModel, config: HydraHeadConfig) 
         row = min(512, job.section.length)
         ids = torch.from_numpy(job.data.heldout[: job.section.calibration_tokens].astype("int64"))
         forms = calibrated_forms(teacher, ids[: len(ids) // row * row].view(-1, row), config)
-        with whole_file(file) as partial:
+        with atomic_file(file) as partial:
             save_file(forms, partial)
     job.accelerator.wait_for_everyone()
     return load_file(file)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..files import force_to_disk, whole_file
+from ..files import atomic_file, force_to_disk
 
 _NOTHING_FREE = 2**20  # bytes
 
@@ -100,5 +100,5 @@ def keep_metrics_before(file: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] >= step:
             break
         kept.append(line)
-    with whole_file(file) as partial:
+    with atomic_file(file) as partial:
         partial.write_text("".join(kept))
