@@ -1,10 +1,8 @@
 """The command `hydrahead`: parses, calls, prints. Imports what a command needs when it runs, so that help is quick."""
 
 import contextlib
-import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -20,7 +18,6 @@ class _Commands(TyperGroup):
     """Every command runs quietly, and ends in one line where its user can mend what went wrong."""
 
     def invoke(self, ctx: typer.Context):
-        _quiet()
         with one_line_errors(ctx.params["debug"]):
             return super().invoke(ctx)
 
@@ -50,15 +47,6 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for every error.")] = False,
 ) -> None:
     pass
-
-
-def _quiet() -> None:
-    """The libraries say only what went wrong: the command has its own progress. Said before they are imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it tells of every retry
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # flash-linear-attention says so at its import wherever there is no GPU; linear heads then run on PyTorch.
-    warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
 
 
 class Position(StrEnum):

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
+from ..console import one_line_errors
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
 from ..convert.migration import Forms, forms_of_attention, options_of
 from ..convert.patching import home
@@ -27,7 +28,7 @@ from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
 from .data import Batch
-from .launch import Job, Stage, one_line_errors
+from .launch import Job, Stage
 from .loop import Run, Schedule, train
 from .losses import head_matching_loss, mean_square
 from .recipe import Recipe, read_arguments

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..console import one_line_errors, progress
 from ..data.corpus import load_corpus
 from ..data.mixture import mixture_rows
 from ..files import read_utf8
@@ -252,8 +252,8 @@ def ready_tokens(
     file = TokenFile(token_folder(recipe, data, folder), data, tokenizer)
     if int(os.environ.get("RANK", 0)) == 0:
         if not file.holds(tokens):
-            with tqdm(total=tokens, initial=file.state()["tokens"], unit="tok", unit_scale=True, desc="tokens") as bar:
-                file.fill(tokens, bar.update)
+            with progress("tokens", tokens, file.state()["tokens"]) as advance:
+                file.fill(tokens, advance)
     else:
         while not file.holds(tokens):
             time.sleep(1)
@@ -460,7 +460,7 @@ def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int
 
 def main(arguments: list[str] | None = None) -> None:
     """Tokenise all that a recipe's stages will read."""
-    from .launch import one_line_errors, prepare_tokenizer
+    from .launch import prepare_tokenizer
 
     with one_line_errors():
         recipe, _ = read_arguments(arguments, __doc__)

@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from ..console import one_line_errors
 from ..convert.forms import check_forms
 from ..convert.migration import convert_model, options_of
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .data import Batch
-from .launch import Job, Stage, one_line_errors
+from .launch import Job, Stage
 from .loop import Schedule
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments

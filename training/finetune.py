@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
+from ..console import one_line_errors
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .distill import student_facts
-from .launch import Stage, one_line_errors
+from .launch import Stage
 from .recipe import Recipe, read_arguments
 from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
 

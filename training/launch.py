@@ -1,10 +1,7 @@
 """Start and end of a stage: what can be wrong is refused first, what was done already is not done again."""
 
-import contextlib
-import logging
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,9 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers import logging as transformers_logging
 
-from .. import console
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.mask_file import chosen_by, read_choice, read_masks
 from ..convert.migration import student_config, teacher_config
@@ -30,26 +25,12 @@ from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record
 from .data import Batch, StageData, check_stage_data, find_files
-from .loop import Run, Schedule, Stopped
+from .loop import Run, Schedule
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
 MAX_NEW_TOKENS = 16
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """As `console.one_line_errors`, and a stopped run says where it stopped and ends with the signal's status."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tied weights are saved once, as they should
-    with console.one_line_errors(debug="--debug" in sys.argv):
-        try:
-            yield
-        except Stopped as stopped:
-            print(f"hydrahead: {stopped}", file=sys.stderr, flush=True)
-            raise SystemExit(128 + stopped.signal_number) from None
 
 
 def teacher_path(recipe: Recipe) -> str:

@@ -5,7 +5,6 @@ import json
 import math
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, tqdm
+from accelerate.utils import DistributedType, broadcast
 from torch import nn
 
+from ..console import Stopped, progress
 from .checkpoints import Checkpoints, keep_metrics_before
 from .data import Batch
 
@@ -61,7 +61,7 @@ class Run:
         folder: of the checkpoints and of `metrics.jsonl`.
         save_every, keep: steps between checkpoints, and how many of them stay.
         spike_factor: a loss of so many times the median of the last 50 steps stops the run.
-        name: of the stage, for the progress bar.
+        name: of the stage, shown with its progress.
         evaluate: called every `evaluate_every` steps, if any, and after the last; what it gives is recorded.
     """
 
@@ -72,16 +72,6 @@ class Run:
     name: str
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
-
-
-class Stopped(Exception):
-    """A run that was asked to stop, and has saved itself."""
-
-    def __init__(self, signal_number: int, checkpoint: Path):
-        super().__init__(
-            f"stopped by {signal.Signals(signal_number).name}; {checkpoint} holds everything: the same command goes on"
-        )
-        self.signal_number = signal_number
 
 
 def train(
@@ -122,16 +112,16 @@ def train(
     """
     model, optimizer = _prepare(accelerator, model, schedule, by_layers)
     checkpoints = Checkpoints(run.folder, run.keep) if run else None
-    progress = checkpoints.resume(accelerator) if run else {"step": 0}
-    losses: list[float] = progress.get("losses", [])
+    resumed = checkpoints.resume(accelerator) if run else {"step": 0}
+    first, losses = resumed["step"], resumed.get("losses", [])
     if run:
         metrics_file = run.folder / "metrics.jsonl"
         if accelerator.is_main_process:
-            keep_metrics_before(metrics_file, progress["step"])
-    show = _Progress(accelerator, run, schedule.steps, progress["step"])
+            keep_metrics_before(metrics_file, first)
     model.train()
-    with _stop_signals(run is not None) as received:
-        for step in range(progress["step"], schedule.steps):
+    shown = progress(run.name if run else "", schedule.steps, first, run is not None and accelerator.is_main_process)
+    with _stop_signals(run is not None) as received, shown as advance:
+        for step in range(first, schedule.steps):
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
@@ -156,7 +146,7 @@ def train(
                 with metrics_file.open("a") as file:
                     file.write(json.dumps({"step": step} | metrics) + "\n")
             _track(accelerator, metrics, step)
-            show(step, metrics)
+            advance(note=_note(metrics))
             if run and (stop or (step + 1) % run.save_every == 0 or step + 1 == schedule.steps):
                 checkpoints.save(accelerator, step + 1, {"losses": losses})
             if on_step is not None:
@@ -272,25 +262,8 @@ def _track(accelerator: Accelerator, metrics: dict, step: int) -> None:
         accelerator.log({name: value for name, value in metrics.items() if isinstance(value, float)}, step=step)
 
 
-class _Progress:
-    """A bar where someone watches, twenty lines where nobody does; nothing for a loop without a run."""
-
-    def __init__(self, accelerator: Accelerator, run: Run | None, steps: int, first: int):
-        self.steps, self.name = steps, run.name if run else None
-        self.active = run is not None and accelerator.is_main_process
-        self.bar = None
-        if self.active and sys.stderr.isatty():
-            self.bar = tqdm(total=steps, initial=first, desc=run.name)
-
-    def __call__(self, step: int, metrics: dict) -> None:
-        if not self.active:
-            return
-        note = (
-            f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-            f"gradient {metrics['grad_norm']:.2f}, {metrics['memory_gb']:.1f} GB"
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update()
-        elif (step + 1) * 20 // self.steps > step * 20 // self.steps:
-            print(f"{self.name} {step + 1}/{self.steps}: {note}", file=sys.stderr, flush=True)
+def _note(metrics: dict) -> str:
+    return (
+        f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+        f"gradient {metrics['grad_norm']:.2f}, {metrics['memory_gb']:.1f} GB"
+    )
