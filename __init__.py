@@ -3,12 +3,16 @@
 import os
 from typing import TYPE_CHECKING
 
+from .auto import register_now_or_on_import
+
 if TYPE_CHECKING:
     from .configuration_hydrahead import HydraHeadConfig
     from .modeling_hydrahead import HydraHeadForCausalLM, HydraHeadModel
 
 # fla decides when it is imported whether it looks for tuned configurations, and when it runs where (`kernels`).
 os.environ.setdefault("FLA_CACHE_MODE", "fuzzy")  # other sizes take what was found for the most similar ones
+
+register_now_or_on_import()
 
 __version__ = "0.1.0"
 __all__ = ["HydraHeadConfig", "HydraHeadForCausalLM", "HydraHeadModel"]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hydrahead import HydraHeadForCausalLM, modeling_hydrahead
 from hydrahead.convert import convert_model
@@ -59,12 +60,16 @@ def folder(request, tmp_path_factory) -> Path:
     return folder
 
 
+def load(folder: Path):
+    """The checkpoint as `trust_remote_code=True` loads it without hydrahead: by the code that lies in its folder."""
+    model_class = get_class_from_dynamic_module("modeling_hydrahead.HydraHeadForCausalLM", folder)
+    assert model_class.__module__.startswith("transformers_modules."), model_class
+    return model_class.from_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def model(folder):
-    """The checkpoint as users load it: by the code that lies in its folder."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    assert type(model).__module__.startswith("transformers_modules."), type(model)
-    return model
+    return load(folder).eval()
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +204,7 @@ def test_trainer_evaluates_and_collects_logits_alone(model, ids, tmp_path):
 
 def test_gradient_checkpointing_refuses_a_cache(folder, ids):
     """A layer that runs twice would fill it twice, and transformers drops it under one of its two names only."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).train()
+    model = load(folder).train()
     plain = model(ids, labels=ids).loss
     model.gradient_checkpointing_enable()
     assert torch.equal(model(ids, labels=ids).loss, plain)
@@ -210,7 +215,7 @@ def test_gradient_checkpointing_refuses_a_cache(folder, ids):
 
 
 def test_adapters_train_and_generate(folder, ids):
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = load(folder)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["fusion"]))
     optimizer = torch.optim.SGD((p for p in tuned.parameters() if p.requires_grad), lr=0.1)
     losses = []
@@ -247,7 +252,7 @@ def test_a_checkpoint_of_version_0_1_gives_what_it_gave(tmp_path):
     folder = shutil.copytree(OLD, tmp_path / "old")
     for file in CODE:
         shutil.copy(file, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    model = load(folder).eval()
     expected = load_file(OLD / "expected.safetensors")
     with torch.no_grad():
         assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-5

@@ -12,6 +12,7 @@ MODEL = {"configuration_hydrahead", "modeling_hydrahead"}
 ROOMS = {
     "configuration_hydrahead": set(),
     "modeling_hydrahead": {"configuration_hydrahead"},
+    "auto": MODEL,
     "console": set(),
     "files": set(),
     "provenance": {"files"},

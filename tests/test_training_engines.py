@@ -96,9 +96,7 @@ def test_adapters_train_what_the_recipe_names_and_are_merged(finished, tmp_path)
     assert not torch.equal(found[moved], started["0.linear.gamma"]) and not torch.equal(
         found[moved], started["0.full.gamma"]
     )
-    student = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out" / "distill" / "student", trust_remote_code=True, dtype=torch.float32
-    )
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "distill" / "student", dtype=torch.float32)
     assert not any("lora" in name for name in student.state_dict())
 
 
