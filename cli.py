@@ -150,7 +150,7 @@ def score(
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
 ) -> None:
     """Score every query head of a teacher: which ones does a hybrid have to keep, and how sure is that."""
-    from .convert.score_settings import ScoreSettings, check_options
+    from .convert.scoring.settings import ScoreSettings, check_options
     from .files import check_free
 
     options = _given(full_attention_position=position, logit_scale_base=logit_scale_base, fusion_norm=fusion_norm)
@@ -174,7 +174,7 @@ def score(
     )
     check_options(settings)
     check_free(output, overwrite)
-    from .convert.score_folder import score_to_folder  # PyTorch and transformers: seconds
+    from .convert.scoring.command import score_to_folder
 
     with _stages() as begin:
 
@@ -226,7 +226,7 @@ def select(
     """Choose the heads that stay full attention, and print what the choice keeps and costs."""
     if exchange and (teacher is None or forms is None):
         raise ValueError("--exchange converts heads of the teacher: pass --teacher and --forms as well")
-    from .convert.mask_file import Exchange, select_to_file
+    from .convert.masks import Exchange, select_to_file
 
     improve = Exchange(teacher, forms, exchange, text, length, device) if exchange else None
     _, lines = select_to_file(
@@ -274,7 +274,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option(help="Replace what the output folder holds.")] = False,
 ) -> None:
     """Convert a teacher into an untrained student: its weights, calibrated new heads, and the code that loads it."""
-    from .convert.mask_file import read_masks
+    from .convert.masks import read_masks
     from .files import check_free
 
     check_free(output, overwrite)

@@ -20,14 +20,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from hydrahead.convert.ablation import answers_found, constant_heads, mean_heads, replaced_heads
-from hydrahead.convert.evidence import Order, as_masks, random_orders, ranking, stability
 from hydrahead.convert.forms import FormOutputs, linear_heads
+from hydrahead.convert.hooks import replaced_heads
 from hydrahead.convert.migration import Forms, convert_model, head_forms_of, student_config
-from hydrahead.convert.probes import built_in_probes, niah_probe
-from hydrahead.convert.replacement import search_masks
-from hydrahead.convert.scores import METHODS, HeadScores
-from hydrahead.convert.scoring import score_heads
+from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
+from hydrahead.convert.scoring.evidence import Order, as_masks, random_orders, ranking, stability
+from hydrahead.convert.scoring.measure import score_heads
+from hydrahead.convert.scoring.probes import built_in_probes, niah_probe
+from hydrahead.convert.scoring.readout import answers_found
+from hydrahead.convert.scoring.scores import METHODS, HeadScores
+from hydrahead.convert.search import search_masks
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from hydrahead.convert.ablation import replaced_heads
 from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.hooks import replaced_heads
 from hydrahead.convert.migration import Forms, HeadStatistics, initial_forms, measure_heads, student_config
 from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus

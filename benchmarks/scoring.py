@@ -17,23 +17,17 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from hydrahead.convert.ablation import replaced_heads
-from hydrahead.convert.evidence import spearman
 from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.hooks import record, replaced_heads
 from hydrahead.convert.migration import head_forms_of, student_config
-from hydrahead.convert.patching import (
-    HeadReader,
-    answer_positions,
-    first_change,
-    readout,
-    readout_direction,
-    receiver_effects,
-    record,
-    sender_effects,
-)
-from hydrahead.convert.probes import Pair, Probe, niah_probe
-from hydrahead.convert.replacement import answer_effects, answer_estimates
-from hydrahead.convert.scoring import score_heads
+from hydrahead.convert.scoring.evidence import spearman
+from hydrahead.convert.scoring.measure import score_heads
+from hydrahead.convert.scoring.probes import Pair, Probe, niah_probe
+from hydrahead.convert.scoring.readout import answer_positions, first_change, readout, readout_direction
+from hydrahead.convert.scoring.receivers import receiver_effects
+from hydrahead.convert.scoring.recompute import HeadReader
+from hydrahead.convert.scoring.replacement import answer_effects, answer_estimates
+from hydrahead.convert.scoring.senders import sender_effects
 from hydrahead.convert.teachers import adapter_for, open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.provenance import environment

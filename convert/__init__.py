@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .migration import convert_model
-    from .scores import HeadScores
-    from .scoring import score_heads
+    from .scoring.measure import score_heads
+    from .scoring.scores import HeadScores
     from .selection import select_heads
 
 __all__ = ["HeadScores", "convert_model", "score_heads", "select_heads"]
 
 _MODULES = {
-    "HeadScores": "scores",
+    "HeadScores": "scoring.scores",
     "convert_model": "migration",
-    "score_heads": "scoring",
+    "score_heads": "scoring.measure",
     "select_heads": "selection",
 }
 

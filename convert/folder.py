@@ -10,7 +10,7 @@ from ..files import check_free, read_utf8
 from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint
 from .forms import load_forms
-from .mask_file import chosen_by, read_choice
+from .masks import chosen_by, read_choice
 from .migration import convert_model, student_config, teacher_config
 from .teachers import open_teacher
 

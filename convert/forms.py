@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
-from .ablation import Replace, replaced_heads
+from .hooks import Replace, home, replaced_heads
 from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config
-from .patching import home
 from .teachers import TeacherAdapter
 
 BRANCHES = ("linear", "full")

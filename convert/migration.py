@@ -25,7 +25,7 @@ from ..modeling_hydrahead import (
     HydraHeadForCausalLM,
     HydraHeadRotaryEmbedding,
 )
-from .patching import home
+from .hooks import home
 from .teachers import (
     Read,
     TeacherAdapter,

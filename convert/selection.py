@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from .scores import HeadScores
+from .scoring.scores import HeadScores
 
 STRATEGIES = ("global", "global-constrained", "layer", "fixed", "layer-random", "global-random", "layerwise")
 BUDGET_UNITS = ("heads", "kv_groups")

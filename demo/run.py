@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.forms import FormOutputs, calibrated_forms, save_forms
 from ..convert.migration import Forms, convert_model, options_of, student_config, teacher_config
-from ..convert.probes import check_length, niah_probe
-from ..convert.scores import HeadScores
-from ..convert.scoring import score_heads
+from ..convert.scoring.measure import score_heads
+from ..convert.scoring.probes import check_length, niah_probe
+from ..convert.scoring.scores import HeadScores
 from ..convert.selection import select_heads, selection_cost
 from ..convert.teachers import EMBEDDED_TEACHER, open_teacher, public_name
 from ..data.corpus import encode_corpus, load_corpus

@@ -106,7 +106,7 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
     Draw accuracy over the number of heads replaced: a row for each probe, a column for each method.
 
     Args:
-        curves: by probe, what `convert.evidence.knockout` gives.
+        curves: by probe, what `convert.scoring.evidence.knockout` gives.
     """
     methods = list(next(iter(curves.values()))["methods"])
     figure, grid = plt.subplots(
@@ -145,7 +145,7 @@ def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path
     Draw split-half rank correlation, with the 95% interval of the splits, over the number of pairs.
 
     Args:
-        stability: by method, what `convert.evidence.stability` gives.
+        stability: by method, what `convert.scoring.evidence.stability` gives.
     """
     figure, axes = plt.subplots(figsize=(5.6, 3.6))
     counts = sorted({int(count) for found in stability.values() for count in found})

@@ -2,8 +2,8 @@
 
 import torch
 
-from hydrahead.convert.patching import answer_positions, readout, readout_direction
-from hydrahead.convert.probes import Pair
+from hydrahead.convert.scoring.probes import Pair
+from hydrahead.convert.scoring.readout import answer_positions, readout, readout_direction
 from hydrahead.tests.families import HEADS, random_ids
 
 

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from hydrahead import __version__
 from hydrahead.cli import app
-from hydrahead.convert import score_folder
 from hydrahead.convert.forms import save_forms
-from hydrahead.convert.mask_file import read_masks
+from hydrahead.convert.masks import read_masks
 from hydrahead.convert.migration import head_forms_of, options_of, student_config
-from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
-from hydrahead.convert.scoring import _Measuring
+from hydrahead.convert.scoring.command import score_to_folder
+from hydrahead.convert.scoring.measure import _Measuring
+from hydrahead.convert.scoring.settings import ScoreSettings
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.files import atomic_folder
@@ -79,7 +79,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("shapes do not fit")
 
-    monkeypatch.setattr("hydrahead.convert.mask_file.select_to_file", broken)
+    monkeypatch.setattr("hydrahead.convert.masks.select_to_file", broken)
     result = CliRunner().invoke(app, ["select", "scores.json", "--output", "masks.json"])
     assert isinstance(result.exception, RuntimeError) and result.exit_code == 1 and result.stderr == ""
 
@@ -456,8 +456,8 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
     ],
 )
 def test_bad_score_input_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(score_folder, "load_teacher", lambda *_: pytest.fail("read the weights"))
-    monkeypatch.setattr(score_folder, "read_text", lambda *_: pytest.fail("read the text"))
+    monkeypatch.setattr("hydrahead.convert.scoring.command.load_teacher", lambda *_: pytest.fail("read the weights"))
+    monkeypatch.setattr("hydrahead.convert.scoring.command.read_text", lambda *_: pytest.fail("read the text"))
     result = CliRunner().invoke(app, ["score", str(EMBEDDED_TEACHER), str(tmp_path / "out"), *arguments])
     assert result.exit_code == 1
     assert message in result.stderr and result.stderr.strip().count("\n") == 0

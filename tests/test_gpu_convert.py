@@ -15,8 +15,9 @@ from hydrahead import modeling_hydrahead
 from hydrahead.convert import select_heads
 from hydrahead.convert.forms import FormOutputs
 from hydrahead.convert.migration import head_forms_of, student_config
-from hydrahead.convert.replacement import text_effects
-from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
+from hydrahead.convert.scoring.command import score_to_folder
+from hydrahead.convert.scoring.replacement import text_effects
+from hydrahead.convert.scoring.settings import ScoreSettings
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.demo.run import EMBEDDED_TEACHER, Demo, DemoSettings

@@ -4,27 +4,17 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from hydrahead.convert.attribution import (
+from hydrahead.convert.hooks import Recording, record
+from hydrahead.convert.scoring.attribution import (
     attention_mass,
     attribution_effects,
     logit_contribution,
-    needle_positions,
     query_key_effects,
 )
-from hydrahead.convert.patching import (
-    HeadReader,
-    PathPatching,
-    Recording,
-    answer_positions,
-    direct_effects,
-    each_head_changed,
-    first_change,
-    output_change,
-    readout_direction,
-    receiver_effects,
-    record,
-    sender_effects,
-)
+from hydrahead.convert.scoring.readout import answer_positions, first_change, needle_positions, readout_direction
+from hydrahead.convert.scoring.receivers import direct_effects, each_head_changed, output_change, receiver_effects
+from hydrahead.convert.scoring.recompute import HeadReader
+from hydrahead.convert.scoring.senders import PathPatching, sender_effects
 from hydrahead.tests.counterfactuals import (
     frozen_attention_drop,
     make_pair,
@@ -155,7 +145,7 @@ def test_senders_do_not_depend_on_their_order_or_batch(monkeypatch):
     teacher, pair = make_teacher("qwen3-tied", num_hidden_layers=3), make_pair()
     patching, hops = PathPatching(HeadReader(teacher), pair), [[(2, 0), (2, 4)]]
     expected = patching.effects(ALL_HEADS[:12], hops)
-    monkeypatch.setattr("hydrahead.convert.patching.PATH_TOKENS", 40)  # two senders at a time
+    monkeypatch.setattr("hydrahead.convert.scoring.senders.TOKENS_AT_ONCE", 40)  # two senders at a time
     found = patching.effects(ALL_HEADS[:12][::-1], hops).flip(0)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hydrahead.convert.score_folder import ScoreSettings, score_to_folder
+from hydrahead.convert.scoring.command import score_to_folder
+from hydrahead.convert.scoring.settings import ScoreSettings
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.tests.families import make_teacher
 from hydrahead.tests.placements import compare, everything, split

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from hydrahead.convert.probes import (
+from hydrahead.convert.scoring.probes import (
     COUNTERFACTUALS,
     NEAR_TOKENS,
     built_in_probes,
@@ -120,7 +120,7 @@ def test_the_text_probe_swaps_near_or_far_context(tokenizer, haystack):
 
 def test_unequal_tokenisations_are_drawn_again_and_counted(tokenizer, haystack, monkeypatch):
     """Half of all numbers get a ninth digit: only pairs of equally long ones are left."""
-    import hydrahead.convert.probes as module
+    import hydrahead.convert.scoring.probes as module
 
     def draw(rng, count):
         return [str(rng.integers(10**6, 10**7)) + ("00" if rng.random() < 0.5 else "") for _ in range(count)]

@@ -7,14 +7,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from hydrahead.convert.ablation import (
-    answer_measure,
-    answers_found,
-    constant_heads,
-    each_head_replaced,
-    mean_heads,
-    replaced_heads,
-)
 from hydrahead.convert.forms import (
     LEAST_SCALE,
     FormOutputs,
@@ -24,17 +16,19 @@ from hydrahead.convert.forms import (
     load_forms,
     save_forms,
 )
+from hydrahead.convert.hooks import each_head_replaced, replaced_heads
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
-from hydrahead.convert.replacement import (
+from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
+from hydrahead.convert.scoring.readout import answer_measure, answers_found
+from hydrahead.convert.scoring.replacement import (
     answer_effects,
     answer_estimates,
-    conversion_loss,
     form_changes,
-    search_masks,
     shortlisted,
     text_effects,
     text_estimates,
 )
+from hydrahead.convert.search import conversion_loss, search_masks
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, measured, run
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, FAMILIES, HEADS, LAYERS, MIXED, make_teacher, random_ids

@@ -26,7 +26,7 @@ ROOMS = {
 FILES = [
     path
     for room in ROOMS
-    for path in ([ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).glob("*.py")))
+    for path in ([ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else sorted((ROOT / room).rglob("*.py")))
 ]
 
 

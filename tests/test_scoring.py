@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hydrahead.convert import HeadScores, score_heads, select_heads
-from hydrahead.convert.evidence import (
+from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.migration import head_forms_of, student_config
+from hydrahead.convert.scoring.evidence import (
     average_ranks,
     knockout,
     knockout_sizes,
@@ -17,11 +19,9 @@ from hydrahead.convert.evidence import (
     stability,
     with_evidence,
 )
-from hydrahead.convert.forms import FormOutputs
-from hydrahead.convert.migration import head_forms_of, student_config
-from hydrahead.convert.patching import receiver_effects
-from hydrahead.convert.probes import Pair, Probe
-from hydrahead.convert.scores import METHODS, ProbeResult, fuse
+from hydrahead.convert.scoring.probes import Pair, Probe
+from hydrahead.convert.scoring.receivers import receiver_effects
+from hydrahead.convert.scoring.scores import METHODS, ProbeResult, fuse
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, null_pair
 from hydrahead.tests.families import ALL_LINEAR, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from hydrahead import HydraHeadConfig
 from hydrahead.convert import HeadScores, select_heads
-from hydrahead.convert.evidence import ranking
-from hydrahead.convert.mask_file import describe_choice
+from hydrahead.convert.masks import describe_choice
+from hydrahead.convert.scoring.evidence import ranking
 from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
 from hydrahead.tests.families import student_fields
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..console import one_line_errors
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
+from ..convert.hooks import home
 from ..convert.migration import Forms, forms_of_attention, options_of
-from ..convert.patching import home
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.mask_file import chosen_by, read_choice, read_masks
+from ..convert.masks import chosen_by, read_choice, read_masks
 from ..convert.migration import student_config, teacher_config
 from ..convert.teachers import EMBEDDED_TEACHER, TeacherAdapter, open_teacher
 from ..data.needles import NiahSample, make_niah

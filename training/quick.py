@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..convert.forms import calibrated_forms
+from ..convert.hooks import home
 from ..convert.migration import Forms, student_config
-from ..convert.patching import home
 from ..convert.teachers import adapter_for
 from ..data.mixture import mixture_rows
 from .align import align_heads

@@ -1,19 +1,31 @@
-"""Heads replaced in an otherwise intact teacher: one by one, or many at once."""
+"""The only hooks into a running teacher: what its heads read and write, what they would do otherwise, and slopes."""
 
 import contextlib
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from .patching import PATH_TOKENS, Head, answer_positions, home, is_answer, readout, readout_direction
-from .probes import Pair
+TOKENS_AT_ONCE = 65_536  # of changed streams that exist at once
+
+Head = tuple[int, int]
+"""Layer and query head."""
 
 Replace = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """Layer, what its attention reads `[B, T, D]`, its heads' outputs `[B, T, H, d]`; gives the outputs to go on with."""
+
+Measure = Callable[[torch.Tensor], torch.Tensor]
+"""Final normed states `[rows, T, D]` to numbers `[rows, M]` fp32."""
+
+
+def home(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its inputs, also when `accelerate` keeps its weights elsewhere."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return embedding.weight.device if device is None else torch.device(device)
 
 
 @contextlib.contextmanager
@@ -38,81 +50,81 @@ def replaced_heads(model: PreTrainedModel, replace: Replace) -> Iterator[None]:
             hook.remove()
 
 
-def constant_heads(values: torch.Tensor, ablated: Sequence[Sequence[int]]) -> Replace:
+@dataclass
+class Recording:
     """
-    Heads that write a constant.
+    What one forward over `T` ids leaves at `P` of its positions.
+
+    Attributes:
+        heads: `[L, P, H, d]`, the input of `W_o`.
+        attention: `[L, P, D]`, the output of `W_o`.
+        residual: `[L, P, D]`, the input of the layer.
+        states: `[P, D]`, the final normed states.
+    """
+
+    heads: torch.Tensor
+    attention: torch.Tensor
+    residual: torch.Tensor
+    states: torch.Tensor
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, ids: Sequence[int], positions: slice, full_residual: bool = False) -> Recording:
+    """
+    One forward over `T` ids, kept only at `positions`.
 
     Args:
-        values: `[L, H, d]`.
-        ablated: `[L][H]`, 1 for the heads to replace.
+        full_residual: keep `residual` at all `T` positions.
     """
-    masks = torch.tensor(ablated, dtype=torch.bool, device=values.device)
+    device = home(model)
+    heads, attention, residual, hooks = [], [], [], []
 
-    def replace(layer: int, _, heads: torch.Tensor) -> torch.Tensor:
-        mask = masks[layer][:, None].to(heads.device)
-        return torch.where(mask, values[layer].to(heads.device, heads.dtype), heads)
+    def keep(kept: list, tensor: torch.Tensor, where: slice = positions) -> None:
+        # A copy: a view would hold on to the whole length of every layer.
+        kept.append(tensor[0, where].to(device, copy=True))
 
-    return replace
+    everywhere = slice(None) if full_residual else positions
+    for layer in model.model.layers:
+        o_proj: nn.Linear = layer.self_attn.o_proj
+        hooks += [
+            layer.register_forward_pre_hook(lambda _, args: keep(residual, args[0], everywhere)),
+            o_proj.register_forward_pre_hook(lambda _, args: keep(heads, args[0])),
+            o_proj.register_forward_hook(lambda _, args, output: keep(attention, output)),
+        ]
+    try:
+        states = model.model(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Recording(
+        heads=torch.stack(heads).unflatten(-1, (model.config.num_attention_heads, -1)),
+        attention=torch.stack(attention),
+        residual=torch.stack(residual),
+        states=states[0, positions].to(device, copy=True),
+    )
 
 
-@torch.no_grad()
-def mean_heads(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Mean output `[L, H, d]` fp32 of every head over all positions of some texts."""
-    sums: dict[int, torch.Tensor] = {}
-
-    def add(layer: int, _, heads: torch.Tensor) -> torch.Tensor:
-        total = heads.float().sum((0, 1)).to(home(model))
-        sums[layer] = sums[layer] + total if layer in sums else total
-        return heads
-
-    with replaced_heads(model, add):
-        for ids in rows:
-            model.model(torch.tensor([ids], device=home(model)), use_cache=False)
-    return torch.stack([sums[layer] for layer in range(len(sums))]) / sum(map(len, rows))
-
-
-@torch.no_grad()
-def answers_found(model: PreTrainedModel, pairs: Sequence[Pair]) -> list[bool]:
+def head_slopes(
+    model: PreTrainedModel, ids: Sequence[int], scalar: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """
-    Whether greedy generation from each clean prompt gives the answer.
+    Gradient, by every head's output, of a number computed from the final normed states `[T, D]`: `[L, T, H, d]` fp32.
 
-    One forward per pair over prompt and answer (see `is_answer`).
+    One forward and one backward pass over `T` tokens.
     """
-    found = []
-    for pair in pairs:
-        states = model.model(torch.tensor([pair.clean], device=home(model)), use_cache=False).last_hidden_state
-        found.append(bool(is_answer(model, states[0, answer_positions(pair)], pair)))
-    return found
-
-
-Measure = Callable[[torch.Tensor], torch.Tensor]
-"""Final normed states `[rows, T, D]` to numbers `[rows, M]` fp32."""
-
-
-def answer_measure(model: PreTrainedModel, pair: Pair) -> Measure:
-    """Measures the readout, in logits, and whether greedy generation gives the answer (1 or 0)."""
-    positions, direction = answer_positions(pair), readout_direction(model, pair)
-
-    def measure(states: torch.Tensor) -> torch.Tensor:
-        states = states[:, positions]
-        answered = is_answer(model, states, pair).to(direction)
-        return torch.stack([readout(states, direction), answered], dim=1)
-
-    return measure
-
-
-def divergence_measure(model: PreTrainedModel, states: torch.Tensor) -> Measure:
-    """Measures `KL(teacher ‖ patched)` in nats per token, against the teacher's own final states `[T, D]`."""
-    chunks = [F.log_softmax(model.lm_head(part).float(), -1) for part in states.split(512)]
-
-    def row(patched: torch.Tensor) -> torch.Tensor:
-        total = 0.0
-        for part, reference in zip(patched.split(512), chunks):
-            logits = F.log_softmax(model.lm_head(part).float(), -1)
-            total = total + (reference.exp() * (reference - logits)).sum()
-        return total / len(patched)
-
-    return lambda patched: torch.stack([row(states) for states in patched]).unsqueeze(1)
+    inputs, hooks = [], []
+    for layer in model.model.layers:
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
+    embeddings = model.model.embed_tokens(torch.tensor([ids], device=home(model))).detach().requires_grad_()
+    try:
+        with torch.enable_grad():
+            states = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            slopes = torch.autograd.grad(scalar(states[0]), inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stacked = torch.stack([slope[0].float().to(home(model)) for slope in slopes])
+    return stacked.unflatten(-1, (model.config.num_attention_heads, -1))
 
 
 @torch.no_grad()
@@ -165,7 +177,7 @@ def each_head_replaced(
             for head in range(shape[0])
             if wanted is None or (index, head) in wanted
         ]
-        size = max(1, PATH_TOKENS // len(ids))
+        size = max(1, TOKENS_AT_ONCE // len(ids))
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             patched = heads.expand(len(batch), -1, -1, -1).clone()

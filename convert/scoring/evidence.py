@@ -8,9 +8,11 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from .ablation import Replace, answers_found, constant_heads, mean_heads, replaced_heads
-from .forms import FormOutputs, linear_heads
+from ..forms import FormOutputs, linear_heads
+from ..hooks import Replace, replaced_heads
+from .ablation import constant_heads, mean_heads
 from .probes import Pair
+from .readout import answers_found
 from .scores import NEEDS_FORMS, TEXT, HeadScores, ProbeResult, fuse
 
 SPLITS = 100

@@ -6,16 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..provenance import environment
-from .ablation import answer_measure, each_head_replaced, mean_heads
+from ...provenance import environment
+from ..forms import FormOutputs
+from ..hooks import Head, each_head_replaced, home
+from ..migration import measure_heads
+from ..teachers import adapter_for, public_name, read_model
+from .ablation import mean_heads
 from .attribution import attention_mass, attribution_effects, logit_contribution, query_key_effects
-from .forms import FormOutputs
-from .migration import measure_heads
-from .patching import Head, HeadReader, home, receiver_effects, sender_effects
 from .probes import Pair, Probe
+from .readout import answer_measure
+from .receivers import receiver_effects
+from .recompute import HeadReader
 from .replacement import answer_effects, answer_estimates, shortlisted, text_effects, text_estimates
 from .scores import CLEAN_ONLY, METHODS, NEEDS_FORMS, TEXT, THRESHOLD, Effects, HeadScores, ProbeResult
-from .teachers import adapter_for, public_name, read_model
+from .senders import sender_effects
 
 MIN_READOUT_CHANGE = 1.0  # logits: effects are shares of the change, and a share of nearly nothing is noise
 TIE_BREAK_TOKENS = 512
@@ -52,7 +56,7 @@ def score_heads(
         text_rows: token ids of plain texts, on which the replacement effect measures the KL too.
         shortlist: measure the replacement effect of that many heads only, chosen by gradient; the others have their
             first- (readout) and second-order (KL) estimates. All heads by default.
-        sender_shortlist: see `patching.sender_effects`.
+        sender_shortlist: see `senders.sender_effects`.
         weights: of capabilities in the fused score, 1 for those not named, 0 leaves one out.
         revision, seed: recorded.
         done: what an earlier call with the same arguments has measured, which is not measured again.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.needles import answer_text, draw_keys, draw_values, encode_needle, least_length, make_niah
-from ..files import read_utf8
+from ...data.needles import answer_text, draw_keys, draw_values, encode_needle, least_length, make_niah
+from ...files import read_utf8
 
 COUNTERFACTUALS = ("value", "key")
 NIAH_KEYS = (1, 4)  # needles in the text of the two built-in forms

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..files import atomic_file
-from .scores import HeadScores
+from .scoring.scores import HeadScores
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 
 
@@ -164,7 +164,7 @@ def select_to_file(
     )
     lines = []
     if exchange is not None:
-        from .score_folder import exchange_heads
+        from .scoring.command import exchange_heads
 
         masks, history = exchange_heads(scores, masks, exchange, budget_unit, {*kept, *dropped}, seed)
         lines = [

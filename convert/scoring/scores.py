@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..files import atomic_file
+from ...files import atomic_file
 
 METHODS = {
     "replacement": "readout and text lost to the linear form, less what the full form loses: what a slot is worth",
@@ -166,7 +166,7 @@ class HeadScores:
         kappa: by capability, the share of its forms in which a head takes part.
         weights: of the capabilities.
         head_dim: for what a choice costs in cache.
-        evidence: see `convert.evidence`.
+        evidence: see `scoring.evidence`.
         warnings: what to know before trusting the ranking, in words.
     """
 

@@ -1,45 +1,13 @@
 """What others rank heads by, on the same pairs: attribution patching, attention on the needle, logit contribution."""
 
-from collections.abc import Callable, Sequence
-
 import torch
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
-from .patching import (
-    HeadReader,
-    answer_positions,
-    first_change,
-    home,
-    readout,
-    readout_direction,
-    record,
-    unembedding,
-)
+from ..hooks import head_slopes, home, record
 from .probes import Pair
-
-
-def head_slopes(
-    model: PreTrainedModel, ids: Sequence[int], scalar: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """
-    Gradient, by every head's output, of a number computed from the final normed states `[T, D]`: `[L, T, H, d]` fp32.
-
-    One forward and one backward pass over `T` tokens.
-    """
-    inputs, hooks = [], []
-    for layer in model.model.layers:
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
-    embeddings = model.model.embed_tokens(torch.tensor([ids], device=home(model))).detach().requires_grad_()
-    try:
-        with torch.enable_grad():
-            states = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-            slopes = torch.autograd.grad(scalar(states[0]), inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    stacked = torch.stack([slope[0].float().to(home(model)) for slope in slopes])
-    return stacked.unflatten(-1, (model.config.num_attention_heads, -1))
+from .readout import answer_positions, first_change, needle_positions, readout, readout_direction, unembedding
+from .recompute import HeadReader
 
 
 def readout_slopes(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
@@ -104,11 +72,6 @@ def _answer_attention(reader: HeadReader, pair: Pair):
         key, value = reader.keys_values(layer, heads, residual, everywhere)
         weight = reader.attention(layer).o.unflatten(1, (len(heads), -1))
         yield weight, reader.scores(query, key, queries)[0], value[0]
-
-
-def needle_positions(pair: Pair) -> torch.Tensor:
-    """Positions at which the two texts differ."""
-    return torch.tensor([i for i, (one, other) in enumerate(zip(pair.clean, pair.corrupt)) if one != other])
 
 
 @torch.no_grad()

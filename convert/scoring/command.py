@@ -10,22 +10,22 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from ..data.corpus import encode_corpus, load_corpus
-from ..evaluation.figures import plot_head_maps, plot_knockout, plot_stability
-from ..files import atomic_file, atomic_folder, check_free, read_utf8
-from ..kernels import use_tuned_kernels
+from ...data.corpus import encode_corpus, load_corpus
+from ...evaluation.figures import plot_head_maps, plot_knockout, plot_stability
+from ...files import atomic_file, atomic_folder, check_free, read_utf8
+from ...kernels import use_tuned_kernels
+from ..forms import FormOutputs, check_forms, load_forms, save_forms
+from ..hooks import Head
+from ..masks import Exchange
+from ..migration import Forms, options_of, student_config
+from ..search import search_masks
+from ..selection import Masks
+from ..teachers import Teacher, TeacherAdapter, open_teacher
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
-from .forms import FormOutputs, check_forms, load_forms, save_forms
-from .mask_file import Exchange
-from .migration import Forms, options_of, student_config
-from .patching import Head
+from .measure import score_heads
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, check_length, jsonl_probes, niah_probe
-from .replacement import search_masks
-from .score_settings import ScoreSettings, check_options
 from .scores import CLEAN_ONLY, NEEDS_FORMS, HeadScores, ProbeResult
-from .scoring import score_heads
-from .selection import Masks
-from .teachers import Teacher, TeacherAdapter, open_teacher
+from .settings import ScoreSettings, check_options
 
 DEFAULT_LENGTH = 4096
 TEXT_ROWS, TEXT_LENGTH = 4, 512
@@ -241,7 +241,7 @@ def exchange_heads(
     scores: HeadScores, masks: Masks, exchange: Exchange, budget_unit: str, fixed: set[Head], seed: int
 ) -> tuple[Masks, list[dict]]:
     """
-    Improve a choice by greedy exchange on needles and plain text (`replacement.search_masks`).
+    Improve a choice by greedy exchange on needles and plain text (`search.search_masks`).
 
     Raises:
         ValueError: see `check_settings`; or the scores are of another shape than the teacher.

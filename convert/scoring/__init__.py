@@ -1,0 +1,1 @@
+"""Which heads a hybrid has to keep: how much each query head of a teacher matters, by several methods."""
