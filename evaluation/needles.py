@@ -1,11 +1,73 @@
-"""Needles answered: greedy generation, scored as RULER does (arXiv 2404.06654)."""
+"""Needles answered: greedy generation, scored as RULER does (arXiv 2404.06654), in cells of one task and length."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-from ..data.needles import NiahSample
+from ..data.needles import NiahSample, make_niah
+
+TASKS = MappingProxyType({"niah_single": {"num_keys": 1}, "niah_four": {"num_keys": 4}})
+FIRST_SEED = 1_000_000  # of prompts that are evaluated; training rows come from small seeds, and from other text
+
+
+@dataclass(frozen=True)
+class NiahCell:
+    """
+    Prompts of one task at one length.
+
+    Attributes:
+        task: a key of `TASKS`, or a name of the caller's.
+        length: tokens of a prompt and its answer.
+    """
+
+    task: str
+    length: int
+    samples: list[NiahSample]
+
+
+def niah_cells(
+    tokenizer,
+    heldout_ids: Sequence[int],
+    lengths: Sequence[int],
+    count: int,
+    tasks: Mapping[str, Mapping] = TASKS,
+) -> list[NiahCell]:
+    """
+    `count` prompts of every task at every length, hidden in held-out text; the same ones for every model.
+
+    Args:
+        heldout_ids: token ids of the text, more than the longest prompt has.
+        tasks: by name, keywords of `data.needles.make_niah`.
+
+    Raises:
+        ValueError: a length too short for the needles, or a short text.
+    """
+    return [
+        NiahCell(
+            task,
+            length,
+            [make_niah(tokenizer, heldout_ids, length, **how, seed=FIRST_SEED + index) for index in range(count)],
+        )
+        for length in lengths
+        for task, how in tasks.items()
+    ]
+
+
+def answer_cell(model, tokenizer, cell: NiahCell, batch_tokens: int = 4096) -> dict:
+    """
+    A cell as a record: `task`, `length`, how many `prompts` there were, and in how many the first number of the answer
+    is the one asked for (`found`): counts, so that an interval can be given.
+
+    Args:
+        batch_tokens: tokens of the prompts that are answered together, one prompt at the least.
+    """
+    batch_size = max(1, batch_tokens // cell.length)
+    exact = evaluate_niah(model, cell.samples, tokenizer, batch_size, max_new_tokens=16)["exact"]
+    count = len(cell.samples)
+    return {"task": cell.task, "length": cell.length, "prompts": count, "found": round(exact * count)}
 
 
 def evaluate_niah(
@@ -14,7 +76,6 @@ def evaluate_niah(
     tokenizer,
     batch_size: int = 8,
     max_new_tokens: int = 32,
-    on_batch: Callable[[int], None] | None = None,
 ) -> dict:
     """
     Answer every sample by greedy generation and score it as RULER does.
@@ -25,7 +86,6 @@ def evaluate_niah(
         tokenizer: Decodes the continuation.
         batch_size: Prompts generated together.
         max_new_tokens: Tokens generated at most (RULER: 128; 32 hold one number or two in any tokenizer).
-        on_batch: Called after each batch with the number of samples done so far.
 
     Returns:
         `accuracy`, the mean of `per_sample`: each sample's share of references found in its continuation, case
@@ -56,8 +116,6 @@ def evaluate_niah(
                 pad_token_id=pad_id,
             )
         answers += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        if on_batch is not None:
-            on_batch(len(answers))
     model.train(was_training)
 
     per_sample = [_share_found(sample.answers, answer) for sample, answer in zip(samples, answers)]

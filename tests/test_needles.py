@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from hydrahead.data import mixture
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.needles import make_niah
-from hydrahead.evaluation.needles import evaluate_niah
+from hydrahead.evaluation.needles import answer_cell, evaluate_niah, niah_cells
 
 TEACHER = Path(mixture.__file__).parents[1] / "demo" / "teacher"
 FORMS = [{}, {"num_keys": 4}, {"num_keys": 8}, {"num_keys": 4, "num_queries": 3}, {"num_values": 3}]
@@ -104,18 +104,31 @@ def test_impossible_prompts_are_refused(tokenizer, haystack):
 def test_scoring_finds_references_as_substrings(tokenizer, haystack):
     samples = [make_niah(tokenizer, haystack, 300, seed=seed) for seed in range(3)]
     texts = [f" {samples[0].answers[0]}.", f" 12 and {samples[1].answers[0]}", " none"]
-    done = []
     model = StubModel(tokenizer, texts)
-    result = evaluate_niah(model, samples, tokenizer, batch_size=1, on_batch=done.append)
+    result = evaluate_niah(model, samples, tokenizer, batch_size=1)
     assert result["per_sample"] == [1.0, 1.0, 0.0]
     assert result["accuracy"] == pytest.approx(2 / 3)
     assert result["exact"] == pytest.approx(1 / 3)
     assert result["answers"] == texts
-    assert done == [1, 2, 3]
 
     several = make_niah(tokenizer, haystack, 400, num_keys=4, num_queries=4, seed=0)
     model = StubModel(tokenizer, [" " + several.answers[2]])
     assert evaluate_niah(model, [several], tokenizer)["accuracy"] == 0.25
+
+
+def test_a_cell_counts_its_answers_and_asks_every_model_the_same(tokenizer, haystack):
+    cells = niah_cells(tokenizer, haystack, [300, 400], 3)
+    assert cells == niah_cells(tokenizer, haystack, [300, 400], 3)
+    assert [(cell.task, cell.length) for cell in cells] == [
+        (task, length) for length in (300, 400) for task in ("niah_single", "niah_four")
+    ]
+    for cell, keys in zip(cells, (1, 4, 1, 4)):
+        assert [len(sample.keys) for sample in cell.samples] == [keys] * 3
+        assert all(len(s.input_ids) + len(s.answer_ids) == cell.length for s in cell.samples)
+        values = [sample.answers[0] for sample in cell.samples]
+        model = StubModel(tokenizer, [f" {values[0]}.", " none", f" {values[2]}"])
+        record = {"task": cell.task, "length": cell.length, "prompts": 3, "found": 2}
+        assert answer_cell(model, tokenizer, cell, batch_tokens=1) == record
 
 
 def test_a_padded_batch_answers_like_single_prompts(tokenizer, haystack, random_model):

@@ -16,8 +16,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.masks import chosen_by, read_choice, read_masks
 from ..convert.migration import student_config, teacher_config
 from ..convert.teachers import EMBEDDED_TEACHER, TeacherAdapter, open_teacher
-from ..data.needles import NiahSample, make_niah
-from ..evaluation.needles import evaluate_niah
+from ..evaluation.needles import NiahCell, answer_cell, niah_cells
 from ..evaluation.text import text_loss
 from ..hub.card import model_card
 from ..hub.checkpoint import save_checkpoint
@@ -29,7 +28,6 @@ from .loop import Run, Schedule
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
-MAX_NEW_TOKENS = 16
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
 
 
@@ -169,7 +167,7 @@ class Job:
         self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = StageData(recipe, stage.name, self.tokenizer)
-        self.prompts = self.make_prompts() if stage.name != "align" else {}
+        self.prompts = self.make_prompts() if stage.name != "align" else []
         stage.teacher.fetch()
         self.accelerator = Accelerator(
             # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
@@ -217,28 +215,21 @@ class Job:
         run, every = self.recipe.run, self.recipe.evaluate.every
         return Run(self.folder, run.save_every, run.keep, run.spike_factor, self.stage.name, evaluate, every)
 
-    def make_prompts(self) -> dict[str, list[NiahSample]]:
-        """Needles in held-out text, by task: made before training, so that what cannot be made is known at once."""
-        settings, length = self.recipe.evaluate, self.stage.evaluated_length
+    def make_prompts(self) -> list[NiahCell]:
+        """Needles in held-out text: made before training, so that what cannot be made is known at once."""
+        settings = self.recipe.evaluate
         count = max(1, settings.niah_prompts // 2) if settings.every and settings.niah_prompts else 0
-        return {
-            name: [
-                make_niah(self.tokenizer, self.data.heldout, length, num_keys=keys, seed=1_000_000 + index)
-                for index in range(count)
-            ]
-            for name, keys in (("niah_single", 1), ("niah_four", 4))
-        }
+        return niah_cells(self.tokenizer, self.data.heldout, [self.stage.evaluated_length], count) if count else []
 
     def evaluate_student(self, student: HydraHeadForCausalLM) -> dict[str, float]:
-        """Loss on held-out text, and needles found by generation with one and with four keys."""
+        """Loss on held-out text, and shares of needles found by generation with one and with four keys."""
         student.eval()
-        heldout, windows = self.data.heldout.astype("int64"), self.recipe.evaluate.text_windows
+        length, windows = self.stage.evaluated_length, self.recipe.evaluate.text_windows
         with self.autocast():
-            result = {"heldout_loss": text_loss(student, heldout, self.stage.evaluated_length, windows)}
-            for name, prompts in self.prompts.items():
-                if prompts:
-                    found = evaluate_niah(student, prompts, self.tokenizer, 4, MAX_NEW_TOKENS)
-                    result[name] = found["exact"]
+            result = {"heldout_loss": text_loss(student, self.data.heldout.astype("int64"), length, windows)}
+            for cell in self.prompts:
+                found = answer_cell(student, self.tokenizer, cell, 4 * length)
+                result[cell.task] = found["found"] / found["prompts"]
         return result
 
     def save_student(self, student: HydraHeadForCausalLM, history: list[dict]) -> None:
