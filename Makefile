@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
 # What has to hold on every release of transformers that pyproject.toml admits.
-RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/test_modeling.py tests/test_linear_attention.py \
+RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/modeling tests/test_linear_attention.py \
 	tests/test_configuration.py tests/test_conversion.py
 
 .PHONY: demo test test-releases test-all lint format bench clean always

@@ -154,7 +154,7 @@ def test_packed_rows_equal_their_sequences_alone(model, ids):
     with torch.no_grad():
         packed = model(ids[:1], position_ids=positions).logits
         alone = torch.cat([model(part).logits for part in ids[:1].split(lengths, dim=1)], dim=1)
-    assert (packed - alone).abs().max() < 10 * TOLERANCE  # as in test_modeling: a near-zero output, enlarged by a norm
+    assert (packed - alone).abs().max() < 10 * TOLERANCE  # a near-zero output, enlarged by a norm
 
 
 def test_a_clean_process_loads_and_generates_without_a_word_of_deprecation(folder, ids, continuation):

@@ -1,0 +1,103 @@
+"""Generation: greedy, sampled, in beams, from a cache, in continuous batches; and what is refused."""
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, VOCAB, make_student, random_ids
+from hydrahead.tests.modeling.checks import MASKS, NO_END, assert_close
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_greedy_generation_equals_repeated_forwards_with_either_cache(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    expected = ids
+    for _ in range(12):
+        expected = torch.cat([expected, student(expected).logits[:, -1:].argmax(-1)], dim=1)
+    for cache in ("dynamic", "static"):
+        output = student.generate(ids, max_new_tokens=12, cache_implementation=cache, disable_compile=True, **NO_END)
+        assert torch.equal(output, expected), cache
+    assert torch.equal(student.generate(ids, max_new_tokens=12, use_cache=False, **NO_END), expected)
+    assert torch.equal(student.generate(ids, max_new_tokens=12, prefill_chunk_size=4, **NO_END), expected)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_sampling_repeats_with_its_seed(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+
+    def sample(seed):
+        torch.manual_seed(seed)
+        return student.generate(ids, max_new_tokens=10, **NO_END | {"do_sample": True, "temperature": 1.5})
+
+    assert torch.equal(sample(0), sample(0))
+    assert not torch.equal(sample(0), sample(1))
+
+
+def sequence_log_probability(student, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """`[B]`: log-probability of what follows the prompt, by one full forward."""
+    log_probabilities = student(ids).logits.log_softmax(-1)[:, prompt_length - 1 : -1]
+    return log_probabilities.gather(-1, ids[:, prompt_length:, None]).squeeze(-1).sum(-1)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_beams_carry_their_own_caches(masks):
+    """A beam's score is the log-probability of its tokens only if its cache has moved along with it."""
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    options = NO_END | {"max_new_tokens": 6, "num_beams": 4, "length_penalty": 0.0}
+    output = student.generate(ids, num_return_sequences=4, output_scores=True, return_dict_in_generate=True, **options)
+    expected = sequence_log_probability(student, output.sequences, 6)
+    assert_close(output.sequences_scores, expected, 1e-3)
+    greedy = sequence_log_probability(student, student.generate(ids, max_new_tokens=6, **NO_END), 6)
+    assert (expected.view(2, 4).max(1).values >= greedy - 1e-3).all()
+
+
+@pytest.mark.parametrize("masks", [MIXED, ALL_LINEAR])
+def test_beams_as_many_as_words_find_the_best_continuation(masks):
+    student, ids = make_student(head_masks=masks), random_ids(1, 6)
+    first = torch.cat([ids.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1)
+    pairs = student(ids).logits[0, -1].log_softmax(-1)[:, None] + student(first).logits[:, -1].log_softmax(-1)
+    best = divmod(int(pairs.argmax()), VOCAB)
+    output = student.generate(ids, max_new_tokens=2, num_beams=VOCAB, length_penalty=0.0, **NO_END)
+    assert tuple(output[0, 6:].tolist()) == best
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_generation_goes_on_from_a_cache(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    first = student.generate(ids, max_new_tokens=5, return_dict_in_generate=True, **NO_END)
+    turn = torch.cat([first.sequences, random_ids(2, 4, seed=7)], dim=1)
+    expected = student.generate(turn, max_new_tokens=6, **NO_END)
+    continued = student.generate(turn, past_key_values=first.past_key_values, max_new_tokens=6, **NO_END)
+    assert torch.equal(continued, expected)
+
+
+def test_continuous_batching_serves_where_all_heads_are_full_attention():
+    student, prompts = make_student(head_masks=ALL_FULL), [random_ids(1, n, seed=n)[0].tolist() for n in (3, 11, 6)]
+    options = ContinuousBatchingConfig(num_blocks=64, block_size=4, max_batch_tokens=32)
+    results = student.generate_batch(
+        prompts, generation_config=GenerationConfig(max_new_tokens=6, **NO_END), continuous_batching_config=options
+    )
+    for prompt, result in zip(prompts, results.values(), strict=True):
+        expected = student.generate(torch.tensor([prompt]), max_new_tokens=6, **NO_END)[0, len(prompt) :]
+        assert result.generated_tokens == expected.tolist()
+
+
+def test_continuous_batching_is_refused_where_heads_are_recurrent():
+    with pytest.raises(ValueError, match="no place for a recurrent state") as error:
+        make_student().generate_batch([[3, 4, 5]], max_new_tokens=2)
+    assert "\n" not in str(error.value)
+
+
+def test_assisted_decoding_is_refused_because_a_recurrent_state_cannot_be_rolled_back():
+    student, ids = make_student(), random_ids(1, 6)
+    for assistance in ({"assistant_model": make_student(1)}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models") as error:
+            student.generate(ids, max_new_tokens=4, **assistance, **NO_END)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_generation_from_embeddings_equals_generation_from_ids(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    from_embeddings = student.generate(inputs_embeds=student.model.embed_tokens(ids), max_new_tokens=8, **NO_END)
+    assert torch.equal(from_embeddings, student.generate(ids, max_new_tokens=8, **NO_END)[:, 6:])
