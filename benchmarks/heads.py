@@ -21,14 +21,15 @@ import torch
 from accelerate import Accelerator
 
 from hydrahead.convert.forms import FormOutputs, linear_heads
-from hydrahead.convert.hooks import replaced_heads
+from hydrahead.convert.hooks import visited_heads
 from hydrahead.convert.migration import Forms, convert_model, head_forms_of, student_config
 from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
 from hydrahead.convert.scoring.evidence import Order, as_masks, random_orders, ranking, stability
 from hydrahead.convert.scoring.measure import score_heads
+from hydrahead.convert.scoring.methods import METHODS
 from hydrahead.convert.scoring.probes import built_in_probes, niah_probe
 from hydrahead.convert.scoring.readout import answers_found
-from hydrahead.convert.scoring.scores import METHODS, HeadScores
+from hydrahead.convert.scoring.scores import HeadScores
 from hydrahead.convert.search import search_masks
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
@@ -117,11 +118,11 @@ class Bench:
 
     def converted_alone(self, heads: Order, forms: FormOutputs) -> dict[str, float]:
         """Some heads replaced by their linear forms, all others the teacher's own."""
-        with replaced_heads(self.teacher, linear_heads(forms, as_masks(heads, self.layers, self.width))):
+        with visited_heads(self.teacher, linear_heads(forms, as_masks(heads, self.layers, self.width))):
             return self.judge(self.teacher)
 
     def ablated(self, heads: Order) -> dict[str, float]:
-        with replaced_heads(self.teacher, constant_heads(self.means, as_masks(heads, self.layers, self.width))):
+        with visited_heads(self.teacher, constant_heads(self.means, as_masks(heads, self.layers, self.width))):
             return self.judge(self.teacher)
 
     def row(self, order: Order, forms: Forms, running: FormOutputs, position: str) -> dict[str, dict]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from hydrahead.convert.forms import FormOutputs
-from hydrahead.convert.hooks import replaced_heads
+from hydrahead.convert.hooks import visited_heads
 from hydrahead.convert.migration import Forms, HeadStatistics, initial_forms, measure_heads, student_config
 from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus
@@ -56,7 +56,7 @@ class Study:
             seen.append((hidden_states, heads))
             return heads
 
-        with torch.no_grad(), replaced_heads(self.teacher, keep):
+        with torch.no_grad(), visited_heads(self.teacher, keep):
             self.teacher.model(ids, use_cache=False)
         return seen
 

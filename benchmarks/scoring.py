@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead.convert.forms import FormOutputs
-from hydrahead.convert.hooks import record, replaced_heads
+from hydrahead.convert.hooks import record, visited_heads
 from hydrahead.convert.migration import head_forms_of, student_config
 from hydrahead.convert.scoring.evidence import spearman
 from hydrahead.convert.scoring.measure import score_heads
@@ -155,7 +155,7 @@ def naive_receivers(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
                     heads[0, answer, head] = corrupt.heads[layer, answer, head]
                 return heads
 
-            with replaced_heads(model, patch):
+            with visited_heads(model, patch):
                 states = model.model(
                     torch.tensor([pair.clean], device=model.device), use_cache=False
                 ).last_hidden_state

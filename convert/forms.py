@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
-from .hooks import Replace, home, replaced_heads
+from .hooks import Visit, visit_heads
 from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config
 from .teachers import TeacherAdapter
 
@@ -102,7 +102,7 @@ def calibrated_forms(teacher: PreTrainedModel, calibration_ids: torch.Tensor, co
     linear = with_masks(config, [[0] * config.num_attention_heads] * config.num_hidden_layers)
     rotary = HydraHeadRotaryEmbedding(config)
 
-    def fit(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    def fit(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> None:
         states, target = hidden_states.float(), heads.float()
         position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
         attention = build_attention(linear, layer, forms).to(states.device)
@@ -110,14 +110,12 @@ def calibrated_forms(teacher: PreTrainedModel, calibration_ids: torch.Tensor, co
         scale = (output * target).sum((0, 1, 3)) / output.square().sum((0, 1, 3)).clamp_min(1e-12)
         gamma = forms[f"{layer}.linear.gamma"]
         gamma.mul_(scale.clamp_min(LEAST_SCALE).to(gamma.device))
-        return heads
 
-    with replaced_heads(teacher, fit):
-        teacher.model(calibration_ids.to(home(teacher)), use_cache=False)
+    visit_heads(teacher, calibration_ids, fit)
     return forms
 
 
-def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Replace:
+def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Visit:
     """The heads of the student that `masks` `[L][H]` make, in the teacher: conversion without building it."""
     full = torch.tensor(masks, dtype=torch.bool)
 
@@ -128,7 +126,7 @@ def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Repla
     return replace
 
 
-def linear_heads(forms: FormOutputs, ablated: Sequence[Sequence[int]]) -> Replace:
+def linear_heads(forms: FormOutputs, ablated: Sequence[Sequence[int]]) -> Visit:
     """The linear forms in place of the heads that `ablated` `[L][H]` names, all others the teacher's own."""
     masks = torch.tensor(ablated, dtype=torch.bool)
 

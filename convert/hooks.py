@@ -14,40 +14,57 @@ TOKENS_AT_ONCE = 65_536  # of changed streams that exist at once
 Head = tuple[int, int]
 """Layer and query head."""
 
-Replace = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Layer, what its attention reads `[B, T, D]`, its heads' outputs `[B, T, H, d]`; gives the outputs to go on with."""
+Visit = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
+"""Layer, what its attention reads `[B, T, D]`, its heads' outputs `[B, T, H, d]`; gives others to use, or None."""
 
 Measure = Callable[[torch.Tensor], torch.Tensor]
-"""Final normed states `[rows, T, D]` to numbers `[rows, M]` fp32."""
+"""Final normed states `[rows, T, D]` to a number each, `[rows]` fp32."""
 
 
-def home(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its inputs, also when `accelerate` keeps its weights elsewhere."""
     embedding = model.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
     return embedding.weight.device if device is None else torch.device(device)
 
 
+def final_states(model: PreTrainedModel, token_ids: torch.Tensor | Sequence[Sequence[int]]) -> torch.Tensor:
+    """One forward over `[B, T]` without a cache: final normed states `[B, T, D]`."""
+    token_ids = torch.as_tensor(token_ids).to(input_device(model))
+    return model.model(token_ids, use_cache=False).last_hidden_state
+
+
 @contextlib.contextmanager
-def replaced_heads(model: PreTrainedModel, replace: Replace) -> Iterator[None]:
-    """Within the block every forward of the model uses the head outputs that `replace` gives."""
-    hooks, reads = [], {}
+def visited_heads(model: PreTrainedModel, visit: Visit) -> Iterator[None]:
+    """
+    Within the block every forward calls `visit` at each layer, where that layer runs, when its heads are known. What
+    it gives takes their place; nothing of a layer is kept when the next begins.
+    """
+    hooks, read = [], {}
     shape = (model.config.num_attention_heads, -1)
     for index, layer in enumerate(model.model.layers):
 
         def before(_, args, kwargs, index=index):
-            reads[index] = args[0] if args else kwargs["hidden_states"]
+            read[index] = args[0] if args else kwargs["hidden_states"]
 
-        def swap(_, args, index=index):
-            return (replace(index, reads.pop(index), args[0].unflatten(-1, shape)).flatten(2).to(args[0].dtype),)
+        def at_heads(_, args, index=index):
+            found = visit(index, read.pop(index), args[0].unflatten(-1, shape))
+            return None if found is None else (found.flatten(2).to(args[0].dtype),)
 
         hooks.append(layer.self_attn.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(swap))
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(at_heads))
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def visit_heads(model: PreTrainedModel, token_ids: torch.Tensor | Sequence[Sequence[int]], visit: Visit) -> None:
+    """Run a model on `[B, T]`, and `visit` its heads."""
+    with visited_heads(model, visit):
+        final_states(model, token_ids)
 
 
 @dataclass
@@ -76,7 +93,7 @@ def record(model: PreTrainedModel, ids: Sequence[int], positions: slice, full_re
     Args:
         full_residual: keep `residual` at all `T` positions.
     """
-    device = home(model)
+    device = input_device(model)
     heads, attention, residual, hooks = [], [], [], []
 
     def keep(kept: list, tensor: torch.Tensor, where: slice = positions) -> None:
@@ -85,23 +102,18 @@ def record(model: PreTrainedModel, ids: Sequence[int], positions: slice, full_re
 
     everywhere = slice(None) if full_residual else positions
     for layer in model.model.layers:
-        o_proj: nn.Linear = layer.self_attn.o_proj
         hooks += [
             layer.register_forward_pre_hook(lambda _, args: keep(residual, args[0], everywhere)),
-            o_proj.register_forward_pre_hook(lambda _, args: keep(heads, args[0])),
-            o_proj.register_forward_hook(lambda _, args, output: keep(attention, output)),
+            layer.self_attn.o_proj.register_forward_hook(lambda _, args, output: keep(attention, output)),
         ]
     try:
-        states = model.model(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
+        with visited_heads(model, lambda layer, _, found: keep(heads, found)):
+            states = final_states(model, [ids])
     finally:
         for hook in hooks:
             hook.remove()
-    return Recording(
-        heads=torch.stack(heads).unflatten(-1, (model.config.num_attention_heads, -1)),
-        attention=torch.stack(attention),
-        residual=torch.stack(residual),
-        states=states[0, positions].to(device, copy=True),
-    )
+    stacked = (torch.stack(tensors) for tensors in (heads, attention, residual))
+    return Recording(*stacked, states=states[0, positions].to(device, copy=True))
 
 
 def head_slopes(
@@ -112,19 +124,53 @@ def head_slopes(
 
     One forward and one backward pass over `T` tokens.
     """
-    inputs, hooks = [], []
-    for layer in model.model.layers:
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
-    embeddings = model.model.embed_tokens(torch.tensor([ids], device=home(model))).detach().requires_grad_()
-    try:
-        with torch.enable_grad():
-            states = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-            slopes = torch.autograd.grad(scalar(states[0]), inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    stacked = torch.stack([slope[0].float().to(home(model)) for slope in slopes])
-    return stacked.unflatten(-1, (model.config.num_attention_heads, -1))
+    heads: list[torch.Tensor] = []
+
+    def keep(layer: int, _, found: torch.Tensor) -> torch.Tensor:
+        heads.append(found)
+        return found  # what goes on is this very tensor, by which a gradient can be taken
+
+    embeddings = model.model.embed_tokens(torch.tensor([ids], device=input_device(model)))
+    with torch.enable_grad(), visited_heads(model, keep):
+        embeddings = embeddings.detach().requires_grad_()
+        states = model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        slopes = torch.autograd.grad(scalar(states[0]), heads)
+    return torch.stack([slope[0].float().to(input_device(model)) for slope in slopes])
+
+
+Layer = tuple[int, torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
+"""
+A layer's index, what its attention reads `[1, T, D]`, its heads `[T, H, d]`, and what the model makes of other heads:
+from `[rows, T, H, d]` to final normed states `[rows, T, D]`.
+"""
+
+
+def _layers_entered(model: PreTrainedModel, ids: Sequence[int]) -> Iterator[Layer]:
+    """The layers of a model that runs on `T` ids, one after the other, each a place to enter the model with others."""
+    device, layers = input_device(model), model.model.layers
+    states = model.model.embed_tokens(torch.tensor([ids], device=device))
+    position_ids = torch.arange(len(ids), device=device).unsqueeze(0)
+    context = {
+        "position_ids": position_ids,
+        "position_embeddings": model.model.rotary_emb(states, position_ids),
+        "attention_mask": create_causal_mask(model.config, states, None, None),  # no padding, no cache
+    }
+    for index, layer in enumerate(layers):
+        seen: list[torch.Tensor] = []
+        hook = layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0]))
+        above = layer(states, **context)
+        hook.remove()
+
+        def finish(heads: torch.Tensor, layer: nn.Module = layer, states=states, later=layers[index + 1 :]):
+            states = states.to(heads.device) + layer.self_attn.o_proj(heads.flatten(2))
+            states = states + layer.mlp(layer.post_attention_layernorm(states))
+            for each in later:
+                states = each(states, **context)
+            return model.model.norm(states)
+
+        heads = seen[0].unflatten(-1, (model.config.num_attention_heads, -1))
+        yield index, layer.input_layernorm(states), heads, finish
+        states = above
 
 
 @torch.no_grad()
@@ -136,7 +182,7 @@ def each_head_replaced(
     wanted: Container[Head] | None = None,
 ) -> torch.Tensor:
     """
-    Replace every head on its own, at all positions, with nothing frozen, and measure what comes out.
+    Visit every head on its own, at all positions, with nothing frozen, and measure what comes out.
 
     All heads of a layer are one batch that enters the model at that layer. Cost: for each kind of replacement
     `H · L / 2` forwards over `T` tokens.
@@ -145,60 +191,31 @@ def each_head_replaced(
         ids: `T` tokens.
         candidates: layer, what its attention reads `[1, T, D]`, its heads `[T, H, d]`; gives replacements
             `[K, T, H, d]` of `K` kinds.
-        measure: see `Measure`.
         wanted: heads to replace, all by default; what is measured of the others is not a number.
 
     Returns:
-        `[1 + K, L, H, M]` fp32; the first is the intact teacher's, the same everywhere.
+        `[1 + K, L, H]` fp32; the first is the intact teacher's, the same everywhere.
     """
-    device, shape = home(model), (model.config.num_attention_heads, -1)
-    states = model.model.embed_tokens(torch.tensor([ids], device=device))
-    position_ids = torch.arange(len(ids), device=device).unsqueeze(0)
-    context = {
-        "position_ids": position_ids,
-        "position_embeddings": model.model.rotary_emb(states, position_ids),
-        "attention_mask": create_causal_mask(model.config, states, None, None),  # no padding, no cache
-    }
-    measured: dict[tuple[int, int, int], torch.Tensor] = {}
-    for index, layer in enumerate(model.model.layers):
-        seen: dict[str, torch.Tensor] = {}
-
-        def keep(_, args, seen=seen) -> None:
-            seen["heads"] = args[0][0]
-
-        hook = layer.self_attn.o_proj.register_forward_pre_hook(keep)
-        above = layer(states, **context)
-        hook.remove()
-        heads = seen["heads"].unflatten(-1, shape)  # [T, H, d]
-        kinds = candidates(index, layer.input_layernorm(states), heads)
+    places: list[tuple[int, int, int]] = []
+    values: list[float] = []
+    for index, read, heads, finish in _layers_entered(model, ids):
+        kinds = candidates(index, read, heads)
         rows = [
-            (kind, head)
+            (kind, index, head)
             for kind in range(len(kinds))
-            for head in range(shape[0])
+            for head in range(heads.shape[1])
             if wanted is None or (index, head) in wanted
         ]
         size = max(1, TOKENS_AT_ONCE // len(ids))
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             patched = heads.expand(len(batch), -1, -1, -1).clone()
-            for row, (kind, head) in enumerate(batch):
+            for row, (kind, _, head) in enumerate(batch):
                 patched[row, :, head] = kinds[kind, :, head].to(heads.dtype)
-            for place, value in zip(batch, measure(_finish(model, index, states, patched, context)).float().cpu()):
-                measured[(index, *place)] = value
-        states = above
-    intact = measure(model.model.norm(states))[0].float().cpu()  # [M]
-    result = torch.full((1 + len(kinds), len(model.model.layers), shape[0], len(intact)), torch.nan)
-    result[0] = intact
-    for (index, kind, head), value in measured.items():
-        result[1 + kind, index, head] = value
+            values += measure(finish(patched)).tolist()
+        places += rows
+    result = torch.full((1 + len(kinds), index + 1, heads.shape[1]), torch.nan)
+    result[0] = measure(finish(heads.unsqueeze(0))).item()
+    for (kind, *place), value in zip(places, values):
+        result[(1 + kind, *place)] = value
     return result
-
-
-def _finish(model: PreTrainedModel, index: int, states: torch.Tensor, heads: torch.Tensor, context: dict):
-    """Final normed states `[rows, T, D]` when layer `index` reads `states` and its heads write `[rows, T, H, d]`."""
-    layer: nn.Module = model.model.layers[index]
-    states = states.to(heads.device) + layer.self_attn.o_proj(heads.flatten(2))
-    states = states + layer.mlp(layer.post_attention_layernorm(states))
-    for later in model.model.layers[index + 1 :]:
-        states = later(states, **context)
-    return model.model.norm(states)

@@ -25,7 +25,7 @@ from ..modeling_hydrahead import (
     HydraHeadForCausalLM,
     HydraHeadRotaryEmbedding,
 )
-from .hooks import home
+from .hooks import input_device
 from .teachers import (
     Read,
     TeacherAdapter,
@@ -309,7 +309,7 @@ def head_forms_of(teacher: PreTrainedModel, calibration_ids: torch.Tensor, confi
     """
     adapter, read = adapter_for(teacher.config), read_model(teacher)
     check_calibration_ids(calibration_ids, config.vocab_size)
-    statistics = measure_heads(adapter, read, calibration_ids, home(teacher))
+    statistics = measure_heads(adapter, read, calibration_ids, input_device(teacher))
     forms: Forms = {}
     for layer in range(adapter.num_layers):
         forms |= initial_forms(adapter.attention(read, layer), statistics, layer, config)
@@ -378,7 +378,7 @@ def convert_model(
         check_forms_fit(head_forms, config)
 
     if opened is None:
-        read, device = read_model(teacher), home(teacher)
+        read, device = read_model(teacher), input_device(teacher)
         generation_config = copy.deepcopy(teacher.generation_config)
     else:
         folder = opened.fetch()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from .forms import FormOutputs, converted_heads
-from .hooks import Head, head_slopes, home, replaced_heads
+from .hooks import Head, final_states, head_slopes, input_device, visited_heads
 from .scoring.probes import Pair
 from .scoring.readout import answer_positions, divergence_measure, is_answer
 from .selection import Masks
@@ -32,20 +32,15 @@ def conversion_loss(
         `accuracy`: share of pairs answered by greedy generation; `answer_loss`: nats per token of the answer;
         `divergence`: `KL(teacher ‖ hybrid)` in nats per token of the texts (0 without texts).
     """
-    teacher_states = [
-        model.model(torch.tensor([ids], device=home(model)), use_cache=False).last_hidden_state[0] for ids in rows
-    ]
+    teacher_states = [final_states(model, [ids])[0] for ids in rows]
     found, losses, divergences = [], [], []
-    with replaced_heads(model, converted_heads(forms, masks)):
+    with visited_heads(model, converted_heads(forms, masks)):
         for pair in pairs:
-            states = model.model(torch.tensor([pair.clean], device=home(model)), use_cache=False).last_hidden_state
-            states = states[0, answer_positions(pair)]
+            states = final_states(model, [pair.clean])[0, answer_positions(pair)]
             found.append(float(is_answer(model, states, pair)))
             logits = model.lm_head(states).float()
             losses.append(F.cross_entropy(logits, torch.tensor(pair.answer, device=logits.device)).item())
-        hybrid_states = [
-            model.model(torch.tensor([ids], device=home(model)), use_cache=False).last_hidden_state for ids in rows
-        ]
+        hybrid_states = [final_states(model, [ids]) for ids in rows]
     for reference, states in zip(teacher_states, hybrid_states):
         divergences.append(divergence_measure(model, reference)(states).item())
     return {
@@ -141,20 +136,20 @@ def _exchange_gains(model: PreTrainedModel, forms: FormOutputs, masks: Masks, pa
     total = torch.zeros(len(masks), len(masks[0]))
     full = torch.tensor(masks, dtype=torch.bool)
     for pair in pairs:
-        answer, positions = torch.tensor(pair.answer, device=home(model)), answer_positions(pair)
+        answer, positions = torch.tensor(pair.answer, device=input_device(model)), answer_positions(pair)
         changes: list[torch.Tensor] = []
 
         def convert(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor, changes=changes) -> torch.Tensor:
             linear, full_output = forms.outputs(layer, hidden_states)
             kept = full[layer][:, None].to(heads.device)
             change = torch.where(kept, linear - full_output, full_output - linear)[0]
-            changes.append(change.detach().to(home(model)))
+            changes.append(change.detach().to(input_device(model)))
             return torch.where(kept, full_output, linear)
 
         def loss(states: torch.Tensor, answer=answer, positions=positions) -> torch.Tensor:
             return F.cross_entropy(model.lm_head(states[positions]).to(answer.device).float(), answer)
 
-        with replaced_heads(model, convert):
+        with visited_heads(model, convert):
             slopes = head_slopes(model, pair.clean, loss)
         total -= (slopes * torch.stack(changes)).sum((1, 3)).cpu()
     return total / len(pairs)

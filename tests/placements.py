@@ -10,8 +10,8 @@ from hydrahead.convert import score_heads
 from hydrahead.convert.forms import FormOutputs, calibrated_forms
 from hydrahead.convert.migration import student_config
 from hydrahead.convert.scoring.evidence import with_evidence
+from hydrahead.convert.scoring.methods import METHODS
 from hydrahead.convert.scoring.probes import Pair, Probe
-from hydrahead.convert.scoring.scores import METHODS
 from hydrahead.convert.search import search_masks
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.families import ALL_LINEAR, MIXED, random_ids

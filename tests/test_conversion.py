@@ -260,7 +260,7 @@ def test_a_teachers_device_decides_where_its_heads_are_measured(tmp_path, monkey
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
     convert_model(str(tmp_path), MIXED, calibration_ids=CALIBRATION)
-    monkeypatch.setattr(migration, "home", lambda model: torch.device("cuda:1"))
+    monkeypatch.setattr(migration, "input_device", lambda model: torch.device("cuda:1"))
     convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
     head_forms_of(teacher, CALIBRATION, student_config(adapter_for(teacher.config), MIXED))
     assert asked == ["cpu", "cuda", "cuda:1", "cuda:1"]

@@ -19,9 +19,10 @@ from hydrahead.convert.scoring.evidence import (
     stability,
     with_evidence,
 )
+from hydrahead.convert.scoring.methods import METHODS
 from hydrahead.convert.scoring.probes import Pair, Probe
 from hydrahead.convert.scoring.receivers import receiver_effects
-from hydrahead.convert.scoring.scores import METHODS, ProbeResult, fuse
+from hydrahead.convert.scoring.scores import ProbeResult, fuse
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, null_pair
 from hydrahead.tests.families import ALL_LINEAR, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids
@@ -103,7 +104,7 @@ def test_every_method_gives_a_ranking_of_all_heads(teacher, pairs, forms):
     assert "linear" in measured[("a", "value")] and "linear" not in measured[("a", "key")]
     assert "linear" not in measured[("text", "value")], "the KL on text stands for language"
     assert set(measured[("plain-text", "value")]) == {"linear", "full"}
-    assert len(calls) == 6 + 6 * 4 + 4 + 2 + 2
+    assert len(calls) == 6 + 6 * 5 + 4 + 2 + 2  # receivers, five methods, mean ablation, replacement, text
 
     short = score_heads(teacher, None, probes[:1], methods=["replacement"], head_forms=forms, shortlist=3)
     exact, estimated = (torch.tensor(s.probes[0].effects["linear"]) for s in (scores, short))

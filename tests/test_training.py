@@ -11,11 +11,12 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from hydrahead.convert.hooks import visit_heads
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
 from hydrahead.training import teacher_cache
-from hydrahead.training.align import HeadForms, LayerForms, align, align_heads, teacher_heads, walk_teacher
+from hydrahead.training.align import HeadForms, LayerForms, align, align_heads, teacher_heads
 from hydrahead.training.data import Batch
 from hydrahead.training.distill import distill
 from hydrahead.training.loop import Schedule
@@ -221,7 +222,7 @@ def test_alignment_keeps_nothing_of_a_layer_when_the_next_begins():
         assert not any(each() is not None for each in seen)
         seen.extend([weakref.ref(heads), weakref.ref(heads.untyped_storage())])
 
-    walk_teacher(teacher, random_ids(2, 8), visit)
+    visit_heads(teacher, random_ids(2, 8), visit)
     assert len(seen) == 8
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..console import one_line_errors
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
-from ..convert.hooks import home
+from ..convert.hooks import visit_heads
 from ..convert.migration import Forms, forms_of_attention, options_of
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
@@ -188,38 +188,10 @@ def _put_forms(forms: Forms, layer: int, attention: HydraHeadAttention, config: 
             forms[f"{layer}.{branch}.gamma"][list(heads)] = state["fusion.weight"].cpu()[list(heads)]
 
 
-@torch.no_grad()
-def walk_teacher(
-    teacher: PreTrainedModel, token_ids: torch.Tensor, visit: Callable[[int, torch.Tensor, torch.Tensor], None]
-) -> None:
-    """
-    Run a teacher on `[B, T]`; at each layer, when its heads are known, call `visit` with the layer's number, what its
-    attention read `[B, T, D]` and its heads' outputs `[B, T, H, d]`, where that layer runs. Nothing of a layer is kept
-    when the next begins.
-    """
-    read, hooks = {}, []
-    shape = (teacher.config.num_attention_heads, -1)
-    for index, layer in enumerate(teacher.model.layers):
-        hooks += [
-            layer.self_attn.register_forward_pre_hook(
-                lambda _, args, kwargs: read.update(states=args[0] if args else kwargs["hidden_states"]),
-                with_kwargs=True,
-            ),
-            layer.self_attn.o_proj.register_forward_pre_hook(
-                lambda _, args, index=index: visit(index, read.pop("states"), args[0].unflatten(-1, shape))
-            ),
-        ]
-    try:
-        teacher.model(token_ids.to(home(teacher)), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def teacher_heads(teacher: PreTrainedModel, token_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """For each layer of a teacher, what its attention reads `[B, T, D]` and its heads' outputs `[B, T, H, d]`."""
     found = []
-    walk_teacher(teacher, token_ids, lambda _, states, heads: found.append((states, heads)))
+    visit_heads(teacher, token_ids, lambda _, states, heads: found.append((states, heads)))
     return found
 
 
@@ -238,7 +210,7 @@ def target_squares(
         squares[layer] = squares.get(layer, 0) + module.target_square(layer, heads.to(accelerator.device))
 
     for batch in batches:
-        walk_teacher(teacher, batch.token_ids, visit)
+        visit_heads(teacher, batch.token_ids, visit)
     return accelerator.reduce(torch.stack(list(squares.values())) / len(batches), "mean")
 
 
@@ -278,7 +250,7 @@ def align(
                 accelerator.backward(loss.sum() * (tokens * scale))
             losses.append(loss.detach())
 
-        walk_teacher(teacher, batch.token_ids, visit)
+        visit_heads(teacher, batch.token_ids, visit)
         return {
             name: value * tokens for name, value in accelerator.unwrap_model(model).record(torch.stack(losses)).items()
         }
@@ -384,7 +356,7 @@ def evaluate_forms(job: Job, teacher: PreTrainedModel, module: HeadForms) -> dic
             with job.autocast():
                 of_row.append(module(layer, states.float(), target, module.target_square(layer, target)))
 
-        walk_teacher(teacher, row, visit)
+        visit_heads(teacher, row, visit)
         losses.append(torch.stack(of_row))
     record = module.record(torch.stack(losses).mean(0))
     return {f"heldout_{name}": float(value) for name, value in record.items() if value.ndim == 0 and name != "loss"}

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..convert.forms import calibrated_forms
-from ..convert.hooks import home
+from ..convert.hooks import input_device
 from ..convert.migration import Forms, student_config
 from ..convert.teachers import adapter_for
 from ..data.mixture import mixture_rows
@@ -51,7 +51,7 @@ def quick_forms(
         return [torch.from_numpy(ids)]
 
     return align_heads(
-        Accelerator(cpu=home(teacher).type == "cpu"),
+        Accelerator(cpu=input_device(teacher).type == "cpu"),
         teacher,
         config,
         calibrated_forms(teacher, batch_at(-1 % 2**32)[0], config),

@@ -1,11 +1,15 @@
 """Heads that write their mean instead of what they would write."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from ..hooks import Replace, home, replaced_heads
+from ..hooks import Visit, each_head_replaced, input_device, visit_heads
+from .methods import Bench, UsedPairs
+from .readout import answer_measure
+
+MEAN_TEXTS = 4  # over which a head's mean output is taken
 
 
 @torch.no_grad()
@@ -13,18 +17,15 @@ def mean_heads(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.T
     """Mean output `[L, H, d]` fp32 of every head over all positions of some texts."""
     sums: dict[int, torch.Tensor] = {}
 
-    def add(layer: int, _, heads: torch.Tensor) -> torch.Tensor:
-        total = heads.float().sum((0, 1)).to(home(model))
-        sums[layer] = sums[layer] + total if layer in sums else total
-        return heads
+    def add(layer: int, _, heads: torch.Tensor) -> None:
+        sums[layer] = sums.get(layer, 0) + heads.float().sum((0, 1)).to(input_device(model))
 
-    with replaced_heads(model, add):
-        for ids in rows:
-            model.model(torch.tensor([ids], device=home(model)), use_cache=False)
+    for ids in rows:
+        visit_heads(model, [ids], add)
     return torch.stack([sums[layer] for layer in range(len(sums))]) / sum(map(len, rows))
 
 
-def constant_heads(values: torch.Tensor, ablated: Sequence[Sequence[int]]) -> Replace:
+def constant_heads(values: torch.Tensor, ablated: Sequence[Sequence[int]]) -> Visit:
     """
     Heads that write a constant.
 
@@ -39,3 +40,16 @@ def constant_heads(values: torch.Tensor, ablated: Sequence[Sequence[int]]) -> Re
         return torch.where(mask, values[layer].to(heads.device, heads.dtype), heads)
 
     return replace
+
+
+def mean_ablation(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method of this name; means over the first four clean texts."""
+    means = mean_heads(bench.teacher, [pair.clean for pair in used.pairs[:MEAN_TEXTS]])
+
+    def candidates(layer: int, _, heads: torch.Tensor) -> torch.Tensor:
+        return means[layer].to(heads.device, heads.dtype).expand(1, *heads.shape)
+
+    for pair, scale in zip(used.pairs, used.scales):
+        measure = answer_measure(bench.teacher, pair)
+        measured = each_head_replaced(bench.teacher, pair.clean, candidates, measure)
+        yield (measured[0] - measured[1]) / scale

@@ -1,10 +1,13 @@
 """What others rank heads by, on the same pairs: attribution patching, attention on the needle, logit contribution."""
 
+from collections.abc import Iterator
+
 import torch
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
-from ..hooks import head_slopes, home, record
+from ..hooks import head_slopes, input_device, record
+from .methods import Bench, UsedPairs
 from .probes import Pair
 from .readout import answer_positions, first_change, needle_positions, readout, readout_direction, unembedding
 from .recompute import HeadReader
@@ -77,7 +80,7 @@ def _answer_attention(reader: HeadReader, pair: Pair):
 @torch.no_grad()
 def attention_mass(reader: HeadReader, pair: Pair) -> torch.Tensor:
     """Share of each head's attention, from where the answer is predicted, that falls on what the pair changes."""
-    needle = needle_positions(pair).to(home(reader.model))
+    needle = needle_positions(pair).to(input_device(reader.model))
     return torch.stack(
         [weights[..., needle].sum(-1).mean(-1) for _, weights, _ in _answer_attention(reader, pair)]
     ).cpu()
@@ -94,7 +97,7 @@ def logit_contribution(reader: HeadReader, pair: Pair) -> torch.Tensor:
         `[L, H]` fp32.
     """
     model = reader.model
-    needle = torch.zeros(len(pair.clean), dtype=torch.bool, device=home(model))
+    needle = torch.zeros(len(pair.clean), dtype=torch.bool, device=input_device(model))
     needle[needle_positions(pair).to(needle.device)] = True
     answer = torch.tensor(pair.answer, device=needle.device)
     states = record(model, pair.clean, answer_positions(pair)).states
@@ -109,3 +112,25 @@ def logit_contribution(reader: HeadReader, pair: Pair) -> torch.Tensor:
         contrast = written[..., needle].sum(-1) - elsewhere  # [H, A]
         scores.append((contrast * right).sum(-1) / right.sum().clamp_min(1))
     return torch.stack(scores).cpu()
+
+
+def attribution(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method of this name."""
+    for pair, scale in zip(used.pairs, used.scales):
+        yield attribution_effects(bench.teacher, pair) / scale
+
+
+def attribution_qk(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method `attribution-qk`."""
+    for pair, scale in zip(used.pairs, used.scales):
+        yield query_key_effects(bench.reader, pair) / scale
+
+
+def attention(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method of this name."""
+    return (attention_mass(bench.reader, pair) for pair in used.pairs)
+
+
+def contribution(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method `logit-contribution`."""
+    return (logit_contribution(bench.reader, pair) for pair in used.pairs)

@@ -22,9 +22,10 @@ from ..search import search_masks
 from ..selection import Masks
 from ..teachers import Teacher, TeacherAdapter, open_teacher
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
-from .measure import score_heads
+from .measure import score_heads, score_steps
+from .methods import METHODS
 from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, check_length, jsonl_probes, niah_probe
-from .scores import CLEAN_ONLY, NEEDS_FORMS, HeadScores, ProbeResult
+from .scores import HeadScores, ProbeResult
 from .settings import ScoreSettings, check_options
 
 DEFAULT_LENGTH = 4096
@@ -149,7 +150,7 @@ def score_to_folder(
     on_stage("reading the teacher", None)
     teacher = load_teacher(opened, settings)
     made, forms = None, None
-    if set(settings.methods) & set(NEEDS_FORMS):
+    if any(METHODS[method].needs_forms for method in settings.methods):
         if settings.forms is not None:
             tensors, options = load_forms(settings.forms, adapter)
         else:
@@ -193,17 +194,6 @@ def load_teacher(teacher: Teacher, settings: ScoreSettings) -> PreTrainedModel:
     """The teacher as the settings ask for it."""
     use_tuned_kernels()
     return teacher.load(settings.dtype, settings.device)
-
-
-def score_steps(probes: Sequence[Probe], methods: Sequence[str], text_rows: int) -> int:
-    """At most how often `score_heads` calls back."""
-    steps, seen = text_rows if "replacement" in methods else 0, set()
-    for probe in probes:
-        also = [m for m in methods if "receiver" not in m and m != "sender"]
-        also = [m for m in also if m not in CLEAN_ONLY or probe.name not in seen]
-        seen.add(probe.name)
-        steps += len(probe.pairs) * (1 + len(also))
-    return steps
 
 
 def knockout_pairs(probes: Sequence[Probe], scores: HeadScores) -> dict[str, list[Pair]]:

@@ -9,11 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forms import FormOutputs, linear_heads
-from ..hooks import Replace, replaced_heads
-from .ablation import constant_heads, mean_heads
+from ..hooks import Visit, visited_heads
+from .ablation import MEAN_TEXTS, constant_heads, mean_heads
+from .methods import METHODS
 from .probes import Pair
 from .readout import answers_found
-from .scores import NEEDS_FORMS, TEXT, HeadScores, ProbeResult, fuse
+from .scores import TEXT, HeadScores, ProbeResult, fuse
 
 SPLITS = 100
 STABILITY_PAIRS = (4, 8, 16)
@@ -77,7 +78,7 @@ def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]
         eighth of all heads, with `overlap_low`, `overlap_high`; `heads`, how many take part.
     """
     scores = scores.using(method)
-    active = torch.from_numpy(scores.taking_part())
+    active = torch.from_numpy(scores.active())
     probes = [probe for probe in scores.probes if probe.used and probe.measured(method)]
     available = max((probe.used for probe in probes if probe.name != TEXT), default=0)
     generator = torch.Generator().manual_seed(seed)
@@ -133,7 +134,7 @@ def knockout(
     scores: HeadScores,
     methods: Sequence[str],
     pairs: Sequence[Pair],
-    replace_heads: Callable[[Masks], Replace] | None = None,
+    replace_heads: Callable[[Masks], Visit] | None = None,
     sizes: Sequence[int] | None = None,
     seed: int = 0,
     on_point: Callable[[], None] = lambda: None,
@@ -154,11 +155,11 @@ def knockout(
     """
     layers, width = len(scores.scores), len(scores.scores[0])
     if replace_heads is None:
-        replace_heads = partial(constant_heads, mean_heads(teacher, [pair.clean for pair in pairs[:4]]))
+        replace_heads = partial(constant_heads, mean_heads(teacher, [pair.clean for pair in pairs[:MEAN_TEXTS]]))
     sizes = list(sizes or knockout_sizes(layers * width))
 
     def accuracy(heads: Order) -> float:
-        with replaced_heads(teacher, replace_heads(as_masks(heads, layers, width))):
+        with visited_heads(teacher, replace_heads(as_masks(heads, layers, width))):
             found = answers_found(teacher, pairs)
         on_point()
         return sum(found) / len(found)
@@ -245,7 +246,7 @@ def with_evidence(
             warnings.append(
                 f"{method}: halves of the pairs rank heads differently (Spearman {most['rho']:.2f}); use more pairs"
             )
-    kinds = {"ablated": ("ablation", None, [method for method in methods if method not in NEEDS_FORMS])}
+    kinds = {"ablated": ("ablation", None, [method for method in methods if not METHODS[method].needs_forms])}
     if forms is not None:
         kinds["converted"] = ("conversion", partial(linear_heads, forms), list(methods))
     for done, (kind, replace_heads, judged) in kinds.items():

@@ -1,25 +1,22 @@
 """Measuring head scores: every method over every probe (the scores themselves are in `scores`)."""
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from ...provenance import environment
 from ..forms import FormOutputs
-from ..hooks import Head, each_head_replaced, home
+from ..hooks import input_device
 from ..migration import measure_heads
-from ..teachers import adapter_for, public_name, read_model
-from .ablation import mean_heads
-from .attribution import attention_mass, attribution_effects, logit_contribution, query_key_effects
-from .probes import Pair, Probe
-from .readout import answer_measure
+from ..teachers import TeacherAdapter, adapter_for, public_name, read_model
+from .methods import METHODS, Bench, Method, UsedPairs, check_methods, measured_by
+from .probes import Probe
 from .receivers import receiver_effects
 from .recompute import HeadReader
-from .replacement import answer_effects, answer_estimates, shortlisted, text_effects, text_estimates
-from .scores import CLEAN_ONLY, METHODS, NEEDS_FORMS, TEXT, THRESHOLD, Effects, HeadScores, ProbeResult
-from .senders import sender_effects
+from .scores import TEXT, HeadScores, ProbeResult
 
 MIN_READOUT_CHANGE = 1.0  # logits: effects are shares of the change, and a share of nearly nothing is noise
 TIE_BREAK_TOKENS = 512
@@ -68,39 +65,30 @@ def score_heads(
     if not probes:
         raise ValueError("no probes to score heads on")
     methods = list(methods or ("replacement" if head_forms is not None else "receiver+sender",))
+    check_methods(methods)
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        if method in NEEDS_FORMS and head_forms is None:
+        if METHODS[method].needs_forms and head_forms is None:
             raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
     adapter = adapter_for(teacher.config)
-    measuring = _Measuring(teacher, head_forms, shortlist, sender_shortlist, on_pair or (lambda: None))
+    bench = Bench(teacher, HeadReader(teacher), head_forms, shortlist, sender_shortlist)
+    measuring = _Measuring(bench, on_pair or (lambda: None))
     finished = {(result.name, result.counterfactual): result for result in done}
     results: list[ProbeResult] = []
     for probe in probes:
-        if (probe.name, probe.counterfactual) in finished:
-            results.append(finished[probe.name, probe.counterfactual])
-            continue
-        seen = any(result.name == probe.name and result.used for result in results)
-        skipped = set(CLEAN_ONLY) if seen else set()
-        if len(text_rows) and probe.capability == "language":
-            skipped.add("replacement")  # the KL on text says it better
-        results.append(measuring.probe(probe, [method for method in methods if method not in skipped]))
-        on_probe(results)
+        result = finished.get((probe.name, probe.counterfactual))
+        if result is None:
+            seen = any(result.name == probe.name and result.used for result in results)
+            result = measuring.probe(probe, methods_on(probe, methods, seen, len(text_rows) > 0))
+            on_probe([*results, result])
+        results.append(result)
     if not any(result.used for result in results):
         raise ValueError(_nothing_usable(probes))
-    if "replacement" in methods and len(text_rows):
-        results.append(measuring.text(text_rows))
+    if len(text_rows):
+        results += measuring.text(methods, text_rows)
 
-    started = time.perf_counter()
-    # Most heads score 0. Those that look far are the harder ones to replace by a state that forgets.
-    row = min(TIE_BREAK_TOKENS, *(len(pair.clean) for pair in probes[0].pairs[:2]))
-    text = torch.tensor([pair.clean[:row] for pair in probes[0].pairs[:2]])
-    tie_break = measure_heads(adapter, read_model(teacher), text, home(teacher)).distance.tolist()
-    measuring.spend("tie-break", started)
     scores = HeadScores(
         scores=[],
-        tie_break=tie_break,
+        tie_break=measuring.tie_break(adapter, probes[0]),
         num_key_value_heads=adapter.num_kv_heads,
         probes=results,
         capabilities={},
@@ -115,6 +103,31 @@ def score_heads(
         warnings=probe_warnings(results),
     )
     return scores.using(methods[0])
+
+
+def methods_on(probe: Probe, names: Sequence[str], seen: bool, has_text: bool) -> list[Method]:
+    """
+    The methods that have something to measure on a probe.
+
+    Args:
+        seen: its other counterfactual was measured: those that never look at the corrupt text have done theirs.
+        has_text: there are rows of plain text, which say more of `language` than a probe where a method reads them.
+    """
+    return [
+        method
+        for method in measured_by(names)
+        if not (seen and method.clean_only)
+        and not (has_text and method.measure_text and probe.capability == "language")
+    ]
+
+
+def score_steps(probes: Sequence[Probe], names: Sequence[str], text_rows: int) -> int:
+    """At most how often `score_heads` calls back."""
+    steps, seen = 0, set()
+    for probe in probes:
+        steps += len(probe.pairs) * (1 + len(methods_on(probe, names, probe.name in seen, text_rows > 0)))
+        seen.add(probe.name)
+    return steps + text_rows * sum(bool(method.measure_text) for method in measured_by(names))
 
 
 def _nothing_usable(probes: Sequence[Probe]) -> str:
@@ -144,120 +157,76 @@ def probe_warnings(results: Sequence[ProbeResult]) -> list[str]:
 class _Measuring:
     """Runs the methods over probes and keeps count of their cost."""
 
-    def __init__(self, teacher, forms: FormOutputs | None, shortlist: int | None, senders: int, on_pair):
-        self.teacher, self.forms, self.shortlist, self.senders = teacher, forms, shortlist, senders
-        self.on_pair, self.reader, self.seconds = on_pair, HeadReader(teacher), {}
+    def __init__(self, bench: Bench, on_pair: Callable[[], None]):
+        self.bench, self.on_pair, self.seconds = bench, on_pair, {}
 
-    def spend(self, method: str, started: float) -> None:
-        """Adds the time since `started` to a method's cost."""
-        self.seconds[method] = self.seconds.get(method, 0.0) + time.perf_counter() - started
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds what the block takes to the cost of `name`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def probe(self, probe: Probe, methods: Sequence[str]) -> ProbeResult:
-        """
-        Some methods on one probe.
-
-        Receivers are always measured: they cost no more than finding out which pairs are usable.
-        """
+    def probe(self, probe: Probe, methods: Sequence[Method]) -> ProbeResult:
+        """Some methods on one probe, or none of them where the teacher cannot do what it asks for."""
         result = ProbeResult(probe.name, probe.capability, probe.counterfactual, probe.resampled, len(probe.pairs))
-        started, pairs, scales, receivers = time.perf_counter(), [], [], []
+        with self.timed("receiver"):
+            used = self.usable(probe, result)
+        if used is not None:
+            result.used = len(used.pairs)
+            result.effects["receiver"] = used.receivers.tolist()
+            for method in methods:
+                self.measure(method, method.measure, used, result)
+        return result
+
+    def usable(self, probe: Probe, result: ProbeResult) -> UsedPairs | None:
+        """
+        The pairs that the teacher tells apart, counted in `result`; `None` where too few are.
+
+        Receivers are always measured: they cost no more than finding this out.
+        """
+        pairs, scales, receivers = [], [], []
         for pair in probe.pairs:
-            found = receiver_effects(self.teacher, pair)
+            found = receiver_effects(self.bench.teacher, pair)
             scale = found.clean - found.corrupt
             result.answered += found.answered
-            if not (scale >= MIN_READOUT_CHANGE and found.clean > 0):  # also refuses a readout that is no number
-                result.dropped += 1
-            else:
+            if scale >= MIN_READOUT_CHANGE and found.clean > 0:  # neither holds for a readout that is no number
                 pairs.append(pair)
                 scales.append(scale)
                 receivers.append(found.drops / scale)
                 result.readouts.append([found.clean, found.corrupt])
-            self.on_pair()
-        self.spend("receiver", started)
-        able = not probe.generated or result.answered >= len(probe.pairs) / 2
-        if not pairs or not able:
-            result.readouts.clear()
-            return result
-        result.used = len(pairs)
-        result.effects["receiver"] = torch.stack(receivers).tolist()
-        if {"sender", "receiver+sender"} & set(methods):
-            started = time.perf_counter()
-            mean = torch.stack(receivers).clamp(0, 1).mean(0)
-            heads = [(layer, head) for layer, head in (mean > THRESHOLD).nonzero().tolist()]
-            result.effects["sender"] = sender_effects(
-                self.reader, pairs, scales, heads, THRESHOLD, self.senders
-            ).tolist()
-            self.spend("sender", started)
-        for method in methods:
-            if method in ("receiver", "sender", "receiver+sender"):
-                continue
-            started = time.perf_counter()
-            for name, effects in self._method(method, pairs, scales).items():
-                result.effects[name] = effects
-            self.spend(method, started)
-        return result
-
-    def _method(self, method: str, pairs: Sequence[Pair], scales: Sequence[float]) -> dict[str, Effects]:
-        if method == "replacement":
-            drops = [self._replacement(pair) / scale for pair, scale in zip(pairs, scales)]
-            stacked = torch.stack(drops, dim=1)  # [2, pairs, L, H]
-            return {"linear": stacked[0].tolist(), "full": stacked[1].tolist()}
-        measure = {
-            "attribution": lambda pair, scale: attribution_effects(self.teacher, pair) / scale,
-            "attribution-qk": lambda pair, scale: query_key_effects(self.reader, pair) / scale,
-            "attention": lambda pair, _: attention_mass(self.reader, pair),
-            "logit-contribution": lambda pair, _: logit_contribution(self.reader, pair),
-            "mean-ablation": self._mean_ablation(pairs),
-        }[method]
-        effects = []
-        for pair, scale in zip(pairs, scales):
-            effects.append(measure(pair, scale).tolist())
-            self.on_pair()
-        return {method: effects}
-
-    def _mean_ablation(self, pairs: Sequence[Pair]):
-        means: list[torch.Tensor] = []
-
-        def measure(pair: Pair, scale: float) -> torch.Tensor:
-            if not means:
-                means.append(mean_heads(self.teacher, [pair.clean for pair in pairs[:4]]))
-
-            def candidates(layer: int, _, heads: torch.Tensor) -> torch.Tensor:
-                return means[0][layer].to(heads.device, heads.dtype).expand(1, *heads.shape)
-
-            measured = each_head_replaced(self.teacher, pair.clean, candidates, answer_measure(self.teacher, pair))
-            return (measured[0, ..., 0] - measured[1, ..., 0]) / scale
-
-        return measure
-
-    def _replacement(self, pair: Pair) -> torch.Tensor:
-        """Drops `[2, L, H]`, of all heads or of the shortlist, estimates elsewhere."""
-        self.on_pair()
-        if self.shortlist is None:
-            return answer_effects(self.teacher, self.forms, pair)[0]
-        estimates = answer_estimates(self.teacher, self.forms, pair)
-        exact, _ = answer_effects(self.teacher, self.forms, pair, self._wanted(estimates))
-        return torch.where(exact.isnan(), estimates, exact)
-
-    def _wanted(self, estimates: torch.Tensor) -> set[Head]:
-        return shortlisted(estimates, self.shortlist)
-
-    def text(self, rows: Sequence[Sequence[int]]) -> ProbeResult:
-        """The replacement effect on plain text, as a probe of its own."""
-        started, effects = time.perf_counter(), []
-        for index, ids in enumerate(rows):
-            if self.shortlist is None:
-                effects.append(text_effects(self.teacher, self.forms, ids))
             else:
-                estimates = text_estimates(self.teacher, self.forms, ids, seed=index)
-                exact = text_effects(self.teacher, self.forms, ids, self._wanted(estimates))
-                effects.append(torch.where(exact.isnan(), estimates, exact))
+                result.dropped += 1
             self.on_pair()
-        self.spend("replacement", started)
-        stacked = torch.stack(effects, dim=1)
-        return ProbeResult(
-            TEXT,
-            "language",
-            pairs=len(rows),
-            used=len(rows),
-            effects={"linear": stacked[0].tolist(), "full": stacked[1].tolist()},
-        )
+        if pairs and (not probe.generated or result.answered >= len(probe.pairs) / 2):
+            return UsedPairs(pairs, scales, torch.stack(receivers))
+        result.readouts.clear()
+        return None
+
+    def measure(self, method: Method, function: str, what: UsedPairs | Sequence, result: ProbeResult) -> None:
+        """Put what a method measures of pairs or of texts into `result`."""
+        effects = []
+        with self.timed(method.name):
+            for effect in method.run(function, self.bench, what):
+                effects.append(effect.reshape(len(method.quantities), *effect.shape[-2:]))
+                self.on_pair()
+        result.effects |= zip(method.quantities, torch.stack(effects, dim=1).tolist())
+
+    def text(self, methods: Sequence[str], rows: Sequence[Sequence[int]]) -> list[ProbeResult]:
+        """What methods measure of plain text, as a probe of its own; nothing where none does."""
+        result = ProbeResult(TEXT, "language", pairs=len(rows), used=len(rows))
+        for method in measured_by(methods):
+            if method.measure_text:
+                self.measure(method, method.measure_text, rows, result)
+        return [result] if result.effects else []
+
+    def tie_break(self, adapter: TeacherAdapter, probe: Probe) -> list[list[float]]:
+        """
+        Mean attention distance of every head: most score 0, and those that look far are the harder ones to replace by
+        a state that forgets.
+        """
+        with self.timed("tie-break"):
+            row = min(TIE_BREAK_TOKENS, *(len(pair.clean) for pair in probe.pairs[:2]))
+            text = torch.tensor([pair.clean[:row] for pair in probe.pairs[:2]])
+            teacher = self.bench.teacher
+            return measure_heads(adapter, read_model(teacher), text, input_device(teacher)).distance.tolist()

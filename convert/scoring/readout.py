@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from transformers import PreTrainedModel
 
-from ..hooks import Measure, home
+from ..hooks import Measure, final_states, input_device
 from .probes import Pair
 
 DISCOUNT = 0.9  # λ: what a token of the answer weighs beside the one before it
@@ -34,7 +34,7 @@ def unembedding(model: PreTrainedModel, ids: Sequence[int]) -> torch.Tensor:
     """Rows `[len(ids), D]` fp32 of the language-model head."""
     with align_module_device(model.lm_head):
         weight = model.lm_head.weight
-        return weight[torch.tensor(ids, device=weight.device)].float().to(home(model))
+        return weight[torch.tensor(ids, device=weight.device)].float().to(input_device(model))
 
 
 def readout_direction(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
@@ -72,21 +72,15 @@ def answers_found(model: PreTrainedModel, pairs: Sequence[Pair]) -> list[bool]:
     """
     found = []
     for pair in pairs:
-        states = model.model(torch.tensor([pair.clean], device=home(model)), use_cache=False).last_hidden_state
+        states = final_states(model, [pair.clean])
         found.append(bool(is_answer(model, states[0, answer_positions(pair)], pair)))
     return found
 
 
 def answer_measure(model: PreTrainedModel, pair: Pair) -> Measure:
-    """Measures the readout, in logits, and whether greedy generation gives the answer (1 or 0)."""
+    """Measures the readout, in logits."""
     positions, direction = answer_positions(pair), readout_direction(model, pair)
-
-    def measure(states: torch.Tensor) -> torch.Tensor:
-        states = states[:, positions]
-        answered = is_answer(model, states, pair).to(direction)
-        return torch.stack([readout(states, direction), answered], dim=1)
-
-    return measure
+    return lambda states: readout(states[:, positions], direction)
 
 
 def divergence_measure(model: PreTrainedModel, states: torch.Tensor) -> Measure:
@@ -100,4 +94,4 @@ def divergence_measure(model: PreTrainedModel, states: torch.Tensor) -> Measure:
             total = total + (reference.exp() * (reference - logits)).sum()
         return total / len(patched)
 
-    return lambda patched: torch.stack([row(states) for states in patched]).unsqueeze(1)
+    return lambda patched: torch.stack([row(states) for states in patched])

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..hooks import home
+from ..hooks import input_device
 from ..teachers import TeacherAttention, adapter_for, read_model
 
 
@@ -25,16 +25,18 @@ class HeadReader:
     def for_length(self, length: int) -> "HeadReader":
         """Ready for texts of `T` tokens: some families rotate by the length of the text."""
         if len(self.cos) != length:
-            position_ids = torch.arange(length, device=home(self.model)).unsqueeze(0)
-            rotary = self.model.model.rotary_emb(torch.zeros(1, 1, device=home(self.model)), position_ids)
-            self.cos, self.sin = (tensor[0].to(home(self.model)).float() for tensor in rotary)  # [T, d]
+            position_ids = torch.arange(length, device=input_device(self.model)).unsqueeze(0)
+            rotary = self.model.model.rotary_emb(torch.zeros(1, 1, device=input_device(self.model)), position_ids)
+            self.cos, self.sin = (tensor[0].to(input_device(self.model)).float() for tensor in rotary)  # [T, d]
         return self
 
     def attention(self, layer: int) -> TeacherAttention:
         """The layer's attention weights, fp32, read once."""
         if layer not in self.weights:
             found = self.adapter.attention(self.read, layer)
-            tensors = {name: t.to(home(self.model)).float() for name, t in vars(found).items() if t is not None}
+            tensors = {
+                name: t.to(input_device(self.model)).float() for name, t in vars(found).items() if t is not None
+            }
             self.weights[layer] = TeacherAttention(**tensors)
         return self.weights[layer]
 

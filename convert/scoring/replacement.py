@@ -1,14 +1,16 @@
 """What a head's full-attention slot is worth: each form of each head put into the intact teacher (METHOD §2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..forms import FormOutputs
-from ..hooks import Head, each_head_replaced, head_slopes, home, replaced_heads
+from ..hooks import Head, each_head_replaced, final_states, head_slopes, input_device, visit_heads
 from .attribution import readout_slopes
+from .methods import Bench, UsedPairs
 from .probes import Pair
 from .readout import answer_measure, divergence_measure
 
@@ -22,16 +24,10 @@ def form_candidates(forms: FormOutputs) -> Callable[[int, torch.Tensor, torch.Te
 
 def answer_effects(
     model: PreTrainedModel, forms: FormOutputs, pair: Pair, wanted: set[Head] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What each form does to the answer when it alone stands in for its head.
-
-    Returns:
-        the drop of the readout in logits, and whether greedy generation still gives the answer, both `[2, L, H]` fp32:
-        linear, full.
-    """
+) -> torch.Tensor:
+    """Logits that the readout loses to each form alone in its head's place: `[2, L, H]` fp32, linear and full."""
     measured = each_head_replaced(model, pair.clean, form_candidates(forms), answer_measure(model, pair), wanted)
-    return measured[0, ..., 0] - measured[1:, ..., 0], measured[1:, ..., 1]
+    return measured[0] - measured[1:]
 
 
 @torch.no_grad()
@@ -39,9 +35,8 @@ def text_effects(
     model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int], wanted: set[Head] | None = None
 ) -> torch.Tensor:
     """`KL(teacher ‖ teacher with one form in place)` on a text, nats per token: `[2, L, H]` fp32, linear and full."""
-    states = model.model(torch.tensor([ids], device=home(model)), use_cache=False).last_hidden_state[0]
-    measure = divergence_measure(model, states)
-    return each_head_replaced(model, ids, form_candidates(forms), measure, wanted)[1:, ..., 0]
+    measure = divergence_measure(model, final_states(model, [ids])[0])
+    return each_head_replaced(model, ids, form_candidates(forms), measure, wanted)[1:]
 
 
 @torch.no_grad()
@@ -49,12 +44,10 @@ def form_changes(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int])
     """What the forms write beyond their heads, each reading the teacher's own states: `[2, L, T, H, d]` fp32."""
     changes: list[torch.Tensor] = []
 
-    def keep(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        changes.append((forms.outputs(layer, hidden_states) - heads.float())[:, 0].to(home(model)))
-        return heads
+    def keep(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> None:
+        changes.append((forms.outputs(layer, hidden_states) - heads.float())[:, 0].to(input_device(model)))
 
-    with replaced_heads(model, keep):
-        model.model(torch.tensor([ids], device=home(model)), use_cache=False)
+    visit_heads(model, [ids], keep)
     return torch.stack(changes, dim=1)
 
 
@@ -73,10 +66,10 @@ def text_estimates(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int
     four draws, a forward and a backward pass each.
     """
     change, estimates = form_changes(model, forms, ids), []
-    generator = torch.Generator(device=home(model)).manual_seed(seed)
+    generator = torch.Generator(device=input_device(model)).manual_seed(seed)
 
     def likelihood(states: torch.Tensor) -> torch.Tensor:
-        logits = model.lm_head(states).to(home(model)).float()
+        logits = model.lm_head(states).to(input_device(model)).float()
         with torch.no_grad():
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         return -F.cross_entropy(logits, drawn, reduction="sum")
@@ -92,3 +85,26 @@ def shortlisted(estimates: torch.Tensor, count: int) -> set[Head]:
     size = estimates.abs().amax(0)
     places = size.flatten().argsort(descending=True)[:count].tolist()
     return {(place // size.shape[1], place % size.shape[1]) for place in places}
+
+
+def _of_shortlist(bench: Bench, estimate: Callable[[], torch.Tensor], measure: Callable[..., torch.Tensor]):
+    """Effects `[2, L, H]` of all heads, or of the largest by estimate, and estimates of the others."""
+    if bench.shortlist is None:
+        return measure()
+    estimates = estimate()
+    exact = measure(shortlisted(estimates, bench.shortlist))
+    return torch.where(exact.isnan(), estimates, exact)
+
+
+def replacement(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method of this name: `[2, L, H]`, linear and full."""
+    for pair, scale in zip(used.pairs, used.scales):
+        arguments = bench.teacher, bench.forms, pair
+        yield _of_shortlist(bench, partial(answer_estimates, *arguments), partial(answer_effects, *arguments)) / scale
+
+
+def replacement_on_text(bench: Bench, rows: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:
+    """The same on plain text, in nats per token."""
+    for index, ids in enumerate(rows):
+        arguments = bench.teacher, bench.forms, ids
+        yield _of_shortlist(bench, partial(text_estimates, *arguments, seed=index), partial(text_effects, *arguments))

@@ -13,23 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ...files import atomic_file
+from .methods import METHODS
 
-METHODS = {
-    "replacement": "readout and text lost to the linear form, less what the full form loses: what a slot is worth",
-    "receiver+sender": "the paper's: direct effect on the answer, or effect through the heads that have one",
-    "receiver": "direct effect on the answer",
-    "sender": "effect through the receivers, by path patching",
-    "attribution": "first-order estimate of the effect of a head's corrupted output (AtP)",
-    "attribution-qk": "the same for queries, keys and values, attention computed exactly (AtP*)",
-    "attention": "share of attention on what the pair changes",
-    "logit-contribution": "what is written from the needle towards the answer's unembedding (LOCOS)",
-    "mean-ablation": "readout lost when a head writes its mean",
-}
-NEEDS_FORMS = ("replacement",)
-CLEAN_ONLY = ("replacement", "mean-ablation")  # never look at the corrupt text: one counterfactual is enough
 TEXT = "plain-text"  # the probe of the capability `language` that the KL on text stands for
-THRESHOLD = 0.01  # effect above which a head counts as taking part
-PARTS = {"receiver+sender": ("receiver", "sender"), "replacement": ("linear", "full")}  # quantities of a method
+THRESHOLD = 0.01  # effect above which a head counts as active
 
 Effects = list[list[list[float]]]
 """`[pairs used][L][H]`."""
@@ -64,28 +51,22 @@ class ProbeResult:
 
     def measured(self, method: str) -> bool:
         """Whether the probe holds what a method needs."""
-        return all(part in self.effects for part in PARTS.get(method, (method,)))
+        return all(quantity in self.effects for quantity in METHODS[method].quantities)
 
     def effect(self, method: str, pairs: Sequence[int] | None = None) -> np.ndarray | None:
         """
         Mean effect `[L, H]` under a method, over all pairs or those of the given indices; `None` if not measured.
 
-        Receivers and senders are clamped to [0, 1] pair by pair, others to ≥ 0; the replacement effect keeps its sign,
-        because a full form may be worse than a linear one. Where an effect is not finite the mean is NaN.
+        Each pair's effect is clamped to the method's bounds first. Where one is not finite the mean is NaN.
         """
         if not self.measured(method):
             return None
-        means = []
-        for part in PARTS.get(method, (method,)):
-            values = np.array(self.effects[part], dtype=float)  # [pairs, L, H]; a file's null is NaN
-            values = np.where(np.isfinite(values), values, np.nan)
-            values = values if pairs is None else values[list(pairs)]
-            if part in ("receiver", "sender"):
-                values = values.clip(0, 1)
-            elif method != "replacement":
-                values = values.clip(0)
-            means.append(values.mean(0))
-        return means[0] - means[1] if method == "replacement" else np.max(means, axis=0)
+        row, means = METHODS[method], []
+        for quantity in row.quantities:
+            values = np.array(self.effects[quantity], dtype=float)  # [pairs, L, H]; a file's null is NaN
+            values = np.where(np.isfinite(values), values, np.nan).clip(*row.bounds)
+            means.append((values if pairs is None else values[list(pairs)]).mean(0))
+        return means[0] - means[1] if row.is_difference else np.max(means, axis=0)
 
 
 class Fused(NamedTuple):
@@ -207,8 +188,8 @@ class HeadScores:
         """The methods that were measured, best first as `METHODS` lists them."""
         return measured_methods(self.probes)
 
-    def taking_part(self) -> np.ndarray:
-        """Bool `[L, H]`: heads whose effect passes 0.01 in some form."""
+    def active(self) -> np.ndarray:
+        """Bool `[L, H]`: heads whose effect passes 0.01 in some variant."""
         return fuse(self.probes, self.method, self.weights).largest > THRESHOLD
 
     def merge(self, other: "HeadScores") -> "HeadScores":

@@ -1,14 +1,16 @@
 """The effect of heads through the receivers that read them, by path patching (see `receivers`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..hooks import TOKENS_AT_ONCE, Head, Recording, record
+from .methods import Bench, UsedPairs
 from .probes import Pair
 from .readout import answer_positions, first_change, readout, readout_direction
 from .receivers import Changes, carry, direct_effects, each_head_changed, output_change
 from .recompute import HeadReader
+from .scores import THRESHOLD
 
 
 class PathPatching:
@@ -199,3 +201,9 @@ def sender_effects(
         known |= set(new)
         hops = [sorted(new), *hops]
     return best
+
+
+def senders(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
+    """The method `sender`."""
+    receivers = [tuple(place) for place in (used.receivers.clamp(0, 1).mean(0) > THRESHOLD).nonzero().tolist()]
+    yield from sender_effects(bench.reader, used.pairs, used.scales, receivers, THRESHOLD, bench.sender_shortlist)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .scores import METHODS
+from .methods import check_methods
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ def check_options(settings: ScoreSettings) -> None:
     Raises:
         ValueError: an unknown method, a missing file, or no probes; one line.
     """
-    for method in settings.methods:
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_methods(settings.methods)
     for file in (settings.text, *settings.probe_files):
         if file is not None and not file.is_file():
             raise ValueError(f"{file}: no such file")
