@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 
+from ..configuration_hydrahead import HydraHeadConfig
 from ..data.corpus import encode_corpus, load_corpus
 from ..files import check_free, read_utf8
-from ..hub.card import model_card
-from ..hub.checkpoint import save_checkpoint
+from ..hub.checkpoint import save_student
+from ..provenance import digest, environment
 from .forms import load_forms
-from .masks import chosen_by, read_choice
-from .migration import convert_model, student_config, teacher_config
-from .teachers import open_teacher
+from .masks import read_choice
+from .migration import convert_model, options_of, student_config
+from .teachers import Teacher, open_teacher
 
 CALIBRATION_ROW = 512
 
@@ -59,7 +60,7 @@ def convert_to_folder(
         ValueError: anything that can be known to be wrong before weights are read is refused before.
     """
     check_free(output, overwrite)
-    masks, choice = read_choice(masks_file)
+    masks, _ = read_choice(masks_file)
     if text is not None and not text.is_file():
         raise ValueError(f"{text}: no such file")
     opened = open_teacher(teacher, revision)
@@ -74,11 +75,25 @@ def convert_to_folder(
     ids = calibration_ids(tokenizer, text, calibration_tokens)
     student = convert_model(checkpoint, masks, calibration_ids=ids, head_forms=forms, **options)
     on_stage("saving")
-    name = None if Path(teacher).is_dir() else teacher
-    facts = {"Teacher": teacher if name else "a local folder", "Revision": revision or "default"}
-    facts["Trained"] = "no" if forms is None else "heads aligned one by one, nothing end to end"
-    facts |= chosen_by(choice)
+    made_from = conversion_record(opened, student.config, masks_file, forms_file)
     if forms is None:
-        facts["Calibrated on"] = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
-    card = model_card(student.config, teacher_config(opened.adapter), name, facts)
-    save_checkpoint(student, tokenizer, output, {"README.md": card, "head_masks.json": masks}, overwrite)
+        words = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
+        made_from["calibrated_on"] = words
+    save_student(student, tokenizer, output, made_from, overwrite)
+
+
+def conversion_record(
+    teacher: Teacher, config: HydraHeadConfig, masks_file: Path | None, forms_file: Path | None
+) -> dict:
+    """What a student is made from when it is converted, as in `hub.checkpoint.save_student`; no stage yet."""
+    files = {"masks": masks_file, "forms": forms_file}
+    found = {name: {"sha256": digest(file)} if file else {} for name, file in files.items()}
+    found["masks"] |= read_choice(masks_file)[1] if masks_file else {}
+    return {
+        "teacher": teacher.public_name,
+        "revision": teacher.revision,
+        "options": options_of(config),
+        **found,
+        "stages": [],
+        **environment(),
+    }

@@ -32,15 +32,6 @@ def read_masks(path: Path) -> Masks:
     return read_choice(path)[0]
 
 
-def chosen_by(facts: dict) -> dict[str, str]:
-    """How masks were chosen, in words for a card; nothing where the file does not say."""
-    if "method" not in facts:
-        return {}
-    words = f"{facts['method']} score, {facts['strategy']}, {facts['ratio']:g} of {facts['budget_unit']}"
-    words += f"; {facts['without_evidence']} of {facts['kept']} without evidence (score 0 or less)"
-    return {"Heads chosen by": words}
-
-
 def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
     """
     Heads from `LAYER.HEAD` words, separated by commas: `3.5,3.7`.

@@ -344,15 +344,15 @@ class Demo:
     def save(self, student: HydraHeadForCausalLM, scores: HeadScores, report: dict) -> None:
         """The Hub-ready folder `hybrid`."""
         training_tokens = self.settings.train_length * self.settings.batch_size
-        facts = {
-            "Teacher": self.teacher_name,
-            "Heads chosen by": _choice(report),
-            "Trained": f"{self.settings.align_steps * training_tokens:,} tokens of alignment, "
+        said = {
+            "heads chosen by": _choice(report),
+            "trained": f"{self.settings.align_steps * training_tokens:,} tokens of alignment, "
             f"{self.settings.distill_steps * training_tokens:,} of distillation, rows of {self.settings.train_length}",
-            "Condition": report["condition"],
+            "condition": report["condition"],
         }
-        teacher_name = None if Path(self.settings.teacher).is_dir() else self.settings.teacher
-        card = model_card(student.config, self.teacher_config, teacher_name, facts, _markdown(report))
+        stages = [{"stage": name, "summary": words} for name, words in said.items()]
+        made_from = {"teacher": self.teacher_name, "revision": None, "masks": {}, "forms": {}, "stages": stages}
+        card = model_card(student.config, made_from, _markdown(report))
         files = {
             "README.md": card,
             "head_scores.json": asdict(scores),

@@ -1,4 +1,6 @@
-"""Model cards made of recorded facts only."""
+"""Model cards, made of what a student's folder records and of nothing else."""
+
+from collections.abc import Mapping
 
 from huggingface_hub import ModelCardData
 
@@ -21,16 +23,12 @@ Not supported: assisted decoding (a recurrent state cannot be rolled back), 4-D 
 backends of vLLM and SGLang."""
 
 
-def describe(config: HydraHeadConfig, teacher: HydraHeadConfig) -> dict[str, str]:
-    """
-    A model at a glance: head mix, cache and options, in words.
-
-    Args:
-        teacher: the configuration of the unconverted teacher (`convert.migration.teacher_config`).
-    """
+def describe(config: HydraHeadConfig) -> dict[str, str]:
+    """A model at a glance: head mix, cache and options, in words."""
     full = sum(map(sum, config.head_masks))
     total = config.num_hidden_layers * config.num_attention_heads
-    share = config.kv_bytes_per_token() / teacher.kv_bytes_per_token()
+    of_teacher = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes a token, bf16
+    share = config.kv_bytes_per_token() / of_teacher
     scale = "no length scale" if config.logit_scale_base is None else f"length scale from {config.logit_scale_base:g}"
     return {
         "Heads": f"{full} of {total} full attention ({full / total:.1%}), {total - full} Gated DeltaNet",
@@ -42,33 +40,44 @@ def describe(config: HydraHeadConfig, teacher: HydraHeadConfig) -> dict[str, str
     }
 
 
-def model_card(
-    config: HydraHeadConfig,
-    teacher: HydraHeadConfig,
-    teacher_name: str | None,
-    facts: dict[str, str],
-    results: str | None = None,
-) -> str:
+def origin(made_from: Mapping) -> dict[str, str]:
+    """What a student was made from, in words; nothing that is not recorded."""
+    teacher, masks, stages = made_from["teacher"], made_from["masks"], made_from["stages"]
+    shown = {"demo": "the one that ships with hydrahead"}.get(teacher, teacher if "/" in teacher else "a local folder")
+    rows = {"Teacher": shown, "Revision": made_from["revision"] or "default"}
+    if "method" in masks:
+        words = f"{masks['method']} score, {masks['strategy']}, {masks['ratio']:g} of {masks['budget_unit']}"
+        words += f"; {masks['without_evidence']} of {masks['kept']} without evidence (score 0 or less)"
+        rows["Heads chosen by"] = words
+    if "calibrated_on" in made_from:
+        rows["Calibrated on"] = made_from["calibrated_on"]
+    rows |= {stage["stage"].capitalize(): stage["summary"] for stage in stages}
+    if all(stage["stage"] == "align" for stage in stages):
+        rows["Trained"] = "heads aligned one by one, nothing end to end" if made_from["forms"] else "no"
+    return rows
+
+
+def model_card(config: HydraHeadConfig, made_from: Mapping, results: str | None = None) -> str:
     """
-    The README of a converted checkpoint.
+    The README of a student.
 
     Args:
-        teacher_name: Hub id of the teacher, or `None` where it has none.
-        facts: further lines of the table, such as what it was trained on; nothing is added to them.
+        made_from: as in `hub.checkpoint.save_student`.
         results: a Markdown section of measurements.
     """
+    base = made_from["teacher"] if "/" in made_from["teacher"] else None  # a Hub id, and not a folder's name
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=teacher_name,
-        base_model_relation="finetune" if teacher_name else None,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
         tags=TAGS,
     )
-    rows = describe(config, teacher) | facts
+    rows = describe(config) | origin(made_from)
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# HydraHead of {teacher_name or 'a local teacher'}",
+        f"# HydraHead of {base or 'a local teacher'}",
         "A pretrained transformer in which some query heads of every layer stay full attention and all others became "
         "Gated DeltaNet heads with a state of constant size (HydraHead, arXiv 2606.20097; an independent code base).",
         f"## Model at a glance\n\n{table}",

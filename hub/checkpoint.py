@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import atomic_folder
+from ..provenance import Record
+from .card import model_card
 
 if TYPE_CHECKING:  # what only writes files needs no PyTorch
     from transformers import PreTrainedTokenizerBase
 
     from ..modeling_hydrahead import HydraHeadForCausalLM
+
+MADE_FROM = "made_from.json"
 
 
 def save_checkpoint(
@@ -47,6 +51,34 @@ def save_checkpoint(
                 (partial / name).write_text(text)
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def save_student(
+    student: "HydraHeadForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    folder: str | Path,
+    made_from: Mapping,
+    overwrite: bool = False,
+) -> None:
+    """
+    As `save_checkpoint`, with a card, the masks, and `made_from.json`.
+
+    Args:
+        made_from: `teacher` (its public name), `revision`, `options`, `masks` and `forms` (the SHA-256 of each file
+            and what it says of itself; empty where there was none), `stages`, what each stage of training says of
+            itself, among it `stage` and a `summary` in words; where heads were measured only, `calibrated_on`.
+    """
+    files = {
+        "README.md": model_card(student.config, made_from),
+        "head_masks.json": student.config.head_masks,
+        MADE_FROM: dict(made_from),
+    }
+    save_checkpoint(student, tokenizer, folder, files, overwrite)
+
+
+def read_made_from(folder: Path) -> dict | None:
+    """What a student folder says it was made from; `None` where it is from before folders said so."""
+    return Record(folder / MADE_FROM).read()
 
 
 # Runs without hydrahead: an import of it fails, whatever is installed.

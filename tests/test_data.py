@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data.mixture import mixture_rows
 from hydrahead.tests.training_runs import make_inputs, write_recipe
 from hydrahead.training import data as data_module
@@ -27,7 +28,6 @@ from hydrahead.training.data import (
     read_documents,
     stage_phases,
 )
-from hydrahead.training.launch import EMBEDDED_TEACHER
 from hydrahead.training.recipe import load_recipe
 
 

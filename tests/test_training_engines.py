@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hydrahead.hub.checkpoint import read_made_from
+from hydrahead.provenance import digest
 from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, write_recipe
 
 STAGES = ("align", "distill", "finetune")
@@ -120,8 +122,13 @@ def test_a_student_records_what_it_was_trained_on_and_how_rows_were_mixed(finish
     changes = [f"long_data={json.dumps(text)}", "finetune.long_share=0.25", "run.save_dtype=bfloat16"]
     finish_stage("finetune", ["--config", path, *FEW_STEPS, f"output={tmp_path / 'out'}", *changes])
     student = tmp_path / "out" / "finetune" / "student"
-    card, history = (student / "README.md").read_text(), json.loads((student / "training.json").read_text())
-    assert [entry["stage"] for entry in history] == ["align", "distill", "finetune"]
+    card, made_from = (student / "README.md").read_text(), read_made_from(student)
+    assert [entry["stage"] for entry in made_from["stages"]] == ["align", "distill", "finetune"]
+    forms = folder / "out" / "align" / "head_forms.safetensors"
+    assert made_from["teacher"] == "teacher" and made_from["forms"]["sha256"] == digest(forms)
+    assert made_from["options"]["full_attention_position"] == "nope"
+    for entry in made_from["stages"]:
+        assert {"text", "recipe", "teacher_dtype", "steps", "versions", "seed"} <= entry.keys()
     assert "25% of rows from long documents" in card and str(folder) not in card
     state = load_file(student / "model.safetensors")
     kept = {name for name, tensor in state.items() if tensor.dtype == torch.float32}

@@ -12,9 +12,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import AutoTokenizer
 
+from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.tests.families import HEADS, LAYERS, MIXED, make_teacher
 from hydrahead.training import align, distill, finetune, launch
-from hydrahead.training.launch import EMBEDDED_TEACHER
 
 MAINS = {"align": align.main, "distill": distill.main, "finetune": finetune.main}
 CLOCKS = ("seconds", "tokens_per_second", "memory_gb")

@@ -7,7 +7,6 @@ Starts from the teacher, the recipe's masks and the aligned heads, or from a stu
 `OUTPUT/distill/student`, a folder for the Hub.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -104,7 +103,8 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     model = StudentLoss(trainee.student, section.kl_weight, section.ce_weight, section.temperature)
     run = job.run(lambda: job.evaluate_student(trainee.student))
     trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), read, run, job.autocast)
-    finish_student(job, trained, build, earlier_facts(section.student, forms))
+    start = {"student": Path(section.student)} if section.student else {"forms": forms}
+    finish_student(job, trained, build, stage.made_from(config, **start))
 
 
 def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], TeacherChunk]:
@@ -117,20 +117,6 @@ def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], Teac
     rows = section.tokens // section.length
     kept = TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, teacher.config.vocab_size, whose)
     return lambda batch: kept.chunks(batch, lambda: read_teacher(teacher, batch, section.temperature))
-
-
-def earlier_facts(student: str | Path | None, forms: Path) -> list[dict]:
-    """What was trained before: from the student that a stage starts from, or from beside the aligned heads."""
-    if student is not None:
-        return student_facts(Path(student))
-    facts = forms.parent / "facts.json"
-    return [json.loads(facts.read_text())] if facts.is_file() else []
-
-
-def student_facts(folder: Path) -> list[dict]:
-    """What a student folder was trained on."""
-    file = folder / "training.json"
-    return json.loads(file.read_text()) if file.is_file() else []
 
 
 def main(arguments: list[str] | None = None) -> None:

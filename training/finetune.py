@@ -14,7 +14,6 @@ import torch
 from ..console import one_line_errors
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
-from .distill import student_facts
 from .launch import Stage
 from .recipe import Recipe, read_arguments
 from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
@@ -27,7 +26,7 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
     folder = Path(section.student or Path(recipe.output) / "distill" / "student")
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, stage.config(stage.masks))
-    stage.check_student(folder)
+    config = stage.check_student(folder)
     if (stage.folder / "student").is_dir():
         return print(f"{stage.folder / 'student'} is there already")
 
@@ -47,7 +46,7 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
         run=run,
         autocast=job.autocast,
     )
-    finish_student(job, trained, build, student_facts(folder))
+    finish_student(job, trained, build, stage.made_from(config, student=folder))
 
 
 def main(arguments: list[str] | None = None) -> None:

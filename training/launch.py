@@ -1,5 +1,6 @@
 """Start and end of a stage: what can be wrong is refused first, what was done already is not done again."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,27 +14,22 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.masks import chosen_by, read_choice, read_masks
-from ..convert.migration import student_config, teacher_config
-from ..convert.teachers import EMBEDDED_TEACHER, TeacherAdapter, open_teacher
+from ..convert.folder import conversion_record
+from ..convert.masks import read_masks
+from ..convert.migration import student_config
+from ..convert.teachers import TeacherAdapter, open_teacher
 from ..evaluation.needles import NiahCell, answer_cell, niah_cells
 from ..evaluation.text import text_loss
-from ..hub.card import model_card
-from ..hub.checkpoint import save_checkpoint
+from ..hub.checkpoint import read_made_from, save_student
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from ..provenance import Record
+from ..provenance import Record, environment
 from .data import Batch, StageData, check_stage_data, find_files
 from .loop import Run, Schedule
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
-
-
-def teacher_path(recipe: Recipe) -> str:
-    """Hub id or folder of the recipe's teacher."""
-    return str(EMBEDDED_TEACHER) if recipe.teacher.name == "demo" else recipe.teacher.name
 
 
 def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -154,6 +150,20 @@ class Stage:
                 raise ValueError(f"{folder}: not a student of this teacher: {field} is {found}, the teacher's {value}")
         return config
 
+    def made_from(self, config: HydraHeadConfig, forms: Path | None = None, student: Path | None = None) -> dict:
+        """What the student that a stage starts from was made from, as in `hub.checkpoint.save_student`."""
+        if student is not None and (found := read_made_from(student)):
+            return found
+        masks = self.recipe.masks if isinstance(self.recipe.masks, str) else None
+        made_from = conversion_record(self.teacher, config, masks and Path(masks), forms)
+        if student is None:
+            earlier = Record(forms.parent / "facts.json").read()
+            stages = [earlier] if earlier else []
+        else:  # one from before folders said what they were made from, but for their training
+            file = student / "training.json"
+            stages = json.loads(file.read_text()) if file.is_file() else []
+        return made_from | {"stages": stages}
+
     def start(self) -> "Job":
         """Tokens, tokenizer and processes, when all checks are done."""
         return Job(self)
@@ -232,37 +242,39 @@ class Job:
                 result[cell.task] = found["found"] / found["prompts"]
         return result
 
-    def save_student(self, student: HydraHeadForCausalLM, history: list[dict]) -> None:
-        """The student as a folder for the Hub, with the masks, a card and what it was trained on."""
+    def save_student(self, student: HydraHeadForCausalLM, made_from: dict) -> None:
+        """The student as a folder for the Hub, in the recipe's dtype, with what it was made from and trained on."""
         dtype = getattr(torch, self.recipe.run.save_dtype)
         for name, parameter in student.named_parameters():
             if not any(part in name for part in student._keep_in_fp32_modules_strict):
                 parameter.data = parameter.data.to(dtype)
         student.config.dtype = dtype
-        teacher = self.recipe.teacher
-        is_folder = Path(teacher_path(self.recipe)).is_dir()
-        history = [*history, self.facts()]
-        shown = "the one that ships with hydrahead" if teacher.name == "demo" else "a local folder"
-        facts = {"Teacher": shown if is_folder else teacher.name, "Revision": teacher.revision or "default"}
-        if isinstance(self.recipe.masks, str) and Path(self.recipe.masks).is_file():
-            facts |= chosen_by(read_choice(Path(self.recipe.masks))[1])
-        for entry in history:
-            facts[entry["stage"].capitalize()] = entry["summary"]
-        name = None if is_folder else teacher.name
-        card = model_card(student.config, teacher_config(self.stage.adapter), name, facts)
-        files = {"README.md": card, "head_masks.json": student.config.head_masks, "training.json": history}
-        save_checkpoint(student, self.tokenizer, self.folder / "student", files, overwrite=True)
+        made_from = made_from | {"stages": [*made_from["stages"], self.facts()]} | environment()
+        save_student(student, self.tokenizer, self.folder / "student", made_from, overwrite=True)
 
     def facts(self) -> dict:
         """What this stage trained on, in numbers and in words."""
-        section, long_data = self.section, self.recipe.long_data
-        parts = [f"{section.tokens:,} tokens", f"rows of {section.length:,}", public_source(self.recipe.data.name)]
+        recipe, section = self.recipe, self.section
+        parts = [f"{section.tokens:,} tokens", f"rows of {section.length:,}", public_source(recipe.data.name)]
         if section.retrieval_share:
             parts.append(f"{section.retrieval_share:.0%} of rows from a mixture with synthetic retrieval")
         if section.long_share:
-            parts.append(f"{section.long_share:.0%} of rows from long documents ({public_source(long_data.name)})")
-        plain = {key: value for key, value in asdict(section).items() if key not in PATHS}
-        return {"stage": self.stage.name, "summary": ", ".join(parts), "recipe": plain}
+            parts.append(
+                f"{section.long_share:.0%} of rows from long documents ({public_source(recipe.long_data.name)})"
+            )
+        return {
+            "stage": self.stage.name,
+            "summary": ", ".join(parts),
+            "teacher": self.stage.teacher.public_name,
+            "revision": recipe.teacher.revision,
+            "teacher_dtype": recipe.teacher.dtype,
+            "text": public_source(recipe.data.name),
+            "steps": section.tokens // section.batch_tokens,
+            "mixed_precision": recipe.run.mixed_precision,
+            "seed": recipe.run.seed,
+            "recipe": {key: value for key, value in asdict(section).items() if key not in PATHS},
+            **environment(self.accelerator.device.type),
+        }
 
     def draw(self) -> None:
         """Pictures of the run beside its record."""

@@ -144,13 +144,13 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
     return Trainee(student, lambda: adapted.merge_and_unload())
 
 
-def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], history: list[dict]) -> None:
+def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], made_from: dict) -> None:
     """Write the trained student from the main process, whole whatever the weights were sharded into."""
     state = job.accelerator.get_state_dict(trained)
     if job.accelerator.is_main_process:
         trainee = build()
         trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
         job.draw()
-        job.save_student(trainee.merge().eval(), history)  # last: it says that the stage is done
+        job.save_student(trainee.merge().eval(), made_from)  # last: it says that the stage is done
         print(f"written to {job.folder / 'student'}")
     job.end()
