@@ -35,7 +35,7 @@ def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[in
     signs = "framed: stays full attention" + ("; –: score below 0" if np.less(scores, 0).any() else "")
     figure.suptitle(f"{_wrapped(title, size[0])}\n{signs}", fontsize=9)
     figure.colorbar(image, ax=axes, label="score", shrink=0.85)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def plot_head_maps(
@@ -74,7 +74,7 @@ def plot_head_maps(
         axes.set_xlabel("query head", fontsize=8)
     signs = "; –: score below 0" if np.less(list(scores.values()), 0).any() else ""
     figure.suptitle(_wrapped(title + signs, size[0]), fontsize=9)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def _draw_heads(axes, scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], line_width: float):
@@ -109,8 +109,9 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
         curves: by probe, what `convert.scoring.evidence.knockout` gives.
     """
     methods = list(next(iter(curves.values()))["methods"])
+    size = (max(4, 1.9 * len(methods) + 1), 1.9 * len(curves) + 1)
     figure, grid = plt.subplots(
-        len(curves), len(methods), figsize=(1.9 * len(methods) + 1, 1.9 * len(curves) + 1), squeeze=False, sharey=True
+        len(curves), len(methods), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     for row, (probe, found) in zip(grid, curves.items()):
         places = range(len(found["sizes"]))
@@ -134,9 +135,8 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
     for axes in grid[-1]:
         axes.set_xlabel("heads replaced", fontsize=7)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout(rect=(0, 0.06 if len(curves) == 1 else 0.04, 1, 1))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    figure.suptitle(_wrapped(title, size[0]), fontsize=9)
     save_picture(figure, path)
 
 
@@ -147,7 +147,7 @@ def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path
     Args:
         stability: by method, what `convert.scoring.evidence.stability` gives.
     """
-    figure, axes = plt.subplots(figsize=(5.6, 3.6))
+    figure, axes = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
     counts = sorted({int(count) for found in stability.values() for count in found})
     for index, (method, found) in enumerate(stability.items()):
         points = [(counts.index(int(count)), entry) for count, entry in found.items() if entry["rho"] is not None]
@@ -170,8 +170,8 @@ def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path
     axes.set_ylim(-0.4, 1.05)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, loc="lower right")
-    axes.set_title(title, fontsize=9)
-    _save(figure, path)
+    axes.set_title(_wrapped(title, 5), fontsize=9)
+    save_picture(figure, path)
 
 
 def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Path) -> None:
@@ -182,7 +182,8 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
         tables: by condition and method, by column, `accuracy` and `text`; under `random` a list of such rows.
         columns: what to draw, the fewest changes first.
     """
-    figure, grid = plt.subplots(2, len(tables), figsize=(3 * len(tables) + 1.2, 5.6), squeeze=False, sharey="row")
+    size = (3 * len(tables) + 1.2, 5.6)
+    figure, grid = plt.subplots(2, len(tables), figsize=size, squeeze=False, sharey="row", layout="constrained")
     places = range(len(columns))
     for column, (condition, table) in enumerate(tables.items()):
         methods = [name for name, row in table.items() if name != "random" and all(key in row for key in columns)]
@@ -208,9 +209,8 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
     grid[0][0].set_ylabel("needles found", fontsize=8)
     grid[1][0].set_ylabel("text loss beyond the teacher's, nats", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=5, fontsize=7, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     figure.suptitle("Converted, aligned head by head, not trained any further", fontsize=10)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
     save_picture(figure, path)
 
 
@@ -228,7 +228,7 @@ def plot_accuracy_over_length(
     Args:
         accuracies: values per length, by model (a colour each) and task (a line style each).
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4))
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     count = sum(map(len, accuracies.values()))
     shifts = iter(1 + 0.02 * (index - (count - 1) / 2) for index in range(count))  # equal values stay visible
     for (model, tasks), color in zip(accuracies.items(), ("#6c757d", "#d1495b", "#1f6f9f", "#3a7d44")):
@@ -247,18 +247,18 @@ def plot_accuracy_over_length(
                 capsize=2,
                 label=f"{model}, {task}",
             )
-    axes.axvline(native_length, color="black", linewidth=0.8, linestyle=":")
-    axes.annotate("1x", (native_length, 1.02), xycoords=("data", "axes fraction"), fontsize=8, ha="center")
+    axes.axvline(native_length, color="black", linewidth=0.8, linestyle=":", label="the teacher's native length")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.05)
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("accuracy")
-    axes.set_title(title, fontsize=10, pad=16)
+    axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
-    axes.legend(loc="center left", fontsize=8)
-    _save(figure, path)
+    # Beside the data, with handles long enough to tell dashes from lines.
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=3.5, frameon=False)
+    save_picture(figure, path)
 
 
 def wilson_interval(share: float, samples: int) -> tuple[float, float]:
@@ -274,9 +274,3 @@ def save_picture(figure, path: Path) -> None:
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=150, format="png")
     plt.close(figure)
-
-
-def _save(figure, path: Path) -> None:
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
-    save_picture(figure, path)

@@ -22,7 +22,7 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         found.append(figure)
 
-    monkeypatch.setattr(figures, "_save", keep)
+    monkeypatch.setattr(figures, "save_picture", keep)
     yield found
     for figure in found:
         figures.plt.close(figure)
@@ -35,8 +35,9 @@ def assert_on_canvas(figure) -> None:
             if axes.axison and text.get_text():
                 box = text.get_window_extent()
                 assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, text.get_text()
-    box = figure._suptitle.get_window_extent()
-    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, figure._suptitle.get_text()
+    for whole in (figure._suptitle, *figure.legends):
+        box = whole.get_window_extent() if whole else figure.bbox
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, whole
 
 
 def assert_shows(axes, scores, masks) -> None:
@@ -79,4 +80,19 @@ def test_maps_of_several_methods_have_a_scale_each(drawn, tmp_path):
 
 def test_a_tall_map_keeps_its_labels(drawn, tmp_path):
     figures.plot_head_map([[0.0, 1.0]] * 40, [[0, 1]] * 40, LONG, tmp_path / "map.png")
+    assert_on_canvas(drawn[0])
+
+
+@pytest.mark.parametrize("methods", [["replacement"], ["replacement", "receiver+sender"]])
+def test_knock_out_curves_keep_their_title_and_legend_with_few_methods(methods, drawn, tmp_path):
+    lines = {"top": [1.0, 0.0], "bottom": [1.0, 0.9]}
+    curve = {"sizes": [1, 2], "random": [[1.0, 0.5]], "intact": 1.0, "methods": dict.fromkeys(methods, lines)}
+    figures.plot_knockout(dict.fromkeys(["niah-single", "copy"], curve), LONG, tmp_path / "ablation.png")
+    assert len(drawn[0].legends) == 1
+    assert_on_canvas(drawn[0])
+
+
+def test_stability_keeps_its_title(drawn, tmp_path):
+    entry = {"rho": 0.5, "rho_low": 0.1, "rho_high": 0.9, "heads": 7}
+    figures.plot_stability({"replacement": {"4": entry, "8": entry}}, LONG, tmp_path / "stability.png")
     assert_on_canvas(drawn[0])
