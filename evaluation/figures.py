@@ -15,6 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ..files import atomic_file
 
+STRONG = {"replacement": "#d1495b", "receiver+sender": "#1f6f9f"}  # methods that stand out where many are compared
+
 
 def plot_head_map(scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], title: str, path: Path) -> None:
     """
@@ -187,19 +189,21 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
     places = range(len(columns))
     for column, (condition, table) in enumerate(tables.items()):
         methods = [name for name, row in table.items() if name != "random" and all(key in row for key in columns)]
+        others = [name for name in dict.fromkeys(name.split(",")[0] for name in methods) if name not in STRONG]
+        colors = STRONG | dict(zip(others, ("C1", "C2", "C4", "C5", "C6", "C8", "C9")))  # no other red, blue or grey
         for axes, key in zip(grid[:, column], ("accuracy", "text")):
             values = [[row[name][key] for row in table["random"]] for name in columns]
             axes.fill_between(places, list(map(min, values)), list(map(max, values)), color="#6c757d", alpha=0.2)
             means = [sum(each) / len(each) for each in values]
             axes.plot(places, means, color="#6c757d", linewidth=1, label="random: mean, range")
-            for index, method in enumerate(methods):
-                strong = method in ("replacement", "receiver+sender")
+            for method in methods:
+                strong = method in STRONG
                 axes.plot(
                     places,
                     [table[method][name][key] for name in columns],
                     "o-" if strong else ".--",
                     linewidth=2 if strong else 0.8,
-                    color={"replacement": "#d1495b", "receiver+sender": "#1f6f9f"}.get(method, f"C{index}"),
+                    color=colors[method.split(",")[0]],
                     label=method,
                 )
             axes.set_xticks(places, columns, fontsize=7)
@@ -210,7 +214,10 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
     grid[1][0].set_ylabel("text loss beyond the teacher's, nats", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    figure.suptitle("Converted, aligned head by head, not trained any further", fontsize=10)
+    title = (
+        "Heads aligned one by one on text with needles or plain, without position (nope) or with RoPE; nothing more"
+    )
+    figure.suptitle(title, fontsize=10)
     save_picture(figure, path)
 
 
