@@ -1,9 +1,7 @@
 """The command `hydrahead`: parses, calls, prints. Imports what a command needs when it runs, so that help is quick."""
 
-import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .console import one_line_errors
+from .convert.scoring.methods import DEFAULT_METHOD, METHODS
 
 
 class _Commands(TyperGroup):
@@ -88,35 +87,13 @@ def _given(**options) -> dict:
     }
 
 
-@contextlib.contextmanager
-def _stages() -> Iterator[Callable[[str, int | None], Callable[[], None]]]:
-    """Progress bars for stages of known length; lines where the output is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console()
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-
-        def begin(name: str, total: int | None) -> Callable[[], None]:
-            if not console.is_terminal:
-                console.print(name)
-            task = progress.add_task(name, total=total)
-            return lambda: progress.advance(task)
-
-        yield begin
-
-
 @app.command()
 def score(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder: Qwen3, Qwen2.5, Llama, Mistral, Phi-3.")],
     output: Annotated[Path, typer.Argument(help="Folder to write: head_scores.json and pictures.")],
     method: Annotated[
         list[str] | None,
-        typer.Option(
-            help="replacement (default), receiver+sender (the paper's), receiver, sender, attribution, "
-            "attribution-qk, attention, logit-contribution, mean-ablation; repeat to compare, the first decides."
-        ),
+        typer.Option(help=f"{', '.join(METHODS)}; repeat to compare, the first decides. Default: {DEFAULT_METHOD}."),
     ] = None,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a prompt; else the native length, 4096 at most.")
@@ -156,7 +133,7 @@ def score(
     options = _given(full_attention_position=position, logit_scale_base=logit_scale_base, fusion_norm=fusion_norm)
     settings = ScoreSettings(
         teacher,
-        methods=tuple(method or ("replacement",)),
+        methods=tuple(method or (DEFAULT_METHOD,)),
         length=length,
         pairs=pairs,
         text=text,
@@ -176,15 +153,11 @@ def score(
     check_free(output, overwrite)
     from .convert.scoring.command import score_to_folder
 
-    with _stages() as begin:
+    if settings.needs_forms and forms is None:
+        from .training.quick import align_for_scores
 
-        def make_forms(model, tokenizer, text_ids, options):
-            from .training.quick import quick_forms
-
-            advance = begin("align heads", align_steps)
-            return quick_forms(model, tokenizer, text_ids, options, align_steps, seed, lambda *_: advance())
-
-        scores = score_to_folder(settings, output, make_forms, overwrite, begin)
+        align_for_scores(settings, output)
+    scores = score_to_folder(settings, output, overwrite)
     for warning in scores.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")

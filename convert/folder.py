@@ -66,7 +66,7 @@ def convert_to_folder(
     opened = open_teacher(teacher, revision)
     forms = None
     if forms_file is not None:
-        forms, options = load_forms(forms_file, opened.adapter, options)
+        forms, options = load_forms(forms_file, opened, options)
     student_config(opened.adapter, masks, **options)
 
     on_stage("fetching the teacher")

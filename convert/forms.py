@@ -17,7 +17,7 @@ from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .hooks import Visit, visit_heads
 from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config
-from .teachers import TeacherAdapter
+from .teachers import Teacher
 
 BRANCHES = ("linear", "full")
 LEAST_SCALE = 0.05  # of a linear head that starts nowhere near its teacher: at 0 nothing of it would be trained
@@ -139,13 +139,20 @@ def linear_heads(forms: FormOutputs, ablated: Sequence[Sequence[int]]) -> Visit:
     return replace
 
 
-def save_forms(forms: Forms, options: dict, path: Path) -> None:
-    """Write forms with the student's options that they were aligned under, whole or not at all (safetensors)."""
+def save_forms(forms: Forms, options: dict, path: Path, made_from: Mapping = MappingProxyType({})) -> None:
+    """
+    Write forms, whole or not at all (safetensors).
+
+    Args:
+        options: of the student, that they were aligned under.
+        made_from: the teacher (`Teacher.identity`) and whatever else decided them.
+    """
+    metadata = {"student": json.dumps(options), "made_from": json.dumps(dict(made_from), default=str)}
     with atomic_file(path) as partial:
-        save_file(forms, partial, metadata={"student": json.dumps(options)})
+        save_file(forms, partial, metadata=metadata)
 
 
-def check_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingProxyType({})) -> dict:
+def check_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyType({})) -> dict:
     """
     The options of a student made of the forms in a file: those that they were aligned under; no tensor is read.
 
@@ -154,11 +161,12 @@ def check_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingP
             start as the same.
 
     Raises:
-        ValueError: the file is missing, holds something else, belongs to a teacher of another shape, or was aligned
-            under another value of one of `options`.
+        ValueError: the file is missing, holds something else, belongs to another teacher, or was aligned under another
+            value of one of `options`.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; alignment writes it (hydrahead.training.align)")
+    adapter = teacher.adapter
     size = [adapter.head_dim, adapter.config.hidden_size]
     expected = [[adapter.num_heads, *size], [adapter.num_kv_heads, *size]]
     try:
@@ -167,22 +175,22 @@ def check_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingP
             found = [file.get_slice("0.linear.q_proj.weight").get_shape()]
             if len(layers) == adapter.num_layers and found == expected[:1]:
                 found.append(file.get_slice("0.full.k_proj.weight").get_shape())
-            aligned = (file.metadata() or {}).get("student")
+            metadata = file.metadata() or {}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{path}: not the aligned forms of a teacher's heads ({error}); hydrahead score and "
             "hydrahead.training.align write them as head_forms.safetensors"
         ) from None
+    teacher.check_made_from(path, json.loads(metadata.get("made_from", "{}")))
     if len(layers) != adapter.num_layers or found != expected:
         raise ValueError(
             f"{path}: heads of another teacher, expected {adapter.num_layers} layers of query and KV heads "
             f"{expected}, got {len(layers)} of {found}; align this teacher's"
         )
-    if aligned is None:
+    if "student" not in metadata:
         raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")
-    aligned = json.loads(aligned)
-    blank = [[0] * adapter.num_heads] * adapter.num_layers
-    of_file = options_of(student_config(adapter, blank, **aligned))
+    aligned = json.loads(metadata["student"])
+    of_file = options_of(student_config(adapter, adapter.blank_masks, **aligned))
     for name in (name for name in of_file if name in options):
         here, asked = of_file[name], options[name]
         if asked != here and not (name == "fusion" and "concat" not in (asked, here)):
@@ -193,12 +201,12 @@ def check_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingP
     return aligned | dict(options)
 
 
-def load_forms(path: Path, adapter: TeacherAdapter, options: Mapping = MappingProxyType({})) -> tuple[Forms, dict]:
+def load_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyType({})) -> tuple[Forms, dict]:
     """
     Forms, and the options of a student made of them.
 
     Raises:
         ValueError: see `check_forms`.
     """
-    options = check_forms(path, adapter, options)
+    options = check_forms(path, teacher, options)
     return load_file(path), options

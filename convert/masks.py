@@ -155,7 +155,7 @@ def select_to_file(
     )
     lines = []
     if exchange is not None:
-        from .scoring.command import exchange_heads
+        from .search import exchange_heads
 
         masks, history = exchange_heads(scores, masks, exchange, budget_unit, {*kept, *dropped}, seed)
         lines = [

@@ -8,8 +8,12 @@ from transformers import PreTrainedModel
 
 from .forms import FormOutputs, converted_heads
 from .hooks import Head, final_states, head_slopes, input_device, visited_heads
-from .scoring.probes import Pair
+from .masks import Exchange
+from .scoring.command import check_settings, load_teacher, read_text, running_forms, text_rows
+from .scoring.probes import NIAH_KEYS, Pair, niah_probe
 from .scoring.readout import answer_positions, divergence_measure, is_answer
+from .scoring.scores import HeadScores
+from .scoring.settings import ScoreSettings
 from .selection import Masks
 
 
@@ -153,3 +157,50 @@ def _exchange_gains(model: PreTrainedModel, forms: FormOutputs, masks: Masks, pa
             slopes = head_slopes(model, pair.clean, loss)
         total -= (slopes * torch.stack(changes)).sum((1, 3)).cpu()
     return total / len(pairs)
+
+
+def exchange_heads(
+    scores: HeadScores, masks: Masks, exchange: Exchange, budget_unit: str, fixed: set[Head], seed: int
+) -> tuple[Masks, list[dict]]:
+    """
+    Improve a choice by greedy exchange on needles and plain text (`search_masks`).
+
+    Raises:
+        ValueError: see `check_settings`; or the scores are of another shape than the teacher.
+    """
+    settings = ScoreSettings(
+        exchange.teacher,
+        (),
+        length=exchange.length,
+        text=exchange.text,
+        forms=exchange.forms,
+        device=exchange.device,
+        revision=exchange.revision,
+    )
+    opened, tokenizer, length = check_settings(settings)
+    opened.check_made_from("the scores", {"teacher": scores.teacher, "revision": scores.revision})
+    adapter = opened.adapter
+    if (len(masks), len(masks[0])) != (adapter.num_layers, adapter.num_heads):
+        raise ValueError(
+            f"the scores are of {len(masks)} layers of {len(masks[0])} heads, {exchange.teacher} has "
+            f"{adapter.num_layers} of {adapter.num_heads}"
+        )
+    text_ids = read_text(tokenizer, settings)
+    teacher = load_teacher(opened, settings)
+    forms = running_forms(opened, exchange.forms)
+    pairs = [
+        pair
+        for keys in NIAH_KEYS
+        for pair in niah_probe(tokenizer, text_ids, length, num_keys=keys, num_pairs=4, seed=seed + 1).pairs
+    ]
+    size = adapter.num_heads // adapter.num_kv_heads if budget_unit == "kv_groups" else 1
+    return search_masks(
+        teacher,
+        forms,
+        masks,
+        pairs,
+        text_rows(text_ids),
+        unit_size=size,
+        fixed=fixed,
+        max_exchanges=exchange.rounds,
+    )

@@ -1,7 +1,7 @@
 """Teacher families: which tensors of a pretrained transformer are its attention heads, norms and MLP."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -75,6 +75,11 @@ class TeacherAdapter:
             )
         if getattr(self.config, "mlp_bias", False):
             raise ValueError(f"{self.model_type}: a bias in the MLP (mlp_bias) is not supported")
+
+    @property
+    def blank_masks(self) -> list[list[int]]:
+        """Masks `[L][H]` that convert every head: for a config whose masks do not matter."""
+        return [[0] * self.num_heads] * self.num_layers
 
     def uses_sliding_window(self) -> bool:
         """Whether a `sliding_window` in the config is in use."""
@@ -247,6 +252,24 @@ class Teacher:
         self.adapter, self.public_name = adapter_for(config), public_name(source)
         self._source = source
 
+    @property
+    def identity(self) -> dict:
+        """What files that are made from it say of it."""
+        return {"teacher": self.public_name, "revision": self.revision}
+
+    def check_made_from(self, file: Path, made_from: Mapping) -> None:
+        """
+        Raises:
+            ValueError: a file says that it was made from another teacher. What says nothing is taken as it is.
+        """
+        found = {key: made_from.get(key) for key in self.identity}
+        if found["teacher"] and found != self.identity:
+            of, asked = (
+                each["teacher"] + (f" at {each['revision']}" if each["revision"] else "")
+                for each in (found, self.identity)
+            )
+            raise ValueError(f"{file}: made from the teacher {of}, not from {asked}: choose that one, or make it anew")
+
     def fetch(self) -> Path:
         """Folder of the checkpoint, which is brought to this machine first where it is not here yet."""
         if not Path(self._source).is_dir():
@@ -309,7 +332,7 @@ def open_teacher(name: str | Path, revision: str | None = None) -> Teacher:
 def public_name(name_or_path: str) -> str:
     """A Hub id as it is; of a folder its own name only, and `demo` for the teacher that ships with the package."""
     path = Path(name_or_path)
-    if not path.is_dir():
+    if not name_or_path or not path.is_dir():  # a model that was never saved has no name
         return name_or_path
     return "demo" if path.resolve() == EMBEDDED_TEACHER.resolve() else path.resolve().name
 

@@ -378,7 +378,7 @@ def test_an_interrupted_score_goes_on_where_the_last_probe_was_finished(tmp_path
     settings = ScoreSettings(
         str(EMBEDDED_TEACHER), ("receiver",), length=200, pairs=2, evidence=False, device="cpu", seed=1
     )
-    score_to_folder(settings, plain, None)
+    score_to_folder(settings, plain)
     measure, measured = _Measuring.probe, []
 
     def stop_in_the_third(self, probe, methods):
@@ -389,9 +389,9 @@ def test_an_interrupted_score_goes_on_where_the_last_probe_was_finished(tmp_path
 
     monkeypatch.setattr(_Measuring, "probe", stop_in_the_third)
     with pytest.raises(KeyboardInterrupt):
-        score_to_folder(settings, output, None)
+        score_to_folder(settings, output)
     assert not output.exists()
-    score_to_folder(settings, output, None)
+    score_to_folder(settings, output)
     assert len(measured) == 3 + 8, "ten probes, two of them done before"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     one, two = (json.loads((folder / "head_scores.json").read_text()) for folder in (plain, output))

@@ -18,13 +18,13 @@ from hydrahead.convert.migration import head_forms_of, student_config
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.replacement import text_effects
 from hydrahead.convert.scoring.settings import ScoreSettings
-from hydrahead.convert.teachers import adapter_for
+from hydrahead.convert.teachers import Teacher, adapter_for
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.demo.run import EMBEDDED_TEACHER, Demo, DemoSettings
 from hydrahead.tests.families import ALL_LINEAR, make_teacher, random_ids
 from hydrahead.tests.placements import compare, everything, split
 from hydrahead.tests.test_scoring import usable_pairs
-from hydrahead.training.quick import quick_forms
+from hydrahead.training.quick import align_for_scores, quick_forms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -106,18 +106,27 @@ def test_quick_alignment_of_a_teacher_on_the_cpu_asks_nothing_of_the_gpu(shipped
     assert torch.cuda.max_memory_allocated() == before
 
 
-def test_score_uses_the_gpus_there_are_without_being_told(shipped, tmp_path):
+def test_score_uses_the_gpus_there_are_without_being_told(tmp_path, monkeypatch):
     """`device_map="auto"`, quick alignment and evidence included."""
-    placed = set()
+    placed, load = set(), Teacher.load
 
-    def make_forms(teacher, tokenizer, text_ids, options):
+    def load_and_look(self, *arguments):
+        teacher = load(self, *arguments)
         placed.update(devices(teacher))
-        return quick_forms(teacher, tokenizer, text_ids, options, steps=1)
+        return teacher
 
+    monkeypatch.setattr(Teacher, "load", load_and_look)
     settings = ScoreSettings(
-        str(EMBEDDED_TEACHER), ("replacement",), length=200, pairs=2, shortlist=2, options={"fusion_norm": "linear"}
+        "demo",
+        ("replacement",),
+        length=200,
+        pairs=2,
+        shortlist=2,
+        options={"fusion_norm": "linear"},
+        align_steps=1,
     )
-    scores = score_to_folder(settings, tmp_path / "scores", make_forms)
+    align_for_scores(settings, tmp_path / "scores")
+    scores = score_to_folder(settings, tmp_path / "scores")
     assert all(place.startswith("cuda") for place in placed), placed
     assert torch.tensor(scores.scores).isfinite().all() and set(scores.evidence) >= {"ablation", "conversion"}
 

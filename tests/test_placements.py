@@ -10,11 +10,12 @@ from accelerate import Accelerator
 
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.settings import ScoreSettings
+from hydrahead.convert.teachers import Teacher
 from hydrahead.demo.run import EMBEDDED_TEACHER
 from hydrahead.tests.families import make_teacher
 from hydrahead.tests.placements import compare, everything, split
 from hydrahead.tests.test_scoring import usable_pairs
-from hydrahead.training.quick import quick_forms
+from hydrahead.training.quick import align_for_scores
 
 try:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -52,17 +53,21 @@ def test_a_teacher_split_over_two_devices_gives_what_it_gives_on_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_score_aligns_and_measures_a_teacher_that_is_off_loaded(tmp_path):
+def test_score_aligns_and_measures_a_teacher_that_is_off_loaded(tmp_path, monkeypatch):
     """From a `device_map` to the score file, quick alignment included; half of the shipped teacher on disk."""
     lower = ("embed_tokens", "rotary_emb", "norm", *(f"layers.{index}" for index in range(3)))
     places = {f"model.{name}": "cpu" for name in lower} | {"lm_head": "cpu"}
     places |= {f"model.layers.{index}": "disk" for index in range(3, 6)}
     placed, found = [], []
 
-    def make_forms(teacher, tokenizer, text_ids, options):
-        placed.append(teacher.model.layers[4].mlp.down_proj.weight.is_meta)
-        return quick_forms(teacher, tokenizer, text_ids, options, steps=1)
+    load = Teacher.load
 
+    def load_and_look(self, *arguments):
+        teacher = load(self, *arguments)
+        placed.append(teacher.model.layers[4].mlp.down_proj.weight.is_meta)
+        return teacher
+
+    monkeypatch.setattr(Teacher, "load", load_and_look)
     for name, device in (("plain", "cpu"), ("off-loaded", places)):
         settings = ScoreSettings(
             str(EMBEDDED_TEACHER),
@@ -74,8 +79,12 @@ def test_score_aligns_and_measures_a_teacher_that_is_off_loaded(tmp_path):
             device=device,
             options={"fusion_norm": "linear"},
             seed=1,
+            align_steps=1,
         )
-        score_to_folder(settings, tmp_path / name, make_forms)
-        found.append(json.loads((tmp_path / name / "head_scores.json").read_text()) | {"seconds": None})
-    assert placed == [False, True]
+        align_for_scores(settings, tmp_path / name)
+        score_to_folder(settings, tmp_path / name)
+        found.append(
+            json.loads((tmp_path / name / "head_scores.json").read_text()) | {"seconds": None, "made_from": None}
+        )
+    assert placed == [False, False, True, True]
     assert found[0] == found[1]

@@ -29,7 +29,7 @@ from hydrahead.convert.scoring.replacement import (
     text_estimates,
 )
 from hydrahead.convert.search import conversion_loss, search_masks
-from hydrahead.convert.teachers import adapter_for
+from hydrahead.convert.teachers import Teacher, adapter_for
 from hydrahead.tests.counterfactuals import make_pair, measured, run
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, FAMILIES, HEADS, LAYERS, MIXED, make_teacher, random_ids
 
@@ -207,13 +207,18 @@ def test_conversion_loss_is_nothing_where_nothing_changes():
     assert math.isfinite(found["answer_loss"])
 
 
+def named(teacher, name: str = "mine", revision: str | None = None) -> Teacher:
+    """A teacher in memory as if it had been opened by a name."""
+    return Teacher(name, revision, name, teacher.config)
+
+
 def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
     teacher = make_teacher("qwen3-tied")
-    adapter, (_, tensors) = adapter_for(teacher.config), make_forms(teacher)
+    opened, (_, tensors) = named(teacher), make_forms(teacher)
     save_forms(tensors, OPTIONS, tmp_path / "forms.safetensors")
-    found, options = load_forms(tmp_path / "forms.safetensors", adapter)
+    found, options = load_forms(tmp_path / "forms.safetensors", opened)
     assert options == OPTIONS and all((found[name] == tensor).all() for name, tensor in tensors.items())
-    assert load_forms(tmp_path / "forms.safetensors", adapter, {"fusion": "gate"})[1] == OPTIONS | {"fusion": "gate"}
+    assert load_forms(tmp_path / "forms.safetensors", opened, {"fusion": "gate"})[1] == OPTIONS | {"fusion": "gate"}
     for name, value in {
         "full_attention_position": "rope",
         "logit_scale_base": 65,
@@ -222,21 +227,32 @@ def test_forms_travel_in_a_file_with_their_students_options(tmp_path):
         "fusion_norm": "all",
     }.items():
         with pytest.raises(ValueError, match=rf"^[^\n]*aligned for {name} [^\n]*{value!r} is asked for[^\n]*$"):
-            load_forms(tmp_path / "forms.safetensors", adapter, {name: value})
-    other = adapter_for(make_teacher("qwen3-tied", num_hidden_layers=3).config)
+            load_forms(tmp_path / "forms.safetensors", opened, {name: value})
+    other = named(make_teacher("qwen3-tied", num_hidden_layers=3))
     with pytest.raises(ValueError, match=r"^[^\n]*expected 3 layers of [^\n]*, got 2 of [^\n]*$"):
         load_forms(tmp_path / "forms.safetensors", other)
-    other = adapter_for(make_teacher("qwen3-tied", num_key_value_heads=1).config)
+    other = named(make_teacher("qwen3-tied", num_key_value_heads=1))
     with pytest.raises(ValueError, match=r"^[^\n]*heads of another teacher[^\n]*$"):
         load_forms(tmp_path / "forms.safetensors", other)
     with pytest.raises(ValueError, match="no such file"):
-        load_forms(tmp_path / "none.safetensors", adapter)
+        load_forms(tmp_path / "none.safetensors", opened)
     save_file(tensors, tmp_path / "forms.safetensors")
     with pytest.raises(ValueError, match="does not say what its heads were aligned for"):
-        load_forms(tmp_path / "forms.safetensors", adapter)
+        load_forms(tmp_path / "forms.safetensors", opened)
     (tmp_path / "forms.safetensors").write_text("{}")
     with pytest.raises(ValueError, match=r"^[^\n]*not the aligned forms of a teacher's heads[^\n]*$"):
-        load_forms(tmp_path / "forms.safetensors", adapter)
+        load_forms(tmp_path / "forms.safetensors", opened)
+
+
+def test_forms_of_another_teacher_of_the_same_shape_are_refused_by_name(tmp_path):
+    teacher = make_teacher("qwen3-tied")
+    _, tensors = make_forms(teacher)
+    file = tmp_path / "forms.safetensors"
+    save_forms(tensors, OPTIONS, file, {**named(teacher, "one", "v1").identity, "steps": 3})
+    assert load_forms(file, named(teacher, "one", "v1"))[1] == OPTIONS
+    for other, words in ((named(teacher, "two", "v1"), "two at v1"), (named(teacher, "one"), "not from one")):
+        with pytest.raises(ValueError, match=rf"^[^\n]*made from the teacher one at v1, [^\n]*{words}[^\n]*$"):
+            load_forms(file, other)
 
 
 @pytest.mark.parametrize("family", ["qwen3-tied", "phi3"])

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hydrahead.convert.forms import load_forms
-from hydrahead.convert.teachers import adapter_for
-from hydrahead.demo.run import EMBEDDED_TEACHER
+from hydrahead.convert.teachers import open_teacher
 from hydrahead.hub.checkpoint import answer_in_clean_process
 
 SHORT = [
@@ -37,8 +36,7 @@ def test_the_demo_recipe_runs_end_to_end_and_its_student_answers_without_hydrahe
         assert watched <= lines[1].keys() and "heldout_loss" not in lines[0]
         assert (folder / "training.png").is_file()  # what is in it: test_pictures.py
     assert (tmp_path / "align" / "layers.png").is_file()
-    adapter = adapter_for(AutoConfig.from_pretrained(EMBEDDED_TEACHER))
-    _, options = load_forms(tmp_path / "align" / "head_forms.safetensors", adapter)
+    _, options = load_forms(tmp_path / "align" / "head_forms.safetensors", open_teacher("demo"))
     assert options["fusion_norm"] == "linear", "scores and conversions learn from the file what the heads are for"
 
     student = tmp_path / "finetune" / "student"

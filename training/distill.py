@@ -81,7 +81,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     forms = Path(section.head_forms or Path(recipe.output) / "align" / "head_forms.safetensors")
     config = stage.check_student(Path(section.student)) if section.student else stage.config(stage.masks)
     if not section.student and not dry_run:
-        check_forms(forms, stage.adapter, options_of(config))
+        check_forms(forms, stage.teacher, options_of(config))
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, config)
     if (stage.folder / "student").is_dir():

@@ -1,17 +1,22 @@
 """Alignment without a recipe, enough to compare heads by: what `hydrahead score` runs where no forms are given."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from ..convert.forms import calibrated_forms
+from ..console import progress
+from ..convert.forms import calibrated_forms, save_forms
 from ..convert.hooks import input_device
-from ..convert.migration import Forms, student_config
+from ..convert.migration import Forms, options_of, student_config
+from ..convert.scoring.command import Unfinished, check_settings, load_teacher, read_probes, text_name
+from ..convert.scoring.settings import ScoreSettings
 from ..convert.teachers import adapter_for
 from ..data.mixture import mixture_rows
+from ..provenance import environment
 from .align import align_heads
 from .loop import Schedule
 
@@ -44,7 +49,7 @@ def quick_forms(
         the forms, on the CPU.
     """
     adapter = adapter_for(teacher.config)
-    config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **options)
+    config = student_config(adapter, adapter.blank_masks, **options)
 
     def batch_at(step: int) -> list[torch.Tensor]:
         ids, _ = mixture_rows(tokenizer, text_ids, LENGTH, ROWS, [seed, step])
@@ -59,3 +64,28 @@ def quick_forms(
         Schedule(steps, LEARNING_RATE, LEAST_LEARNING_RATE),
         on_step=on_step,
     )
+
+
+def align_for_scores(settings: ScoreSettings, output: Path) -> None:
+    """
+    Align the heads that `score_to_folder` will measure under the same settings, where it needs them and no file has
+    them: a step of its own, which is not done again when what follows is interrupted.
+
+    Raises:
+        ValueError: see `check_settings`.
+    """
+    if not settings.needs_forms or settings.forms is not None:
+        return
+    opened, tokenizer, length = check_settings(settings)
+    text_ids, _ = read_probes(settings, tokenizer, length)  # what is wrong with them is known before
+    file = Unfinished(output, settings).forms
+    if file.is_file():
+        return
+    steps, seed, adapter = settings.align_steps, settings.seed, opened.adapter
+    options = options_of(student_config(adapter, adapter.blank_masks, **settings.options or {}))
+    teacher = load_teacher(opened, settings)
+    with progress("align heads", steps) as advance:
+        forms = quick_forms(teacher, tokenizer, text_ids, options, steps, seed, lambda *_: advance())
+    made_from = {"text": text_name(settings), "length": LENGTH, "rows": ROWS, "steps": steps, "seed": seed}
+    made_from |= {"dtype": settings.dtype, **opened.identity, **environment()}
+    save_forms(forms, options, file, made_from)

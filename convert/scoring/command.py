@@ -1,40 +1,35 @@
-"""Scores from a teacher's name to a folder on disk: `hydrahead score`, and the exchanges of `hydrahead select`."""
+"""Scores from a teacher's name to a folder on disk: `hydrahead score`."""
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...console import progress
 from ...data.corpus import encode_corpus, load_corpus
 from ...evaluation.figures import plot_head_maps, plot_knockout, plot_stability
 from ...files import atomic_file, atomic_folder, check_free, read_utf8
 from ...kernels import use_tuned_kernels
-from ..forms import FormOutputs, check_forms, load_forms, save_forms
-from ..hooks import Head
-from ..masks import Exchange
-from ..migration import Forms, options_of, student_config
-from ..search import search_masks
-from ..selection import Masks
-from ..teachers import Teacher, TeacherAdapter, open_teacher
+from ...provenance import Record, digest
+from ..forms import FormOutputs, check_forms, load_forms
+from ..migration import student_config
+from ..teachers import Teacher, open_teacher
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .measure import score_heads, score_steps
-from .methods import METHODS
-from .probes import NIAH_KEYS, Pair, Probe, built_in_probes, check_length, jsonl_probes, niah_probe
+from .probes import Pair, Probe, built_in_probes, check_length, jsonl_probes
 from .scores import HeadScores, ProbeResult
 from .settings import ScoreSettings, check_options
 
 DEFAULT_LENGTH = 4096
 TEXT_ROWS, TEXT_LENGTH = 4, 512
-MakeForms = Callable[[PreTrainedModel, object, np.ndarray, dict], Forms]
-"""Teacher, tokenizer, text ids, student's options: aligned forms. How is not this package's business."""
 
 
-def check_settings(settings: ScoreSettings) -> tuple[Teacher, object, int]:
+def check_settings(settings: ScoreSettings) -> tuple[Teacher, PreTrainedTokenizerBase, int]:
     """
     Everything that can be known to be wrong before a weight is read.
 
@@ -46,14 +41,14 @@ def check_settings(settings: ScoreSettings) -> tuple[Teacher, object, int]:
     """
     check_options(settings)
     teacher = open_teacher(settings.teacher, settings.revision)
-    adapter, native = teacher.adapter, teacher.config.max_position_embeddings
+    native = teacher.config.max_position_embeddings
     length = min(DEFAULT_LENGTH, native) if settings.length is None else settings.length
     if length > native:
         raise ValueError(f"length {length} is more than the {native} positions that the teacher was made for")
     if settings.forms is not None:
-        check_forms(settings.forms, adapter, settings.options or {})
+        check_forms(settings.forms, teacher, settings.options or {})
     else:
-        student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **settings.options or {})
+        student_config(teacher.adapter, teacher.adapter.blank_masks, **settings.options or {})
     if isinstance(settings.device, str):  # not a `device_map`, which names modules
         check_device(settings.device)
     tokenizer = teacher.tokenizer()
@@ -81,25 +76,18 @@ class Unfinished:
     """
     What an interrupted `score` had done: aligned forms and finished probes, in a hidden folder beside the output.
 
-    The same command goes on from there; another one starts anew.
+    The same settings go on from there; others start anew.
     """
 
     def __init__(self, output: Path, settings: ScoreSettings):
         self.folder = output.absolute().parent / f".{output.name}.unfinished"
         read = [file for file in (settings.text, settings.forms, *settings.probe_files) if file]
-        versions = [[file.stat().st_size, file.stat().st_mtime] for file in read]
-        self.record = json.dumps({"settings": asdict(settings), "files": versions}, default=str)
-        self.forms, self.probes, self.settings = (
-            self.folder / name for name in ("head_forms.safetensors", "probes.json", "settings.json")
-        )
-
-    def open(self) -> None:
-        """Forget what another command had done."""
-        if not self.settings.is_file() or self.settings.read_text() != self.record:
+        self.settings = {"settings": asdict(settings), "files": [digest(file) for file in read]}
+        self.record = Record(self.folder / "settings.json")
+        self.forms, self.probes = self.folder / "head_forms.safetensors", self.folder / "probes.json"
+        if not self.record.matches(self.settings):
             self.close()
-            self.folder.mkdir(parents=True)
-            with atomic_file(self.settings) as partial:
-                partial.write_text(self.record)
+            self.record.write(self.settings)
 
     def finished(self) -> list[ProbeResult]:
         """The probes measured before."""
@@ -117,77 +105,75 @@ class Unfinished:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def score_to_folder(
-    settings: ScoreSettings,
-    output: Path,
-    make_forms: MakeForms,
-    overwrite: bool = False,
-    on_stage: Callable[[str, int | None], Callable[[], None]] = lambda name, total: lambda: None,
-) -> HeadScores:
+def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = False) -> HeadScores:
     """
-    Score a teacher's heads and write `head_scores.json`, pictures and, where they were made here, the aligned forms.
+    Score a teacher's heads and write `head_scores.json`, pictures and, unless they were given, the forms measured.
 
     Interrupted, the same call goes on where the last probe was finished.
 
-    Args:
-        make_forms: aligns the heads where a method needs forms and no file holds them.
-        on_stage: told what begins and in how many steps; gives what to call after each.
-
     Raises:
-        ValueError: see `check_settings` and `score_heads`.
+        ValueError: see `check_settings` and `score_heads`; or a method needs aligned forms, and there are none.
     """
     check_free(output, overwrite)
     opened, tokenizer, length = check_settings(settings)
-    adapter = opened.adapter
-    opened.fetch()
-    text_ids = read_text(tokenizer, settings)
-    probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
-    if settings.built_in:
-        probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed) + probes
-
+    text_ids, probes = read_probes(settings, tokenizer, length)
     unfinished = Unfinished(output, settings)
-    unfinished.open()
-    on_stage("reading the teacher", None)
+    forms_file = (settings.forms or unfinished.forms) if settings.needs_forms else None
+    if forms_file is not None and not forms_file.is_file():
+        raise ValueError(f"{settings.methods[0]} needs aligned forms of the heads: pass those of the alignment")
     teacher = load_teacher(opened, settings)
-    made, forms = None, None
-    if any(METHODS[method].needs_forms for method in settings.methods):
-        if settings.forms is not None:
-            tensors, options = load_forms(settings.forms, adapter)
-        else:
-            blank = [[0] * adapter.num_heads] * adapter.num_layers
-            options = options_of(student_config(adapter, blank, **settings.options or {}))
-            if not unfinished.forms.is_file():
-                save_forms(make_forms(teacher, tokenizer, text_ids, options), options, unfinished.forms)
-            made = tensors, _ = load_forms(unfinished.forms, adapter)
-        forms = running_forms(adapter, tensors, options)
-    rows = text_rows(text_ids)
-    steps = score_steps(probes, settings.methods, len(rows))
-    scores = score_heads(
-        teacher,
-        tokenizer,
-        probes,
-        on_stage("score heads", steps),
-        methods=settings.methods,
-        head_forms=forms,
-        text_rows=rows if forms is not None else (),
-        shortlist=settings.shortlist,
-        revision=settings.revision,
-        seed=settings.seed,
-        done=unfinished.finished(),
-        on_probe=unfinished.keep,
-    )
+    forms = None if forms_file is None else running_forms(opened, forms_file)
+    scores = _score(settings, unfinished, teacher, tokenizer, probes, text_ids, forms)
     if settings.evidence:
         pairs = knockout_pairs(probes, scores)
-        points = knockout_points(len(settings.methods), adapter.num_layers * adapter.num_heads)
+        points = knockout_points(len(settings.methods), opened.adapter.num_layers * opened.adapter.num_heads)
         points *= len(pairs) * (1 if forms is None else 2)
-        scores = with_evidence(teacher, scores, settings.methods, pairs, forms, on_stage("replace many heads", points))
+        with progress("replace many heads", points) as advance:
+            scores = with_evidence(teacher, scores, settings.methods, pairs, forms, advance)
+    scores.made_from = {
+        **{key: getattr(settings, key) for key in ("pairs", "built_in", "options", "shortlist", "dtype")},
+        "length": length,
+        "text": text_name(settings),
+        "probes": {file.name: digest(file) for file in settings.probe_files},
+        "forms": None if forms_file is None else digest(forms_file),
+    }
     with atomic_folder(output, overwrite) as partial:
         scores.save(partial / "head_scores.json")
         draw_scores(scores, partial)
-        if made is not None:
-            save_forms(*made, partial / "head_forms.safetensors")
+        if unfinished.forms.is_file():
+            shutil.copyfile(unfinished.forms, partial / unfinished.forms.name)
     unfinished.close()
     return scores
+
+
+def _score(
+    settings: ScoreSettings,
+    unfinished: Unfinished,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    probes: Sequence[Probe],
+    text_ids: np.ndarray,
+    forms: FormOutputs | None,
+) -> HeadScores:
+    """Measure what was not finished."""
+    rows, done = ([] if forms is None else text_rows(text_ids)), unfinished.finished()
+    known = {(result.name, result.counterfactual) for result in done}
+    left = [probe for probe in probes if (probe.name, probe.counterfactual) not in known]
+    with progress("score heads", score_steps(left, settings.methods, len(rows))) as advance:
+        return score_heads(
+            teacher,
+            tokenizer,
+            probes,
+            advance,
+            methods=settings.methods,
+            head_forms=forms,
+            text_rows=rows,
+            shortlist=settings.shortlist,
+            revision=settings.revision,
+            seed=settings.seed,
+            done=done,
+            on_probe=unfinished.keep,
+        )
 
 
 def load_teacher(teacher: Teacher, settings: ScoreSettings) -> PreTrainedModel:
@@ -227,56 +213,24 @@ def draw_scores(scores: HeadScores, folder: Path) -> None:
             plot_knockout(scores.evidence[kind], title, folder / f"{kind}.png")
 
 
-def exchange_heads(
-    scores: HeadScores, masks: Masks, exchange: Exchange, budget_unit: str, fixed: set[Head], seed: int
-) -> tuple[Masks, list[dict]]:
-    """
-    Improve a choice by greedy exchange on needles and plain text (`search.search_masks`).
-
-    Raises:
-        ValueError: see `check_settings`; or the scores are of another shape than the teacher.
-    """
-    settings = ScoreSettings(
-        exchange.teacher,
-        (),
-        length=exchange.length,
-        text=exchange.text,
-        forms=exchange.forms,
-        device=exchange.device,
-        revision=exchange.revision,
-    )
-    opened, tokenizer, length = check_settings(settings)
-    adapter = opened.adapter
-    if (len(masks), len(masks[0])) != (adapter.num_layers, adapter.num_heads):
-        raise ValueError(
-            f"the scores are of {len(masks)} layers of {len(masks[0])} heads, {exchange.teacher} has "
-            f"{adapter.num_layers} of {adapter.num_heads}"
-        )
-    text_ids = read_text(tokenizer, settings)
-    teacher = load_teacher(opened, settings)
-    forms = running_forms(adapter, *load_forms(exchange.forms, adapter))
-    pairs = [
-        pair
-        for keys in NIAH_KEYS
-        for pair in niah_probe(tokenizer, text_ids, length, num_keys=keys, num_pairs=4, seed=seed + 1).pairs
-    ]
-    size = adapter.num_heads // adapter.num_kv_heads if budget_unit == "kv_groups" else 1
-    return search_masks(
-        teacher,
-        forms,
-        masks,
-        pairs,
-        text_rows(text_ids),
-        unit_size=size,
-        fixed=fixed,
-        max_exchanges=exchange.rounds,
-    )
-
-
 def read_text(tokenizer, settings: ScoreSettings) -> np.ndarray:
     """Token ids of the text to measure on."""
     documents = load_corpus("train") if settings.text is None else [read_utf8(settings.text)]
     return encode_corpus(tokenizer, documents)
+
+
+def read_probes(settings: ScoreSettings, tokenizer, length: int) -> tuple[np.ndarray, list[Probe]]:
+    """The text to measure on, and all probes."""
+    text_ids = read_text(tokenizer, settings)
+    probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
+    if settings.built_in:
+        probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed) + probes
+    return text_ids, probes
+
+
+def text_name(settings: ScoreSettings) -> str:
+    """The text to measure on as records name it."""
+    return settings.text.name if settings.text else "the Python standard library"
 
 
 def text_rows(text_ids: np.ndarray) -> list[list[int]]:
@@ -285,8 +239,8 @@ def text_rows(text_ids: np.ndarray) -> list[list[int]]:
     return [text_ids[index * row : (index + 1) * row].tolist() for index in range(TEXT_ROWS)]
 
 
-def running_forms(adapter: TeacherAdapter, tensors: Forms, options: dict) -> FormOutputs:
+def running_forms(teacher: Teacher, file: Path) -> FormOutputs:
     """Forms ready to stand in for the teacher's heads; they go where its layers run."""
-    blank = [[0] * adapter.num_heads] * adapter.num_layers
-    forms = FormOutputs(student_config(adapter, blank, **options), tensors)
-    return forms.eval().requires_grad_(False)
+    tensors, options = load_forms(file, teacher)
+    config = student_config(teacher.adapter, teacher.adapter.blank_masks, **options)
+    return FormOutputs(config, tensors).eval().requires_grad_(False)

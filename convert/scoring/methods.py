@@ -133,6 +133,7 @@ _ROWS = (
     Method("mean-ablation", "readout lost when a head writes its mean", "ablation.mean_ablation", clean_only=True),
 )
 METHODS = {method.name: method for method in _ROWS}
+DEFAULT_METHOD = _ROWS[0].name
 
 
 def check_methods(names: Sequence[str]) -> None:

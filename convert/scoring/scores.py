@@ -147,6 +147,7 @@ class HeadScores:
         kappa: by capability, the share of its forms in which a head takes part.
         weights: of the capabilities.
         head_dim: for what a choice costs in cache.
+        made_from: what else decided it: text, length, options, digest of the forms.
         evidence: see `scoring.evidence`.
         warnings: what to know before trusting the ranking, in words.
     """
@@ -165,6 +166,7 @@ class HeadScores:
     kappa: dict[str, list[list[float]]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     head_dim: int | None = None
+    made_from: dict = field(default_factory=dict)
     evidence: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .methods import check_methods
+from .methods import METHODS, check_methods
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class ScoreSettings:
         text: UTF-8 text to hide needles in and to measure on; the Python standard library by default.
         probe_files: JSONL files with probes of the user's own.
         built_in: use the built-in probes.
-        forms: aligned forms of the heads (`head_forms.safetensors`).
+        forms: aligned forms of the heads (`head_forms.safetensors`), where a method needs them; by default what
+            `training.quick.align_for_scores` left for these settings.
         options: the student's options; where a forms file is given, none that contradicts its own.
         align_steps: of the alignment, where no forms file is given.
         shortlist: heads whose replacement effect is measured; all by default.
@@ -45,6 +46,11 @@ class ScoreSettings:
     dtype: str = "auto"
     seed: int = 0
     revision: str | None = None
+
+    @property
+    def needs_forms(self) -> bool:
+        """Whether a method measures aligned forms of the heads."""
+        return any(METHODS[method].needs_forms for method in self.methods)
 
 
 def check_options(settings: ScoreSettings) -> None:
