@@ -15,7 +15,7 @@ from hydrahead.convert.migration import head_forms_of, options_of, student_confi
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.families import ALL_LINEAR, make_student, make_teacher, random_ids
 from hydrahead.tests.training_runs import MAINS, make_inputs, write_recipe
-from hydrahead.training import launch
+from hydrahead.training import stage as stage_module
 from hydrahead.training.cost import body_parameters, estimate
 from hydrahead.training.data import stage_phases
 from hydrahead.training.recipe import RECIPES, STAGES, load_recipe, shipped_recipes
@@ -30,8 +30,8 @@ def inputs(tmp_path, monkeypatch):
         pytest.fail("read weights or started processes before the recipe was checked")
 
     monkeypatch.setattr(teachers.Teacher, "load", read)
-    monkeypatch.setattr(launch, "Accelerator", read)
-    monkeypatch.setattr(launch, "StageData", read)
+    monkeypatch.setattr(stage_module, "Accelerator", read)
+    monkeypatch.setattr(stage_module, "StageData", read)
     monkeypatch.setattr(migration, "read_safetensors", read)
     return tmp_path, recipe
 
@@ -145,10 +145,10 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path):
 
 def test_an_output_with_another_recipe_is_not_mixed_with_this_one(inputs, capsys):
     folder, recipe = inputs
-    stage = launch.Stage(load_recipe(write_recipe(folder, recipe)), "align")
+    stage = stage_module.Stage(load_recipe(write_recipe(folder, recipe)), "align")
     stage.folder.mkdir(parents=True)
     (stage.folder / "recipe.json").write_text(json.dumps(stage.record()))
-    launch.Stage(load_recipe(write_recipe(folder, recipe), ["run.save_every=7", "distill.tokens=512"]), "align")
+    stage_module.Stage(load_recipe(write_recipe(folder, recipe), ["run.save_every=7", "distill.tokens=512"]), "align")
     said = refusal("align", folder, recipe, capsys, "align.learning_rate=0.5")
     assert "made with another align.learning_rate (0.01, now 0.5)" in said
 

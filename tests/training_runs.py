@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.tests.families import HEADS, LAYERS, MIXED, make_teacher
-from hydrahead.training import align, distill, finetune, launch
+from hydrahead.training import align, distill, finetune
+from hydrahead.training import stage as stage_module
 
 MAINS = {"align": align.main, "distill": distill.main, "finetune": finetune.main}
 CLOCKS = ("seconds", "tokens_per_second", "memory_gb")
@@ -70,7 +71,7 @@ def run_stage(
     """What a child process does: a stage's command line, with what it says on stderr in a file if one is given."""
     os.environ.update(environment)
     if sharded:
-        launch.Accelerator = ShardedAccelerator
+        stage_module.Accelerator = ShardedAccelerator
     if errors is not None:
         sys.stderr = errors.open("w")
     MAINS[stage](arguments)

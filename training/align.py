@@ -28,10 +28,10 @@ from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
 from .data import Batch
-from .launch import Job, Stage
 from .loop import Run, Schedule, train
 from .losses import head_matching_loss, mean_square
 from .recipe import Recipe, read_arguments
+from .stage import Job, Stage
 
 __all__ = ["HeadForms", "LayerForms", "align_heads"]
 

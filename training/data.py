@@ -460,7 +460,7 @@ def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int
 
 def main(arguments: list[str] | None = None) -> None:
     """Tokenise all that a recipe's stages will read."""
-    from .launch import prepare_tokenizer
+    from .stage import prepare_tokenizer
 
     with one_line_errors():
         recipe, _ = read_arguments(arguments, __doc__)

@@ -21,10 +21,10 @@ from ..convert.migration import convert_model, options_of
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .data import Batch
-from .launch import Job, Stage
 from .loop import Schedule
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments
+from .stage import Job, Stage
 from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
 from .teacher_cache import TeacherCache
 

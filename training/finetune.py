@@ -14,8 +14,8 @@ import torch
 from ..console import one_line_errors
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
-from .launch import Stage
 from .recipe import Recipe, read_arguments
+from .stage import Stage
 from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
 
 

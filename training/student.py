@@ -13,10 +13,10 @@ from torch import nn
 
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .data import Batch
-from .launch import Job
 from .loop import Run, Schedule, train
 from .losses import TeacherChunk, distillation_loss
 from .recipe import LoraSection
+from .stage import Job
 
 
 class StudentLoss(nn.Module):
