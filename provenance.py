@@ -39,7 +39,10 @@ def environment(device: str | None = None) -> dict:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, or of the weights in a model's folder, in hexadecimal."""
+    if path.is_dir():
+        parts = {file.name: digest(file) for file in sorted(path.glob("*.safetensors"))}
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -28,9 +28,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.teachers import adapter_for
+from hydrahead.data.batches import Batch
 from hydrahead.provenance import environment
 from hydrahead.training.align import HeadForms, align, teacher_heads
-from hydrahead.training.data import Batch
 from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.student import StudentLoss, prepare_student, train_student

@@ -1,35 +1,24 @@
-"""Text to training rows: documents, a token file, and a map from steps to rows that does not depend on who reads them.
+"""Text to tokens: the documents of a source, in one file of token ids that any process reads anywhere.
 
-    python -m hydrahead.training.data --config RECIPE.yaml        # tokenise ahead, on a machine without a GPU
-
-Documents are tokenised once, in the order of their source, into one file of token ids (`tokens.bin`, 4 bytes each,
-memory-mapped), as far as the recipe needs it. A row is a slice of that file, so any process reads any row by its
-number, and resuming, accumulating or changing the number of processes cannot change the data. The price is disk (23 GB
-for 5.8 billion tokens), a wait before the first step unless the file is made ahead, and a folder that all nodes see.
+Documents are tokenised once, in the order of their source, into `tokens.bin` (4 bytes each, memory-mapped), as far as
+someone needs it. The price is disk (23 GB for 5.8 billion tokens), a wait before the first step unless the file is
+made ahead, and a folder that all nodes see.
 """
 
 import glob
 import hashlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from ..console import one_line_errors, progress
-from ..data.corpus import load_corpus
-from ..data.mixture import mixture_rows
+from ..console import progress
 from ..files import read_utf8
 from ..provenance import Record
-from .recipe import STAGES, DataSection, Recipe, StageSection, read_arguments
-
-logger = logging.getLogger(__name__)
+from .corpus import load_corpus
 
 DOCUMENTS_AT_A_TIME = 256
 # A chat tokenizer's own end token ends a turn: Qwen3's is <|im_end|>, Llama 3's <|eot_id|>.
@@ -38,26 +27,27 @@ FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", 
 
 
 @dataclass
-class Batch:
+class DataSection:
     """
-    Rows of one forward pass.
-
     Attributes:
-        token_ids: `[B, T]` int64; where a stage predicts, the last column is only predicted.
-        weights: `[B, T]` fp32: what the prediction *of* the token that stands there weighs.
-        position_ids: of the columns that are read, `[B, T - 1]`, restarting at documents; `None` where rows are one
-            sequence.
-        samples: `[B]` int64, the rows' numbers in the stage; `None` where nobody asks.
+        name: a data set on the Hub, `demo` (the Python standard library), or files: `.txt`, `.jsonl`, `.parquet`,
+            a folder of them or a pattern.
+        subset, split, column: which part of a data set, and the column that holds the text.
+        cache: folder of the token file; `tokens` in the output by default. Runs may share it.
+        heldout_tokens: the first so many tokens are kept for evaluation.
+        separate_documents: positions restart at every document, and none sees another. Not in alignment.
+        separator: the token that ends a document; by default `<|endoftext|>` or `<|end_of_text|>`, whichever the
+            tokenizer has as a special token, else its own end token, which in chat models may end a turn.
     """
 
-    token_ids: torch.Tensor
-    weights: torch.Tensor
-    position_ids: torch.Tensor | None = None
-    samples: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        tensors = {name: value.to(device) for name, value in vars(self).items() if value is not None}
-        return Batch(**tensors)
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    cache: str | None = None
+    heldout_tokens: int = 262_144
+    separate_documents: bool = False
+    separator: str | None = None
 
 
 def find_files(name: str) -> list[Path] | None:
@@ -131,7 +121,7 @@ def read_documents(source, column: str, position: dict | int | None) -> Iterator
         yield texts, source.state_dict()
 
 
-def separator_of(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:
+def separator_of(data: DataSection, tokenizer) -> str:
     """
     The token that ends a document: the recipe's, or the tokenizer's (see `DataSection`).
 
@@ -155,7 +145,7 @@ class TokenFile:
     moment: what `tokens.json` does not count yet is cut off and done again.
     """
 
-    def __init__(self, folder: Path, data: DataSection, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, folder: Path, data: DataSection, tokenizer):
         """
         Raises:
             ValueError: the tokenizer does not know the separator; or the folder holds tokens of another source or
@@ -232,24 +222,14 @@ class TokenFile:
         return np.memmap(self.folder / "tokens.bin", "<u4", mode="r", shape=(self.state()["tokens"],))
 
 
-def token_folder(recipe: Recipe, data: DataSection, name: str) -> Path:
-    """Where the token file of a source is or will be."""
-    return Path(data.cache) if data.cache else Path(recipe.output) / name
-
-
-def ready_tokens(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: DataSection, folder: str, tokens: int
-) -> tuple[np.ndarray, int]:
+def ready_tokens(folder: Path, data: DataSection, tokenizer, tokens: int) -> TokenFile:
     """
-    The tokens of a source, at least `tokens` if it has them: the first process fills the file, others wait for it.
-
-    Returns:
-        all tokens, and the one that ends documents.
+    A token file that holds so many tokens, or all there are: the first process fills it, others wait for it.
 
     Raises:
         ValueError: as `TokenFile`.
     """
-    file = TokenFile(token_folder(recipe, data, folder), data, tokenizer)
+    file = TokenFile(folder, data, tokenizer)
     if int(os.environ.get("RANK", 0)) == 0:
         if not file.holds(tokens):
             with progress("tokens", tokens, file.state()["tokens"]) as advance:
@@ -257,218 +237,4 @@ def ready_tokens(
     else:
         while not file.holds(tokens):
             time.sleep(1)
-    return file.read(), file.end_token
-
-
-def tokens_before(recipe: Recipe, stage: str) -> int:
-    """Tokens that are not a stage's own: held out, or read by the stages before it."""
-    earlier = (getattr(recipe, name) for name in STAGES[: STAGES.index(stage)])
-    return recipe.data.heldout_tokens + sum(section.tokens for section in earlier if section is not None)
-
-
-class Rows:
-    """
-    Rows of `length` tokens out of a token file, and the token after each; shuffled anew in every epoch.
-
-    Where the file is too short for a stage to have text of its own (`is_shared`), every stage reads all of it but the
-    held-out part.
-    """
-
-    def __init__(self, tokens: np.ndarray, first: int, wanted: int, heldout: int, length: int, seed: list[int]):
-        """
-        Raises:
-            ValueError: there is not one row.
-        """
-        self.is_shared = len(tokens) <= first + wanted
-        if self.is_shared:
-            first, wanted = heldout, len(tokens) - heldout - 1
-        self.tokens, self.first, self.length, self.seed = tokens, first, length, seed
-        self.count = wanted // length
-        if self.count < 1:
-            raise ValueError(
-                f"data: {len(tokens):,} tokens, {heldout:,} of them held out: too few for a row of {length:,}"
-            )
-        self.order = lru_cache(maxsize=1)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([*self.seed, epoch]).permutation(self.count)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Row `index`, counted over all epochs: int64 `[length + 1]`."""
-        row = self.order(index // self.count)[index % self.count]
-        start = self.first + int(row) * self.length
-        return self.tokens[start : start + self.length + 1].astype(np.int64)
-
-    @property
-    def text(self) -> np.ndarray:
-        """All tokens that rows are cut from."""
-        return self.tokens[self.first : self.first + self.count * self.length]
-
-
-def document_positions(inputs: np.ndarray, end_token: int) -> np.ndarray:
-    """Positions `[T]` that restart after every `end_token`."""
-    places = np.arange(len(inputs))
-    starts = np.concatenate([[0], np.where(inputs[:-1] == end_token, places[1:], 0)])
-    return places - np.maximum.accumulate(starts)
-
-
-class Phase:
-    """The rows of some steps of a stage: one length, text, and, where asked for, long documents and retrieval."""
-
-    def __init__(
-        self,
-        section: StageSection,
-        rows: Rows,
-        long_rows: Rows | None,
-        tokenizer: PreTrainedTokenizerBase,
-        seed: list[int],
-        end_tokens: tuple[int, int] | None,
-    ):
-        """
-        Args:
-            end_tokens: of documents in `rows` and in `long_rows`, where these are separate.
-        """
-        self.section, self.rows, self.long_rows = section, rows, long_rows
-        self.tokenizer, self.seed, self.end_tokens = tokenizer, seed, end_tokens
-
-    def row(self, sample: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids `[T + 1]`, weights `[T + 1]` and positions `[T]` of sample `sample`."""
-        section, length = self.section, self.rows.length
-        positions = np.arange(length)
-        draw = np.random.default_rng([*self.seed, sample]).random()
-        if draw < section.retrieval_share:
-            seed = [*self.seed, sample, 1]
-            ids, weights = mixture_rows(self.tokenizer, self.rows.text, length + 1, 1, seed)
-            return ids[0], weights[0].clip(max=section.answer_weight), positions
-        is_long = draw < section.retrieval_share + section.long_share
-        ids = (self.long_rows if is_long else self.rows)[sample]
-        weights = np.ones(len(ids), np.float32)
-        weights[0] = 0
-        if self.end_tokens:
-            end = self.end_tokens[is_long]
-            positions = document_positions(ids[:-1], end)
-            weights[1:][ids[:-1] == end] = 0
-        return ids, weights, positions
-
-    def batch(self, samples: range, predicts: bool) -> Batch:
-        """Rows as tensors; the token after each row only where the stage predicts it."""
-        ids, weights, positions = (np.stack(each) for each in zip(*(self.row(sample) for sample in samples)))
-        ids, weights, positions = (torch.from_numpy(each) for each in (ids, weights, positions))
-        if not predicts:
-            ids, weights = ids[:, :-1], torch.ones(ids.shape[0], ids.shape[1] - 1)
-        return Batch(ids, weights, positions if self.end_tokens else None, torch.tensor(list(samples)))
-
-
-class StageData:
-    """The batches of a stage: a map from a step, and a process's place among all, to rows."""
-
-    def __init__(self, recipe: Recipe, stage: str, tokenizer: PreTrainedTokenizerBase):
-        """
-        Raises:
-            ValueError: as `ready_tokens`.
-        """
-        section, seed = recipe.stage(stage), [recipe.run.seed, STAGES.index(stage)]
-        self.section, self.predicts, self.micro_tokens = section, stage != "align", recipe.run.micro_batch_tokens
-        first, heldout = tokens_before(recipe, stage), recipe.data.heldout_tokens
-        needed = first + section.tokens + 1
-        tokens, end = ready_tokens(recipe, tokenizer, recipe.data, "tokens", needed)
-        long_tokens, long_end = None, end
-        if section.long_share:
-            wanted = int(section.tokens * section.long_share) + 1
-            long_tokens, long_end = ready_tokens(recipe, tokenizer, recipe.long_data, "long_tokens", wanted)
-            if len(long_tokens) < wanted:
-                _warn_of_reuse(stage, "long_data", recipe.long_data, len(long_tokens), wanted)
-        self.heldout = tokens[:heldout]
-        self.phases: list[tuple[int, Phase]] = []  # the first step of each
-        step = 0
-        for index, (length, steps) in enumerate(stage_phases(section)):
-            used = steps * section.batch_tokens
-            rows = Rows(tokens, first, used, heldout, length, [*seed, index])
-            long_rows = None
-            if long_tokens is not None:
-                long_rows = Rows(long_tokens, 0, len(long_tokens) - 1, 0, length, [*seed, index, 1])
-            ends = (end, long_end) if recipe.data.separate_documents and self.predicts else None
-            self.phases.append((step, Phase(section, rows, long_rows, tokenizer, [*seed, index], ends)))
-            first, step = first + used, step + steps
-        if any(phase.rows.is_shared for _, phase in self.phases):
-            _warn_of_reuse(stage, "data", recipe.data, len(tokens), needed)
-
-    def micro_batches(self, step: int, process: int = 0, processes: int = 1) -> list[Batch]:
-        """The batches that one process of several accumulates in a step."""
-        begin, phase = next(each for each in reversed(self.phases) if each[0] <= step)
-        rows = self.micro_tokens // phase.rows.length
-        step_rows = self.section.batch_tokens // phase.rows.length
-        first = (step - begin) * step_rows
-        starts = range(first + process * rows, first + step_rows, processes * rows)
-        return [phase.batch(range(start, start + rows), self.predicts) for start in starts]
-
-
-def _warn_of_reuse(stage: str, key: str, data: DataSection, tokens: int, needed: int) -> None:
-    """Say once, not on every process, that a stage reads text again, or text of other stages."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        logger.warning(
-            f"{stage}: {key} ({data.name}) has {tokens:,} tokens, {needed:,} are needed to read each once and in one "
-            "stage only: rows are read again"
-        )
-
-
-def stage_phases(section: StageSection) -> list[tuple[int, int]]:
-    """(length, steps) of the parts of a stage, one after the other."""
-    steps = section.tokens // section.batch_tokens
-    curriculum = getattr(section, "curriculum", None) or [[section.length, 1.0]]
-    phases = [(int(length), round(steps * share)) for length, share in curriculum[:-1]]
-    return [*phases, (int(curriculum[-1][0]), steps - sum(count for _, count in phases))]
-
-
-def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int = 1) -> None:
-    """
-    Raise a one-line `ValueError` where lengths, batches and sources of a stage do not fit together.
-
-    Args:
-        max_length: positions that the teacher knows.
-    """
-    section, micro = recipe.stage(stage), recipe.run.micro_batch_tokens
-    curriculum = getattr(section, "curriculum", None)
-    if curriculum is not None and not (
-        all(isinstance(each, list) and len(each) == 2 for each in curriculum)
-        and abs(sum(share for _, share in curriculum) - 1) < 1e-6
-    ):
-        raise ValueError(f"{stage}.curriculum: expected [length, share] pairs whose shares add up to 1")
-    for length, _ in stage_phases(section):
-        if length > max_length:
-            raise ValueError(
-                f"{stage}: rows of {length:,} tokens, the teacher's max_position_embeddings is {max_length:,}: "
-                "choose shorter rows or another teacher"
-            )
-        if micro % length:
-            raise ValueError(f"run.micro_batch_tokens ({micro}) must be a multiple of the {stage} length ({length})")
-    if section.batch_tokens % (micro * processes):
-        raise ValueError(
-            f"{stage}.batch_tokens ({section.batch_tokens}) must be a multiple of run.micro_batch_tokens ({micro}) "
-            f"times the processes ({processes})"
-        )
-    if section.tokens < section.batch_tokens:
-        raise ValueError(f"{stage}.tokens ({section.tokens}) must be at least one batch ({section.batch_tokens})")
-    if section.long_share and recipe.long_data is None:
-        raise ValueError(f"{stage}.long_share needs a section long_data")
-    if section.retrieval_share + section.long_share > 1:
-        raise ValueError(f"{stage}: retrieval_share and long_share add up to more than 1")
-    for data, folder in ((recipe.data, "tokens"), (recipe.long_data if section.long_share else None, "long_tokens")):
-        if data is not None and not (token_folder(recipe, data, folder) / "tokens.json").is_file():
-            open_source(data)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Tokenise all that a recipe's stages will read."""
-    from .stage import prepare_tokenizer
-
-    with one_line_errors():
-        recipe, _ = read_arguments(arguments, __doc__)
-        tokenizer = prepare_tokenizer(recipe)
-        for stage in STAGES:
-            if getattr(recipe, stage) is not None:
-                StageData(recipe, stage, tokenizer)
-
-
-if __name__ == "__main__":
-    main()
+    return file

@@ -15,19 +15,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
+from hydrahead.data import tokens as tokens_module
+from hydrahead.data.batches import Rows, document_positions
 from hydrahead.data.mixture import mixture_rows
+from hydrahead.data.tokens import DataSection, TokenFile, open_source, read_documents
 from hydrahead.tests.training_runs import make_inputs, write_recipe
-from hydrahead.training import data as data_module
-from hydrahead.training.data import (
-    DataSection,
-    Rows,
-    StageData,
-    TokenFile,
-    document_positions,
-    open_source,
-    read_documents,
-    stage_phases,
-)
+from hydrahead.training.data import stage_batches, stage_phases
 from hydrahead.training.recipe import load_recipe
 
 
@@ -76,7 +69,7 @@ def test_a_file_of_any_kind_gives_the_same_tokens(kind, tmp_path, tokenizer):
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
 def test_an_interrupted_token_file_goes_on_where_it_was(kind, tmp_path, tokenizer, monkeypatch):
     """Killed between the tokens and their count, and between two documents."""
-    monkeypatch.setattr(data_module, "DOCUMENTS_AT_A_TIME", 3)
+    monkeypatch.setattr(tokens_module, "DOCUMENTS_AT_A_TIME", 3)
     data = DataSection(name=write_texts(tmp_path, kind))
     whole = TokenFile(tmp_path / "whole", data, tokenizer)
     whole.fill(10**9)
@@ -88,7 +81,7 @@ def test_an_interrupted_token_file_goes_on_where_it_was(kind, tmp_path, tokenize
         torn.write(b"half a token is left")
     read = []
     monkeypatch.setattr(
-        data_module,
+        tokens_module,
         "read_documents",
         lambda *arguments: (read.append(part) or part for part in read_documents(*arguments)),
     )
@@ -197,10 +190,10 @@ def test_a_text_too_short_for_every_stage_is_read_whole_by_each_but_what_is_held
 
 def test_a_stage_says_when_it_has_no_text_of_its_own(recipe, tokenizer, caplog):
     """24 pages: enough for the first stages, not for all, and not for long rows of their own."""
-    held = len(StageData(recipe, "align", tokenizer).phases[0][1].rows.tokens)
+    held = len(stage_batches(recipe, "align", tokenizer).phases[0].rows.tokens)
     assert caplog.messages == []
     greedy = replace(recipe, distill=replace(recipe.distill, tokens=10 * 2048, long_share=0.5), long_data=recipe.data)
-    StageData(greedy, "distill", tokenizer)
+    stage_batches(greedy, "distill", tokenizer)
     said, name = [message.split(": rows are read again")[0] for message in caplog.messages], recipe.data.name
     assert [line.split(" to read")[0] for line in said] == [
         f"distill: long_data ({name}) has {held:,} tokens, 10,241 are needed",
@@ -217,12 +210,12 @@ def test_a_text_shorter_than_a_row_of_the_mixture_is_one_line(tokenizer):
 @pytest.mark.parametrize("stage", ["align", "distill", "finetune"])
 def test_a_step_has_the_same_rows_however_they_are_divided(stage, recipe, tokenizer):
     def rows_of(step, micro_tokens, processes):
-        stage_data = StageData(
+        stage_data = stage_batches(
             replace(recipe, run=replace(recipe.run, micro_batch_tokens=micro_tokens)), stage, tokenizer
         )
         batches = [batch for each in range(processes) for batch in stage_data.micro_batches(step, each, processes)]
         assert len(batches) * micro_tokens == 256
-        assert all(batch.token_ids.shape[0] * stage_data.phases[-1][1].rows.length >= 32 for batch in batches)
+        assert all(batch.token_ids.shape[0] * stage_data.phases[-1].rows.length >= 32 for batch in batches)
         return sorted(map(tuple, torch.cat([batch.token_ids for batch in batches]).tolist()))
 
     for step in (0, 3, 7):
@@ -236,8 +229,8 @@ def test_a_step_has_the_same_rows_however_they_are_divided(stage, recipe, tokeni
 def test_stages_read_text_of_their_own_and_none_the_held_out(recipe, tokenizer):
     seen = {}
     for stage in ("align", "distill"):
-        stage_data = StageData(recipe, stage, tokenizer)
-        rows = stage_data.phases[0][1].rows
+        stage_data = stage_batches(recipe, stage, tokenizer)
+        rows = stage_data.phases[0].rows
         seen[stage] = (rows.first, rows.first + rows.count * rows.length)
         assert len(stage_data.heldout) == recipe.data.heldout_tokens
     assert seen["align"] == (512, 2560) and seen["distill"] == (2560, 4608)
@@ -245,7 +238,7 @@ def test_stages_read_text_of_their_own_and_none_the_held_out(recipe, tokenizer):
 
 def test_the_curriculum_grows_the_length_at_equal_tokens(recipe, tokenizer):
     assert stage_phases(recipe.finetune) == [(16, 4), (32, 4)]
-    stage_data = StageData(recipe, "finetune", tokenizer)
+    stage_data = stage_batches(recipe, "finetune", tokenizer)
     shapes = [[tuple(batch.token_ids.shape) for batch in stage_data.micro_batches(step)] for step in (3, 4)]
     assert shapes == [[(4, 17)] * 4, [(2, 33)] * 4]
 
@@ -257,13 +250,13 @@ def test_positions_restart_after_the_end_of_a_document():
 
 def test_separate_documents_restart_and_nothing_is_predicted_across_them(recipe, tokenizer):
     apart = replace(recipe, data=replace(recipe.data, separate_documents=True))
-    batch = StageData(apart, "distill", tokenizer).micro_batches(0)[0]
-    whole = StageData(recipe, "distill", tokenizer).micro_batches(0)[0]
+    batch = stage_batches(apart, "distill", tokenizer).micro_batches(0)[0]
+    whole = stage_batches(recipe, "distill", tokenizer).micro_batches(0)[0]
     assert torch.equal(batch.token_ids, whole.token_ids) and whole.position_ids is None
     ends = batch.token_ids[:, :-1] == tokenizer.eos_token_id
     assert ends.any() and not batch.weights[:, 1:][ends].any() and batch.weights[:, 1:][~ends].all()
     assert not batch.position_ids[:, 1:][ends[:, :-1]].any()
-    aligned = StageData(apart, "align", tokenizer).micro_batches(0)[0]
+    aligned = stage_batches(apart, "align", tokenizer).micro_batches(0)[0]
     assert aligned.position_ids is None and aligned.token_ids.shape[1] == 32
 
 
@@ -277,7 +270,7 @@ def test_positions_restart_at_the_separator_of_the_text_that_a_row_is_from(recip
         long_data=replace(data, separator=tokenizer.pad_token),
         finetune=replace(recipe.finetune, long_share=0.5, curriculum=None),
     )
-    seen, steps = set(), StageData(mixed, "finetune", tokenizer)
+    seen, steps = set(), stage_batches(mixed, "finetune", tokenizer)
     for batch in (batch for step in range(8) for batch in steps.micro_batches(step)):
         inputs = batch.token_ids[:, :-1]
         ends = (inputs == tokenizer.eos_token_id) | (inputs == tokenizer.pad_token_id)
@@ -295,7 +288,7 @@ def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, to
     values["run"]["micro_batch_tokens"] = 128 * 200
     (tmp_path / "long.txt").write_text("zebra " * 5000)
     values["long_data"] = {"name": str(tmp_path / "long.txt"), "heldout_tokens": 0}
-    (batch,) = StageData(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
+    (batch,) = stage_batches(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
     texts = tokenizer.batch_decode(batch.token_ids)
     needles = sum("magic number" in text for text in texts) / 200
     long = sum("zebra zebra" in text for text in texts) / 200
@@ -304,7 +297,7 @@ def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, to
     assert batch.weights.max() == 3
     plain = {"retrieval_share": 0.0, "long_share": 0.0}
     values["finetune"] |= plain
-    (batch,) = StageData(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
+    (batch,) = stage_batches(load_recipe(write_recipe(tmp_path, values)), "finetune", tokenizer).micro_batches(0)
     assert not any("magic number" in text or "zebra" in text for text in tokenizer.batch_decode(batch.token_ids))
 
 

@@ -31,7 +31,7 @@ def inputs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(teachers.Teacher, "load", read)
     monkeypatch.setattr(stage_module, "Accelerator", read)
-    monkeypatch.setattr(stage_module, "StageData", read)
+    monkeypatch.setattr(stage_module, "stage_batches", read)
     monkeypatch.setattr(migration, "read_safetensors", read)
     return tmp_path, recipe
 

@@ -14,10 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hydrahead.convert.hooks import visit_heads
 from hydrahead.convert.migration import convert_model, head_forms_of, student_config
 from hydrahead.convert.teachers import adapter_for
+from hydrahead.data.batches import Batch
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
 from hydrahead.training import teacher_cache
 from hydrahead.training.align import HeadForms, LayerForms, align, align_heads, teacher_heads
-from hydrahead.training.data import Batch
 from hydrahead.training.distill import distill
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import distillation_loss, teacher_chunks

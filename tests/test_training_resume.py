@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from hydrahead.data.batches import Batch
 from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, start_stage, write_recipe
 from hydrahead.training.checkpoints import Checkpoints, keep_metrics_before
-from hydrahead.training.data import Batch
 from hydrahead.training.loop import Run, Schedule, train
 
 KILLS = 7  # of each stage, 21 in all; three or more of them with something to resume from

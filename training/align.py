@@ -24,10 +24,10 @@ from ..console import one_line_errors
 from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
 from ..convert.hooks import visit_heads
 from ..convert.migration import Forms, forms_of_attention, options_of
+from ..data.batches import Batch
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
-from .data import Batch
 from .loop import Run, Schedule, train
 from .losses import head_matching_loss, mean_square
 from .recipe import Recipe, read_arguments
@@ -319,9 +319,8 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
         raise ValueError("data.heldout_tokens: alignment measures heads on held-out text, which needs some")
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, config)
-    output = stage.folder / "head_forms.safetensors"
-    if output.is_file():
-        return print(f"{output} is there already")
+    if stage.is_done:
+        return print(f"{stage.output} is there already")
 
     job = stage.start()
     teacher = job.load_teacher()
@@ -335,13 +334,13 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
     module = build().to(job.accelerator.device)
     run = job.run(lambda: evaluate_forms(job, teacher, module))
     state = align(job.accelerator, teacher, module, job.micro_batches, job.schedule(), run, job.autocast)
-    if job.accelerator.is_main_process:
+
+    def save() -> None:
         trained = build()
         trained.load_state_dict(state)
-        job.draw()
-        save_forms(trained.forms(), options_of(config), output)  # last: it says that the stage is done
-        print(f"written to {output}")
-    job.end()
+        save_forms(trained.forms(), options_of(config), stage.output)
+
+    job.end(save)
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from ..console import one_line_errors
 from ..convert.forms import check_forms
 from ..convert.migration import convert_model, options_of
+from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
-from .data import Batch
 from .loop import Schedule
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments
@@ -78,33 +78,32 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     """The whole stage, from a recipe to a student folder; nothing where that is there already."""
     stage = Stage(recipe, "distill")
     section = stage.section
-    forms = Path(section.head_forms or Path(recipe.output) / "align" / "head_forms.safetensors")
-    config = stage.check_student(Path(section.student)) if section.student else stage.config(stage.masks)
-    if not section.student and not dry_run:
-        check_forms(forms, stage.teacher, options_of(config))
+    student, forms = map(stage.sources.get, ("student", "forms"))
+    config = stage.check_student(student) if student else stage.config(stage.masks)
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, config)
-    if (stage.folder / "student").is_dir():
-        return print(f"{stage.folder / 'student'} is there already")
+    if forms:
+        check_forms(forms, stage.teacher, options_of(config))
+    if stage.is_done:
+        return print(f"{stage.output} is there already")
 
     job = stage.start()
 
     def build() -> Trainee:
-        if section.student:
-            student = HydraHeadForCausalLM.from_pretrained(section.student, dtype=torch.float32)
+        if student:
+            model = HydraHeadForCausalLM.from_pretrained(student, dtype=torch.float32)
         else:
-            student = convert_model(
+            model = convert_model(
                 stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
             )
-        return prepare_student(student, section.lora, section.gradient_checkpointing)
+        return prepare_student(model, section.lora, section.gradient_checkpointing)
 
     trainee, teacher = build(), job.load_teacher()
     read = teacher_reader(job, teacher)
     model = StudentLoss(trainee.student, section.kl_weight, section.ce_weight, section.temperature)
     run = job.run(lambda: job.evaluate_student(trainee.student))
     trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), read, run, job.autocast)
-    start = {"student": Path(section.student)} if section.student else {"forms": forms}
-    finish_student(job, trained, build, stage.made_from(config, **start))
+    finish_student(job, trained, build, stage.made_from(config))
 
 
 def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], TeacherChunk]:
@@ -113,7 +112,8 @@ def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], Teac
     if cache is None:
         return lambda batch: read_teacher(teacher, batch, section.temperature)
     whose = job.stage.record() | {"distill": {key: getattr(section, key) for key in TeacherCache.DECIDES}}
-    whose = {key: whose[key] for key in ("teacher", "data", "long_data", "distill")} | {"seed": job.recipe.run.seed}
+    whose = {key: whose[key] for key in ("teacher", "data", "long_data", "distill", "text_begins")}
+    whose |= {"seed": job.recipe.run.seed, "parts": job.stage.parts}
     rows = section.tokens // section.length
     kept = TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, teacher.config.vocab_size, whose)
     return lambda batch: kept.chunks(batch, lambda: read_teacher(teacher, batch, section.temperature))

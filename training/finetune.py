@@ -7,8 +7,6 @@ Starts from the student that distillation wrote, or from `finetune.student`. `fi
 steps; every step has the same number of tokens. Writes `OUTPUT/finetune/student`, a folder for the Hub.
 """
 
-from pathlib import Path
-
 import torch
 
 from ..console import one_line_errors
@@ -23,12 +21,12 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
     """The whole stage, from a recipe to a student folder; nothing where that is there already."""
     stage = Stage(recipe, "finetune")
     section = stage.section
-    folder = Path(section.student or Path(recipe.output) / "distill" / "student")
+    folder = stage.sources["student"]
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, stage.config(stage.masks))
     config = stage.check_student(folder)
-    if (stage.folder / "student").is_dir():
-        return print(f"{stage.folder / 'student'} is there already")
+    if stage.is_done:
+        return print(f"{stage.output} is there already")
 
     job = stage.start()
 
@@ -46,7 +44,7 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
         run=run,
         autocast=job.autocast,
     )
-    finish_student(job, trained, build, stage.made_from(config, student=folder))
+    finish_student(job, trained, build, stage.made_from(config))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType, broadcast
 from torch import nn
 
 from ..console import Stopped, progress
+from ..data.batches import Batch
 from .checkpoints import Checkpoints, keep_metrics_before
-from .data import Batch
 
 REPLICAS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 SPIKE_WINDOW = 50

@@ -10,6 +10,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from ..data.tokens import DataSection
+
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("align", "distill", "finetune")
 
@@ -37,30 +39,6 @@ class StudentSection:
     full_attention_gate: bool = True
     fusion: str = "scale"
     fusion_norm: str = "all"
-
-
-@dataclass
-class DataSection:
-    """
-    Attributes:
-        name: a data set on the Hub, `demo` (the Python standard library), or files: `.txt`, `.jsonl`, `.parquet`,
-            a folder of them or a pattern.
-        subset, split, column: which part of a data set, and the column that holds the text.
-        cache: folder of the token file; `tokens` in the output by default. Runs may share it.
-        heldout_tokens: the first so many tokens are kept for evaluation.
-        separate_documents: positions restart at every document, and none sees another. Not in alignment.
-        separator: the token that ends a document; by default `<|endoftext|>` or `<|end_of_text|>`, whichever the
-            tokenizer has as a special token, else its own end token, which in chat models may end a turn.
-    """
-
-    name: str
-    subset: str | None = None
-    split: str = "train"
-    column: str = "text"
-    cache: str | None = None
-    heldout_tokens: int = 262_144
-    separate_documents: bool = False
-    separator: str | None = None
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Start and end of a stage: what can be wrong is refused first, what was done already is not done again."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -11,43 +12,26 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.folder import conversion_record
 from ..convert.masks import read_masks
-from ..convert.migration import student_config
+from ..convert.migration import options_of, student_config
 from ..convert.teachers import TeacherAdapter, open_teacher
+from ..data.batches import Batch
 from ..evaluation.needles import NiahCell, answer_cell, niah_cells
 from ..evaluation.text import text_loss
 from ..hub.checkpoint import read_made_from, save_student
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from ..provenance import Record, environment
-from .data import Batch, StageData, check_stage_data, find_files
+from ..provenance import Record, digest, environment, first_difference
+from .data import check_stage_data, prepare_tokenizer, public_source, stage_batches, tokens_before
 from .loop import Run, Schedule
 from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
-
-
-def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """
-    The teacher's tokenizer.
-
-    Raises:
-        ValueError: it is not a fast one, or has no end-of-text token to part documents with.
-    """
-    tokenizer = open_teacher(recipe.teacher.name, recipe.teacher.revision).tokenizer()
-    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
-        raise ValueError(f"{recipe.teacher.name}: training needs a fast tokenizer with an end-of-text token")
-    return tokenizer
-
-
-def public_source(name: str) -> str:
-    """A source of text as records name it: without the folders of this machine."""
-    return "the Python standard library" if name == "demo" else name if find_files(name) is None else Path(name).name
 
 
 class Stage:
@@ -76,7 +60,7 @@ class Stage:
                 f"{self.evaluated_length:,} needs more"
             )
         self._check_engine()
-        self._check_earlier_run()
+        self.parts = self._check_earlier_run()
 
     @property
     def evaluated_length(self) -> int:
@@ -101,12 +85,65 @@ class Stage:
                     "evaluate.every: weights sharded by FSDP cannot generate; set it to 0 and evaluate checkpoints"
                 )
 
-    def _check_earlier_run(self) -> None:
-        Record(self.folder / "recipe.json").check(self.record(), "choose another output")
+    def _check_earlier_run(self) -> list[int]:
+        """
+        Steps of the stage's first run, and of what was added each time that its tokens grew.
+
+        Raises:
+            ValueError: a run that is there was begun otherwise, or was to be longer.
+        """
+        steps, before = self.section.tokens // self.section.batch_tokens, self.earlier.read()
+        if before is None:
+            return [steps]
+        now, then = self.record(), before[self.name]
+        if self.section.tokens > then["tokens"]:
+            now[self.name]["tokens"] = then["tokens"]
+        # Runs from before these were recorded are taken to be begun as this one would be.
+        unknown = {key: now[key] for key in ("text_begins", "starts_from")}
+        advice = f"choose another output, or remove {self.folder} to begin the stage anew"
+        Record(self.earlier.path, unknown).check(now, advice)
+        parts = before.get("parts") or [then["tokens"] // then["batch_tokens"]]
+        return [*parts, steps - sum(parts)] if steps > sum(parts) else parts
+
+    @property
+    def earlier(self) -> Record:
+        """What decides the numbers of the run that is there."""
+        return Record(self.folder / "recipe.json")
 
     def record(self) -> dict:
-        """What decides the stage's numbers."""
-        return stage_record(self.recipe, self.name)
+        """What decides the stage's numbers, whoever runs it."""
+        record = stage_record(self.recipe, self.name) | {"text_begins": tokens_before(self.recipe, self.name)}
+        record.pop("masks", None)
+        return record | {"starts_from": self.starts_from}
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """What the stage starts from beside the teacher, by kind: a `student` or `forms`; alignment from neither."""
+        output = Path(self.recipe.output)
+        if self.name == "align":
+            return {}
+        if self.name == "finetune" or self.section.student:
+            return {"student": Path(self.section.student or output / "distill" / "student")}
+        return {"forms": Path(self.section.head_forms or output / "align" / "head_forms.safetensors")}
+
+    @cached_property
+    def starts_from(self) -> dict[str, str | None]:
+        """The start of the SHA-256 of what the stage starts from, and of the masks that it makes heads under."""
+        found = {kind: digest(path)[:16] if path.exists() else None for kind, path in self.sources.items()}
+        if "forms" in found or getattr(self.section, "mode", None) == "layers":
+            found["masks"] = hashlib.sha256(json.dumps(self.masks).encode()).hexdigest()[:16]
+        return found
+
+    @property
+    def output(self) -> Path:
+        """What the stage leaves: a student folder; of alignment, the forms."""
+        return self.folder / ("head_forms.safetensors" if self.name == "align" else "student")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stage has left its output, for so many tokens as the recipe asks for."""
+        facts = Record(self.folder / "facts.json").read()
+        return self.output.exists() and facts is not None and facts["recipe"]["tokens"] == self.section.tokens
 
     @cached_property
     def options(self) -> dict:
@@ -140,7 +177,7 @@ class Stage:
         Configuration of a student folder.
 
         Raises:
-            ValueError: there is none, or it is not a student of the recipe's teacher.
+            ValueError: there is none, or it is not what the recipe's teacher, masks and options make.
         """
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: no student there; the stage before this one writes it")
@@ -148,10 +185,19 @@ class Stage:
         for field, value in self.adapter.student_fields().items():
             if field not in ("rope_parameters", "use_cache") and (found := getattr(config, field, None)) != value:
                 raise ValueError(f"{folder}: not a student of this teacher: {field} is {found}, the teacher's {value}")
+        of_recipe = {"teacher": self.teacher.public_name, "revision": self.recipe.teacher.revision}
+        made_from = read_made_from(folder) or of_recipe
+        changed = first_difference({key: made_from[key] for key in of_recipe}, of_recipe)
+        changed = changed or first_difference(options_of(config), options_of(self.config(config.head_masks)))
+        if not changed and self.recipe.masks is not None and self.masks != config.head_masks:
+            changed = "choice of heads: leave masks out of the recipe, or give those that it was made under"
+        if changed:
+            raise ValueError(f"{folder}: not a student of this recipe but one of another {changed}")
         return config
 
-    def made_from(self, config: HydraHeadConfig, forms: Path | None = None, student: Path | None = None) -> dict:
-        """What the student that a stage starts from was made from, as in `hub.checkpoint.save_student`."""
+    def made_from(self, config: HydraHeadConfig) -> dict:
+        """What the student that the stage starts from was made from, as in `hub.checkpoint.save_student`."""
+        student, forms = map(self.sources.get, ("student", "forms"))
         if student is not None and (found := read_made_from(student)):
             return found
         masks = self.recipe.masks if isinstance(self.recipe.masks, str) else None
@@ -176,7 +222,7 @@ class Job:
         recipe, section = stage.recipe, stage.section
         self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
         self.tokenizer = prepare_tokenizer(recipe)
-        self.data = StageData(recipe, stage.name, self.tokenizer)
+        self.data = stage_batches(recipe, stage.name, self.tokenizer, stage.parts)
         self.prompts = self.make_prompts() if stage.name != "align" else []
         stage.teacher.fetch()
         self.accelerator = Accelerator(
@@ -195,9 +241,7 @@ class Job:
         use_tuned_kernels()
         set_seed(recipe.run.seed)
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            Record(self.folder / "recipe.json").write(stage.record())
-            Record(self.folder / "facts.json").write(self.facts())
+            stage.earlier.write(stage.record() | {"parts": stage.parts})
         if recipe.run.report_to:
             self.accelerator.init_trackers(stage.name)
         self.autocast: Callable[[], torch.autocast] = partial(
@@ -250,7 +294,7 @@ class Job:
                 parameter.data = parameter.data.to(dtype)
         student.config.dtype = dtype
         made_from = made_from | {"stages": [*made_from["stages"], self.facts()]} | environment()
-        save_student(student, self.tokenizer, self.folder / "student", made_from, overwrite=True)
+        save_student(student, self.tokenizer, self.stage.output, made_from, overwrite=True)
 
     def facts(self) -> dict:
         """What this stage trained on, in numbers and in words."""
@@ -276,10 +320,11 @@ class Job:
             **environment(self.accelerator.device.type),
         }
 
-    def draw(self) -> None:
-        """Pictures of the run beside its record."""
-        draw_training(self.folder / "metrics.jsonl", self.folder)
-
-    def end(self) -> None:
-        """Close trackers and leave the other processes."""
+    def end(self, save: Callable[[], None]) -> None:
+        """Draw the run, save its output from the main process, say that it is done, and leave the other processes."""
+        if self.accelerator.is_main_process:
+            draw_training(self.folder / "metrics.jsonl", self.folder)
+            save()
+            Record(self.folder / "facts.json").write(self.facts())  # last: it says that the stage is done
+            print(f"written to {self.stage.output}")
         self.accelerator.end_training()

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from .data import Batch
 from .loop import Run, Schedule, train
 from .losses import TeacherChunk, distillation_loss
 from .recipe import LoraSection
@@ -147,10 +147,10 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
 def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], made_from: dict) -> None:
     """Write the trained student from the main process, whole whatever the weights were sharded into."""
     state = job.accelerator.get_state_dict(trained)
-    if job.accelerator.is_main_process:
+
+    def save() -> None:
         trainee = build()
         trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
-        job.draw()
-        job.save_student(trainee.merge().eval(), made_from)  # last: it says that the stage is done
-        print(f"written to {job.folder / 'student'}")
-    job.end()
+        job.save_student(trainee.merge().eval(), made_from)
+
+    job.end(save)

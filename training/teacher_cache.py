@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from ..data.batches import Batch
 from ..files import force_to_disk
 from ..provenance import Record
-from .data import Batch
 from .losses import TeacherChunk
 
 CHUNK_TOKENS = 1024  # rows of logits that exist at once
@@ -37,7 +37,9 @@ class TeacherCache:
         if not 1 <= top_k <= vocab_size:
             raise ValueError(f"distill.teacher_cache.top_k must be 1 … {vocab_size}, got {top_k}")
         folder.mkdir(parents=True, exist_ok=True)
-        record, whose = Record(folder / "cache.json"), whose | {"top_k": top_k}
+        whose = whose | {"top_k": top_k}
+        # Caches from before these were recorded are taken for this text's.
+        record = Record(folder / "cache.json", {key: whose[key] for key in ("text_begins", "parts") if key in whose})
         record.check(whose, "choose another folder")
         if int(os.environ.get("RANK", 0)) == 0 and not record.matches(whose):
             record.write(whose)

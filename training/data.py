@@ -1,0 +1,165 @@
+"""Which text a stage of a recipe reads, and in what rows.
+
+python -m hydrahead.training.data --config RECIPE.yaml        # tokenise ahead, on a machine without a GPU
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..console import one_line_errors
+from ..convert.teachers import open_teacher
+from ..data.batches import Batches, Mix
+from ..data.tokens import DataSection, find_files, open_source, ready_tokens
+from .recipe import STAGES, Recipe, StageSection, read_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """
+    The teacher's tokenizer.
+
+    Raises:
+        ValueError: it is not a fast one, or has no end-of-text token to part documents with.
+    """
+    tokenizer = open_teacher(recipe.teacher.name, recipe.teacher.revision).tokenizer()
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ValueError(f"{recipe.teacher.name}: training needs a fast tokenizer with an end-of-text token")
+    return tokenizer
+
+
+def public_source(name: str) -> str:
+    """A source of text as records name it: without the folders of this machine."""
+    return "the Python standard library" if name == "demo" else name if find_files(name) is None else Path(name).name
+
+
+def token_folder(recipe: Recipe, data: DataSection, name: str) -> Path:
+    """Where the token file of a source is or will be."""
+    return Path(data.cache) if data.cache else Path(recipe.output) / name
+
+
+def tokens_before(recipe: Recipe, stage: str) -> int:
+    """
+    Where a stage's own text begins: after what is held out and what the stages before it read.
+
+    A stage before it that grows moves it. One that has begun would then read other rows than those it began with: its
+    record says where its text begins, so that it is refused (`Stage`).
+    """
+    earlier = (getattr(recipe, name) for name in STAGES[: STAGES.index(stage)])
+    return recipe.data.heldout_tokens + sum(section.tokens for section in earlier if section is not None)
+
+
+def stage_phases(section: StageSection, parts: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """
+    (length, steps) of the phases of a stage, one after the other.
+
+    Args:
+        parts: steps of its first run and of what each extension added; one run of all by default. What was added is
+            text of its own at the last length, so that an extension never changes the rows before it.
+    """
+    steps, *added = parts or [section.tokens // section.batch_tokens]
+    curriculum = getattr(section, "curriculum", None) or [[section.length, 1.0]]
+    phases = [(int(length), round(steps * share)) for length, share in curriculum[:-1]]
+    last = int(curriculum[-1][0])
+    return [*phases, (last, steps - sum(count for _, count in phases)), *((last, count) for count in added)]
+
+
+def stage_batches(
+    recipe: Recipe, stage: str, tokenizer: PreTrainedTokenizerBase, parts: Sequence[int] = ()
+) -> Batches:
+    """
+    The batches of a stage, after its text has been tokenised as far as it reads it.
+
+    Args:
+        parts: as in `stage_phases`.
+
+    Raises:
+        ValueError: as `ready_tokens` and `Batches`.
+    """
+    section, data, long_data = recipe.stage(stage), recipe.data, recipe.long_data
+    first = tokens_before(recipe, stage)
+    needed, long_needed = first + section.tokens + 1, int(section.tokens * section.long_share) + 1
+    text, long_text = ready_tokens(token_folder(recipe, data, "tokens"), data, tokenizer, needed), None
+    if section.long_share:
+        long_text = ready_tokens(token_folder(recipe, long_data, "long_tokens"), long_data, tokenizer, long_needed)
+        _warn_of_reuse(stage, "long_data", long_data, long_text.state()["tokens"], long_needed)
+    batches = Batches(
+        tokenizer,
+        text,
+        stage_phases(section, parts),
+        section.batch_tokens,
+        recipe.run.micro_batch_tokens,
+        [recipe.run.seed, STAGES.index(stage)],
+        first,
+        data.heldout_tokens,
+        Mix(section.retrieval_share, section.answer_weight, section.long_share, data.separate_documents),
+        long_text,
+        predicts=stage != "align",
+    )
+    _warn_of_reuse(stage, "data", data, text.state()["tokens"], needed)
+    return batches
+
+
+def _warn_of_reuse(stage: str, key: str, data: DataSection, tokens: int, needed: int) -> None:
+    """Say once, not on every process, that a stage reads text again, or text of other stages."""
+    if tokens < needed and int(os.environ.get("RANK", 0)) == 0:
+        logger.warning(
+            f"{stage}: {key} ({data.name}) has {tokens:,} tokens, {needed:,} are needed to read each once and in one "
+            "stage only: rows are read again"
+        )
+
+
+def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int = 1) -> None:
+    """
+    Raise a one-line `ValueError` where lengths, batches and sources of a stage do not fit together.
+
+    Args:
+        max_length: positions that the teacher knows.
+    """
+    section, micro = recipe.stage(stage), recipe.run.micro_batch_tokens
+    curriculum = getattr(section, "curriculum", None)
+    if curriculum is not None and not (
+        all(isinstance(each, list) and len(each) == 2 for each in curriculum)
+        and abs(sum(share for _, share in curriculum) - 1) < 1e-6
+    ):
+        raise ValueError(f"{stage}.curriculum: expected [length, share] pairs whose shares add up to 1")
+    for length, _ in stage_phases(section):
+        if length > max_length:
+            raise ValueError(
+                f"{stage}: rows of {length:,} tokens, the teacher's max_position_embeddings is {max_length:,}: "
+                "choose shorter rows or another teacher"
+            )
+        if micro % length:
+            raise ValueError(f"run.micro_batch_tokens ({micro}) must be a multiple of the {stage} length ({length})")
+    if section.batch_tokens % (micro * processes):
+        raise ValueError(
+            f"{stage}.batch_tokens ({section.batch_tokens}) must be a multiple of run.micro_batch_tokens ({micro}) "
+            f"times the processes ({processes})"
+        )
+    if section.tokens < section.batch_tokens:
+        raise ValueError(f"{stage}.tokens ({section.tokens}) must be at least one batch ({section.batch_tokens})")
+    if section.long_share and recipe.long_data is None:
+        raise ValueError(f"{stage}.long_share needs a section long_data")
+    if section.retrieval_share + section.long_share > 1:
+        raise ValueError(f"{stage}: retrieval_share and long_share add up to more than 1")
+    for data, folder in ((recipe.data, "tokens"), (recipe.long_data if section.long_share else None, "long_tokens")):
+        if data is not None and not (token_folder(recipe, data, folder) / "tokens.json").is_file():
+            open_source(data)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Tokenise all that a recipe's stages will read."""
+    with one_line_errors():
+        recipe, _ = read_arguments(arguments, __doc__)
+        tokenizer = prepare_tokenizer(recipe)
+        for stage in STAGES:
+            if getattr(recipe, stage) is not None:
+                stage_batches(recipe, stage, tokenizer)
+
+
+if __name__ == "__main__":
+    main()
