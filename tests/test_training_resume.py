@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 from hydrahead.data.batches import Batch
 from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, start_stage, write_recipe
 from hydrahead.training.checkpoints import Checkpoints, keep_metrics_before
+from hydrahead.training.data import prepare_tokenizer, stage_batches
 from hydrahead.training.loop import Run, Schedule, train
+from hydrahead.training.recipe import load_recipe
+from hydrahead.training.stage import Stage
 
 KILLS = 7  # of each stage, 21 in all; three or more of them with something to resume from
 RESULTS = {
@@ -85,6 +88,90 @@ def test_a_run_killed_at_random_instants_is_the_uninterrupted_run_bit_for_bit(st
         assert found.keys() == weights.keys()
         assert all(torch.equal(found[name], weights[name]) for name in weights)
         assert not list((out / stage).glob("*.partial"))
+
+
+@pytest.fixture(scope="module")
+def extended(finished, tmp_path_factory):
+    """An alignment of twice its tokens, that went on from the finished one: folder and arguments."""
+    folder, path, _ = finished
+    out = tmp_path_factory.mktemp("extended") / "out"
+    shutil.copytree(folder / "out" / "align", out / "align")
+    arguments = ["--config", path, f"output={out}", f"data.cache={folder / 'out' / 'tokens'}", "align.tokens=4096"]
+    finish_stage("align", arguments)
+    return out, arguments
+
+
+def test_a_finished_run_goes_on_where_its_tokens_grew(finished, extended):
+    """Its first steps are not done again, and what it reads then is new."""
+    folder, path, _ = finished
+    out, arguments = extended
+    before, after = metrics_of(folder / "out" / "align"), metrics_of(out / "align")
+    assert len(after) == 2 * len(before) and after[: len(before)] == before
+    forms = [load_file(run / "align" / RESULTS["align"]) for run in (folder / "out", out)]
+    assert any(not torch.equal(forms[0][name], forms[1][name]) for name in forms[0])
+    stamp = (out / "align" / RESULTS["align"]).stat().st_mtime_ns
+    finish_stage("align", arguments)  # it is done now
+    assert (out / "align" / RESULTS["align"]).stat().st_mtime_ns == stamp
+    recipe = load_recipe(path, arguments[2:])
+    batches = stage_batches(recipe, "align", prepare_tokenizer(recipe), Stage(recipe, "align").parts)
+    first, added = batches.phases
+    assert (added.first_step, added.rows.first) == (len(before), first.rows.first + 2048)
+    assert added.rows.count == first.rows.count == 2048 // 32
+
+
+@pytest.mark.slow
+def test_an_extension_that_is_killed_is_the_same_extension_bit_for_bit(finished, extended, tmp_path):
+    folder, (whole, arguments) = finished[0], extended
+    out = tmp_path / "out"
+    shutil.copytree(folder / "out" / "align", out / "align")
+    arguments = [*arguments, f"output={out}"]
+    expected, kills = metrics_of(whole / "align"), 0
+    while True:
+        process, before = start_stage("align", arguments), recorded(out / "align")
+        while kills < 3 and process.is_alive() and recorded(out / "align") == before:
+            time.sleep(0.01)
+        if kills == 3 or not process.is_alive():
+            process.join()
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    assert process.exitcode == 0 and kills == 3
+    assert metrics_of(out / "align") == expected
+    found, wanted = (load_file(run / "align" / RESULTS["align"]) for run in (out, whole))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_stage_that_has_begun_never_reads_other_text_or_starts_from_something_else(finished, extended, tmp_path):
+    folder, path, _ = finished
+    out, arguments = extended
+    recipe = load_recipe(path, arguments[2:])
+    assert Stage(recipe, "distill").record()["text_begins"] == 512 + 4096  # it has not begun: its text moves
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copytree(folder / "out" / "distill", tmp_path / "out" / "distill")
+    other = load_recipe(path, [*arguments[2:], f"output={tmp_path / 'out'}"])
+    with pytest.raises(
+        ValueError, match=r"^[^\n]*distill: made with another starts_from.forms [^\n]*begin the stage anew$"
+    ):
+        Stage(other, "distill")
+    shutil.copytree(folder / "out" / "align", tmp_path / "out" / "align", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"^[^\n]*distill: made with another text_begins \(2560, now 4608\); [^\n]*$"):
+        Stage(other, "distill")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("align.tokens=1024", "align.tokens (2048, now 1024)"),
+        ("align.learning_rate=0.5", "align.learning_rate (0.01, now 0.5)"),
+        ("data.heldout_tokens=256", "data.heldout_tokens (512, now 256)"),
+    ],
+)
+def test_what_else_changed_than_more_tokens_is_refused_by_name(change, said, finished):
+    recipe = load_recipe(finished[1], ["align.tokens=4096", change])
+    with pytest.raises(ValueError) as refused:
+        Stage(recipe, "align")
+    assert f"made with another {said}; choose another output" in str(refused.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
