@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from hydrahead.configuration_hydrahead import HydraHeadConfig
 from hydrahead.convert import migration, teachers
 from hydrahead.convert.forms import save_forms
-from hydrahead.convert.migration import head_forms_of, options_of, student_config
-from hydrahead.convert.teachers import adapter_for
-from hydrahead.tests.families import ALL_LINEAR, make_student, make_teacher, random_ids
+from hydrahead.convert.migration import OPTIONS, head_forms_of, options_of, student_config
+from hydrahead.convert.teachers import adapter_for, open_teacher
+from hydrahead.hub.checkpoint import save_student
+from hydrahead.modeling_hydrahead import HydraHeadForCausalLM
+from hydrahead.tests.families import ALL_LINEAR, MIXED, make_student, make_teacher, random_ids
 from hydrahead.tests.training_runs import MAINS, make_inputs, write_recipe
 from hydrahead.training import stage as stage_module
 from hydrahead.training.cost import body_parameters, estimate
@@ -110,6 +112,30 @@ def test_a_student_or_heads_of_another_teacher_are_refused(inputs, capsys):
         )
         said = refusal("distill", folder, recipe, capsys, f"distill.head_forms={folder / 'forms.safetensors'}")
         assert "heads of another teacher" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"teacher": "another"}, "teacher ('another', now 'teacher')"),
+        ({"revision": "v2"}, "revision ('v2', now None)"),
+        ({"head_masks": ALL_LINEAR}, "choice of heads: leave masks out of the recipe, or give those that it was made"),
+        ({"full_attention_position": "rope"}, "full_attention_position ('rope', now 'nope')"),
+        ({"fusion_norm": "linear"}, "fusion_norm ('linear', now 'all')"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_student_that_the_recipe_does_not_make_is_refused_by_name(changes, line, inputs, capsys):
+    folder, recipe = inputs
+    masks = {"head_masks": changes.get("head_masks", MIXED)}
+    options = {key: value for key, value in changes.items() if key in OPTIONS}
+    config = student_config(open_teacher(recipe["teacher"]["name"]).adapter, **masks, **options)
+    made_from = {"teacher": "teacher", "revision": None, "masks": {}, "forms": {}, "stages": []}
+    made_from |= {key: value for key, value in changes.items() if key in made_from}
+    save_student(HydraHeadForCausalLM(config), None, folder / "student", made_from)
+    for stage in ("distill", "finetune"):
+        said = refusal(stage, folder, recipe, capsys, f"{stage}.student={folder / 'student'}")
+        assert f"{folder / 'student'}: not a student of this recipe but one of another {line}" in said
 
 
 def test_heads_aligned_for_other_options_are_refused_by_name(inputs, capsys):
