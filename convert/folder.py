@@ -10,7 +10,7 @@ from ..data.corpus import encode_corpus, load_corpus
 from ..files import check_free, read_utf8
 from ..hub.checkpoint import save_student
 from ..provenance import digest, environment
-from .forms import load_forms
+from .forms import forms_made_from, load_forms
 from .masks import read_choice
 from .migration import convert_model, options_of, student_config
 from .teachers import Teacher, open_teacher
@@ -89,11 +89,5 @@ def conversion_record(
     files = {"masks": masks_file, "forms": forms_file}
     found = {name: {"sha256": digest(file)} if file else {} for name, file in files.items()}
     found["masks"] |= read_choice(masks_file)[1] if masks_file else {}
-    return {
-        "teacher": teacher.public_name,
-        "revision": teacher.revision,
-        "options": options_of(config),
-        **found,
-        "stages": [],
-        **environment(),
-    }
+    found["forms"] |= forms_made_from(forms_file) if forms_file else {}
+    return {**teacher.identity, "options": options_of(config), **found, "stages": [], **environment()}

@@ -152,6 +152,12 @@ def save_forms(forms: Forms, options: dict, path: Path, made_from: Mapping = Map
         save_file(forms, partial, metadata=metadata)
 
 
+def forms_made_from(path: Path) -> dict:
+    """What a file of forms says that they were made from; nothing, where it is from before files said so."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("made_from", "{}"))
+
+
 def check_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyType({})) -> dict:
     """
     The options of a student made of the forms in a file: those that they were aligned under; no tensor is read.

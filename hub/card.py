@@ -42,7 +42,7 @@ def describe(config: HydraHeadConfig) -> dict[str, str]:
 
 def origin(made_from: Mapping) -> dict[str, str]:
     """What a student was made from, in words; nothing that is not recorded."""
-    teacher, masks, stages = made_from["teacher"], made_from["masks"], made_from["stages"]
+    teacher, masks, forms, stages = map(made_from.get, ("teacher", "masks", "forms", "stages"))
     shown = {"demo": "the one that ships with hydrahead"}.get(teacher, teacher if "/" in teacher else "a local folder")
     rows = {"Teacher": shown, "Revision": made_from["revision"] or "default"}
     if "method" in masks:
@@ -51,9 +51,10 @@ def origin(made_from: Mapping) -> dict[str, str]:
         rows["Heads chosen by"] = words
     if "calibrated_on" in made_from:
         rows["Calibrated on"] = made_from["calibrated_on"]
+    rows |= {"Align": forms["summary"]} if "summary" in forms else {}
     rows |= {stage["stage"].capitalize(): stage["summary"] for stage in stages}
     if all(stage["stage"] == "align" for stage in stages):
-        rows["Trained"] = "heads aligned one by one, nothing end to end" if made_from["forms"] else "no"
+        rows["Trained"] = "heads aligned one by one, nothing end to end" if forms else "no"
     return rows
 
 

@@ -123,11 +123,11 @@ def test_a_student_records_what_it_was_trained_on_and_how_rows_were_mixed(finish
     finish_stage("finetune", ["--config", path, *FEW_STEPS, f"output={tmp_path / 'out'}", *changes])
     student = tmp_path / "out" / "finetune" / "student"
     card, made_from = (student / "README.md").read_text(), read_made_from(student)
-    assert [entry["stage"] for entry in made_from["stages"]] == ["align", "distill", "finetune"]
+    assert [entry["stage"] for entry in made_from["stages"]] == ["distill", "finetune"]
     forms = folder / "out" / "align" / "head_forms.safetensors"
     assert made_from["teacher"] == "teacher" and made_from["forms"]["sha256"] == digest(forms)
     assert made_from["options"]["full_attention_position"] == "nope"
-    for entry in made_from["stages"]:
+    for entry in (made_from["forms"], *made_from["stages"]):
         assert {"text", "recipe", "teacher_dtype", "steps", "versions", "seed"} <= entry.keys()
     assert "25% of rows from long documents" in card and str(folder) not in card
     state = load_file(student / "model.safetensors")

@@ -338,7 +338,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
     def save() -> None:
         trained = build()
         trained.load_state_dict(state)
-        save_forms(trained.forms(), options_of(config), stage.output)
+        save_forms(trained.forms(), options_of(config), stage.output, job.facts())
 
     job.end(save)
 

@@ -169,8 +169,7 @@ class Stage:
 
     def config(self, masks: list[list[int]] | None = None) -> HydraHeadConfig:
         """Configuration of the student under `masks`; of one whose heads are all linear without."""
-        blank = [[0] * self.adapter.num_heads] * self.adapter.num_layers
-        return student_config(self.adapter, masks or blank, **self.options)
+        return student_config(self.adapter, masks or self.adapter.blank_masks, **self.options)
 
     def check_student(self, folder: Path) -> HydraHeadConfig:
         """
@@ -182,13 +181,11 @@ class Stage:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: no student there; the stage before this one writes it")
         config = HydraHeadConfig.from_pretrained(folder)
+        self.teacher.check_made_from(folder, read_made_from(folder) or {})
         for field, value in self.adapter.student_fields().items():
             if field not in ("rope_parameters", "use_cache") and (found := getattr(config, field, None)) != value:
                 raise ValueError(f"{folder}: not a student of this teacher: {field} is {found}, the teacher's {value}")
-        of_recipe = {"teacher": self.teacher.public_name, "revision": self.recipe.teacher.revision}
-        made_from = read_made_from(folder) or of_recipe
-        changed = first_difference({key: made_from[key] for key in of_recipe}, of_recipe)
-        changed = changed or first_difference(options_of(config), options_of(self.config(config.head_masks)))
+        changed = first_difference(options_of(config), options_of(self.config(config.head_masks)))
         if not changed and self.recipe.masks is not None and self.masks != config.head_masks:
             changed = "choice of heads: leave masks out of the recipe, or give those that it was made under"
         if changed:
@@ -202,13 +199,12 @@ class Stage:
             return found
         masks = self.recipe.masks if isinstance(self.recipe.masks, str) else None
         made_from = conversion_record(self.teacher, config, masks and Path(masks), forms)
-        if student is None:
-            earlier = Record(forms.parent / "facts.json").read()
-            stages = [earlier] if earlier else []
-        else:  # one from before folders said what they were made from, but for their training
-            file = student / "training.json"
-            stages = json.loads(file.read_text()) if file.is_file() else []
-        return made_from | {"stages": stages}
+        # Of what version 0.1 wrote, only this says how it was trained.
+        if student is not None and (file := student / "training.json").is_file():
+            made_from["stages"] = json.loads(file.read_text())
+        elif forms is not None and "stage" not in made_from["forms"]:
+            made_from["forms"] |= Record(forms.parent / "facts.json").read() or {}
+        return made_from
 
     def start(self) -> "Job":
         """Tokens, tokenizer and processes, when all checks are done."""
@@ -309,8 +305,7 @@ class Job:
         return {
             "stage": self.stage.name,
             "summary": ", ".join(parts),
-            "teacher": self.stage.teacher.public_name,
-            "revision": recipe.teacher.revision,
+            **self.stage.teacher.identity,
             "teacher_dtype": recipe.teacher.dtype,
             "text": public_source(recipe.data.name),
             "steps": section.tokens // section.batch_tokens,
