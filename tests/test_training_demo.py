@@ -34,7 +34,7 @@ def test_the_demo_recipe_runs_end_to_end_and_its_student_answers_without_hydrahe
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [0, 1]
         assert watched <= lines[1].keys() and "heldout_loss" not in lines[0]
-        assert (folder / "training.png").is_file()  # what is in it: test_pictures.py
+        assert (folder / "training.png").is_file()  # what is in it: test_training_figures.py
     assert (tmp_path / "align" / "layers.png").is_file()
     _, options = load_forms(tmp_path / "align" / "head_forms.safetensors", open_teacher("demo"))
     assert options["fusion_norm"] == "linear", "scores and conversions learn from the file what the heads are for"

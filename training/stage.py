@@ -20,6 +20,7 @@ from ..convert.masks import read_masks
 from ..convert.migration import options_of, student_config
 from ..convert.teachers import TeacherAdapter, open_teacher
 from ..data.batches import Batch
+from ..evaluation.figures import draw_training
 from ..evaluation.needles import NiahCell, answer_cell, niah_cells
 from ..evaluation.text import text_loss
 from ..hub.checkpoint import read_made_from, save_student
@@ -28,7 +29,6 @@ from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record, digest, environment, first_difference
 from .data import check_stage_data, prepare_tokenizer, public_source, stage_batches, tokens_before
 from .loop import Run, Schedule
-from .pictures import draw_training
 from .recipe import Recipe, StageSection, stage_record
 
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
@@ -98,7 +98,8 @@ class Stage:
         now, then = self.record(), before[self.name]
         if self.section.tokens > then["tokens"]:
             now[self.name]["tokens"] = then["tokens"]
-        # Runs from before these were recorded are taken to be begun as this one would be.
+        # What is gone by now is taken to be what it was, and a run from before these were recorded for one like this.
+        now["starts_from"] = before.get("starts_from", {}) | now["starts_from"]
         unknown = {key: now[key] for key in ("text_begins", "starts_from")}
         advice = f"choose another output, or remove {self.folder} to begin the stage anew"
         Record(self.earlier.path, unknown).check(now, advice)
@@ -127,10 +128,10 @@ class Stage:
         return {"forms": Path(self.section.head_forms or output / "align" / "head_forms.safetensors")}
 
     @cached_property
-    def starts_from(self) -> dict[str, str | None]:
+    def starts_from(self) -> dict[str, str]:
         """The start of the SHA-256 of what the stage starts from, and of the masks that it makes heads under."""
-        found = {kind: digest(path)[:16] if path.exists() else None for kind, path in self.sources.items()}
-        if "forms" in found or getattr(self.section, "mode", None) == "layers":
+        found = {kind: digest(path)[:16] for kind, path in self.sources.items() if path.exists()}
+        if "forms" in self.sources or getattr(self.section, "mode", None) == "layers":
             found["masks"] = hashlib.sha256(json.dumps(self.masks).encode()).hexdigest()[:16]
         return found
 

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from hydrahead.training.pictures import draw_training
+from hydrahead.evaluation.figures import draw_training
 
 STEPS = 12
 ALIGNMENT = {"linear_loss", "full_loss", "linear_layers", "full_layers"}
