@@ -257,7 +257,7 @@ def convert(
             raise ValueError(f"{file}: no such file")
     from rich.console import Console
 
-    from .convert.folder import convert_to_folder  # PyTorch and transformers: seconds
+    from .convert.migration import convert_to_folder
 
     options = _given(
         full_attention_position=position,

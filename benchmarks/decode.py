@@ -22,7 +22,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead import HydraHeadForCausalLM
 from hydrahead.convert import HeadScores, select_heads
-from hydrahead.convert.migration import student_config, teacher_config
+from hydrahead.convert.options import student_config, teacher_config
 from hydrahead.convert.teachers import adapter_for
 
 SHAPE = {

@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from hydrahead.convert.forms import FormOutputs, linear_heads
+from hydrahead.convert.calibration import head_forms_of
+from hydrahead.convert.forms import Forms, HeadForms, linear_heads
 from hydrahead.convert.hooks import visited_heads
-from hydrahead.convert.migration import Forms, convert_model, head_forms_of, student_config
+from hydrahead.convert.migration import convert_model
+from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
 from hydrahead.convert.scoring.evidence import Order, as_masks, random_orders, ranking, stability
 from hydrahead.convert.scoring.measure import score_heads
@@ -96,11 +98,11 @@ class Bench:
         own = head_forms_of(self.teacher, torch.from_numpy(self.train[:1024].reshape(2, 512)), config)
         return {name: own[name] if ".full." in name else tensor for name, tensor in forms.items()}
 
-    def running(self, forms: Forms, position: str) -> FormOutputs:
+    def running(self, forms: Forms, position: str) -> HeadForms:
         config = student_config(self.adapter, as_masks([], self.layers, self.width), **POSITIONS[position])
-        return FormOutputs(config, forms).requires_grad_(False)
+        return HeadForms(config, forms).requires_grad_(False)
 
-    def score(self, forms: FormOutputs, methods: list[str]) -> HeadScores:
+    def score(self, forms: HeadForms, methods: list[str]) -> HeadScores:
         probes = built_in_probes(self.tokenizer, self.train, LENGTH, PAIRS)
         rows = [self.train[index * 512 : (index + 1) * 512].tolist() for index in range(4)]
         return score_heads(self.teacher, self.tokenizer, probes, methods=methods, head_forms=forms, text_rows=rows)
@@ -116,7 +118,7 @@ class Bench:
         loss = text_loss(model, self.heldout, LENGTH, 8) - self.text_loss
         return {"accuracy": sum(found) / len(found), "text": loss}
 
-    def converted_alone(self, heads: Order, forms: FormOutputs) -> dict[str, float]:
+    def converted_alone(self, heads: Order, forms: HeadForms) -> dict[str, float]:
         """Some heads replaced by their linear forms, all others the teacher's own."""
         with visited_heads(self.teacher, linear_heads(forms, as_masks(heads, self.layers, self.width))):
             return self.judge(self.teacher)
@@ -125,7 +127,7 @@ class Bench:
         with visited_heads(self.teacher, constant_heads(self.means, as_masks(heads, self.layers, self.width))):
             return self.judge(self.teacher)
 
-    def row(self, order: Order, forms: Forms, running: FormOutputs, position: str) -> dict[str, dict]:
+    def row(self, order: Order, forms: Forms, running: HeadForms, position: str) -> dict[str, dict]:
         """Everything that is measured of one ranking, best head first."""
         half, tenth = self.heads // 2, round(self.heads / 10)
         row = {
@@ -198,7 +200,7 @@ def run(prompts: int, steps: int, threads: int, searched: bool) -> dict:
     }
 
 
-def exchange(bench: Bench, order: Order, running: FormOutputs, forms: Forms, position: str) -> dict[str, dict]:
+def exchange(bench: Bench, order: Order, running: HeadForms, forms: Forms, position: str) -> dict[str, dict]:
     """Greedy exchange from the best quarter, judged on pairs and text of the training split."""
     start = as_masks(order[: round(bench.heads / 4)], bench.layers, bench.width)
     pairs = [

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import torch
 
-from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.calibration import HeadStatistics, initial_forms, measure_heads
+from hydrahead.convert.forms import Forms, HeadForms
 from hydrahead.convert.hooks import visited_heads
-from hydrahead.convert.migration import Forms, HeadStatistics, initial_forms, measure_heads, student_config
+from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
@@ -94,14 +95,14 @@ class Study:
     @torch.no_grad()
     def fit_scales(self, forms: Forms, ids: torch.Tensor) -> None:
         """γ of every linear head that brings it nearest to its teacher head."""
-        running = FormOutputs(self.config, forms)
+        running = HeadForms(self.config, forms)
         for layer, (states, target) in enumerate(self.teacher_heads(ids)):
             (output,) = running.outputs(layer, states, ("linear",))
             scale = (output * target).sum((0, 1, 3)) / output.square().sum((0, 1, 3))
             forms[f"{layer}.linear.gamma"] = forms[f"{layer}.linear.gamma"] * scale
 
     @torch.no_grad()
-    def error(self, running: FormOutputs) -> float:
+    def error(self, running: HeadForms) -> float:
         """Mean over heads and layers, on rows that are the same for all."""
         losses = []
         for seed in range(4):
@@ -112,8 +113,8 @@ class Study:
 
     def train(self, variant: str, seed: int) -> dict[int, float]:
         """Errors by steps done."""
-        running = FormOutputs(self.config, self.forms(variant, seed))
-        parameters = list(running.branches["linear"].parameters())
+        running = HeadForms(self.config, self.forms(variant, seed))
+        parameters = [p for layer in running.layers for p in layer.branches["linear"].parameters()]
         schedule = Schedule(STEPS[-1], learning_rate=6e-3, final_learning_rate=6e-5)
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
         errors = {}

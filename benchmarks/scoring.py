@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from hydrahead.convert.forms import FormOutputs
+from hydrahead.convert.calibration import head_forms_of
+from hydrahead.convert.forms import HeadForms
 from hydrahead.convert.hooks import record, visited_heads
-from hydrahead.convert.migration import head_forms_of, student_config
+from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.evidence import spearman
 from hydrahead.convert.scoring.measure import score_heads
 from hydrahead.convert.scoring.probes import Pair, Probe, niah_probe
@@ -201,7 +202,7 @@ def measure(model: PreTrainedModel, pairs: list[Pair], device: str, repeats: int
     if swaps:
         config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, fusion_norm="linear")
         ids = torch.tensor([pairs[0].clean[:512], pairs[1].clean[:512]])
-        forms = FormOutputs(config, head_forms_of(model, ids, config)).to(device).requires_grad_(False)
+        forms = HeadForms(config, head_forms_of(model, ids, config)).to(device).requires_grad_(False)
         wanted = {(layer, 0) for layer in range(0, adapter.num_layers, max(1, adapter.num_layers // swaps))}
         answer_effects(model, forms, pairs[0], {(0, 0)})  # kernels are tuned when they first run
         answer_estimates(model, forms, pairs[0])
@@ -222,7 +223,7 @@ def shortlist_errors(model: PreTrainedModel, pairs: list[Pair], tokenizer, text:
     options = {"fusion_norm": "linear", "logit_scale_base": 1024}
     tensors = quick_forms(model, tokenizer, text, options, steps)
     config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **options)
-    forms = FormOutputs(config, tensors).to(model.device).requires_grad_(False)
+    forms = HeadForms(config, tensors).to(model.device).requires_grad_(False)
     probe, rows = (
         [Probe("needles", "retrieval", tuple(pairs))],
         [text[index : index + 512].tolist() for index in (0, 9999)],

@@ -26,11 +26,13 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from hydrahead.convert.migration import convert_model, head_forms_of, student_config
+from hydrahead.convert.calibration import head_forms_of
+from hydrahead.convert.migration import convert_model
+from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.data.batches import Batch
 from hydrahead.provenance import environment
-from hydrahead.training.align import HeadForms, align, teacher_heads
+from hydrahead.training.align import FittedHeads, align, teacher_heads
 from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.student import StudentLoss, prepare_student, train_student
@@ -200,7 +202,7 @@ def align_inputs(machine: Machine, teacher: Qwen3ForCausalLM):
     blank = [[0] * teacher.config.num_attention_heads] * teacher.config.num_hidden_layers
     config = student_config(adapter_for(teacher.config), blank)
     forms = head_forms_of(teacher, torch.arange(64).view(1, -1), config)
-    return config, HeadForms(config, forms).to(machine.device)
+    return config, FittedHeads(config, forms).to(machine.device)
 
 
 def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -> dict:

@@ -1,7 +1,12 @@
-"""Both forms of every head of a teacher, running: what stands in a head's place when it is converted."""
+"""
+Both forms of every head of a teacher: the Gated DeltaNet head and the full-attention head that can stand in its place.
+
+Forms are independent of any mask. A student is the teacher's other weights and, for each head, the form that its mask
+chooses. They start as the teacher's own rows (`calibration`); alignment trains them once for all masks.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,112 +15,204 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
-from .hooks import Visit, visit_heads
-from .migration import Forms, attention_state, head_forms_of, load_meta, options_of, student_config
-from .teachers import Teacher
+from .hooks import Visit
+from .options import options_of, student_config
+from .selection import Masks
+from .teachers import Read, Teacher, TeacherAdapter, TeacherAttention
 
-BRANCHES = ("linear", "full")
-LEAST_SCALE = 0.05  # of a linear head that starts nowhere near its teacher: at 0 nothing of it would be trained
+BRANCHES = ("linear", "full")  # the kind that a mask's 0 and 1 choose
+FP32_PARAMETERS = ("gates.", "fusion.")
+
+Forms = dict[str, torch.Tensor]
+"""
+Both forms of every head, `{layer}.linear.{parameter}` and `{layer}.full.{parameter}`, named as in the branches.
+
+A parameter is `[heads, rows per head, ...]`: one entry per query head, or per KV head for k and v of the full form.
+Exceptions: `q_norm` and `k_norm` `[d]` serve all heads, `short_conv.weight` is `[3, H, d, kernel]` (q, k and v), and
+`{layer}.linear.gamma`, `{layer}.full.gamma` `[H]` are the scales of the fusion. They hold what a student's options ask
+for: no `output_gate` where it has no gate, no `gamma` where its fusion is `concat`.
+"""
 
 
-def build_attention(
-    config: HydraHeadConfig, layer: int, forms: Forms, output: torch.Tensor | None = None
-) -> HydraHeadAttention:
-    """The attention of a layer with heads from `forms`, in fp32; without an output projection unless one is given."""
-    with init_empty_weights(include_buffers=False):
-        attention = HydraHeadAttention(config, layer)
-    state = attention_state(forms, layer, config)
-    if output is None:
-        attention.o_proj = nn.Identity()
+def _branch_heads(layer: int, config: HydraHeadConfig) -> Iterator[tuple[str, list[int], list[int]]]:
+    """The branches that a layer's attention has under `config`'s masks: name, query heads, and KV heads of its own."""
+    layout = config.head_layout(layer)
+    for branch, heads in zip(BRANCHES, (layout.linear_heads, layout.full_heads)):
+        if heads:
+            yield branch, list(heads), list(layout.kv_heads if branch == "full" else heads)
+
+
+def _to_branch(name: str, form: torch.Tensor, heads: list[int], kv_heads: list[int]) -> torch.Tensor:
+    """A branch's parameter from all heads' forms of it; `_from_branch` is the way back."""
+    if "_norm." in name:
+        return form.clone()
+    if name == "short_conv.weight":
+        return form[:, heads].flatten(0, 2)
+    return form[kv_heads if name.startswith(("k_proj", "v_proj")) else heads].flatten(0, 1)
+
+
+def _from_branch(name: str, form: torch.Tensor, heads: list[int], kv_heads: list[int], value: torch.Tensor) -> None:
+    """Write a branch's parameter into all heads' forms of it."""
+    if "_norm." in name:
+        form.copy_(value)
+    elif name == "short_conv.weight":
+        form[:, heads] = value.unflatten(0, (3, len(heads), -1))
     else:
-        attention.o_proj = nn.Linear(*output.shape[::-1], bias=False, device="meta")
-        state["o_proj.weight"] = output
-    attention = load_meta(attention, state, torch.float32)
+        places = kv_heads if name.startswith(("k_proj", "v_proj")) else heads
+        form[places] = value.unflatten(0, (len(places), -1))
+
+
+def attention_state(forms: Forms, layer: int, config: HydraHeadConfig) -> dict[str, torch.Tensor]:
+    """State dict of the `HydraHeadAttention` of a layer under `config`'s masks, without its output projection."""
+    state = {}
+    for branch, *heads in _branch_heads(layer, config):
+        prefix = f"{layer}.{branch}."
+        for name in (key.removeprefix(prefix) for key in forms if key.startswith(prefix)):
+            if name != "gamma":
+                state[f"{branch}_attention.{name}"] = _to_branch(name, forms[prefix + name], *heads)
+    if config.fusion != "concat":
+        is_full = torch.tensor(config.head_masks[layer], dtype=torch.bool)
+        state["fusion.weight"] = torch.where(is_full, forms[f"{layer}.full.gamma"], forms[f"{layer}.linear.gamma"])
     if config.fusion == "gate":
-        attention.fusion.proj.requires_grad_(False)  # forms are of single heads, it weighs heads against each other
-    return attention
+        state["fusion.proj.weight"] = torch.zeros(config.num_attention_heads, config.hidden_size)
+    return state
 
 
-def with_masks(config: HydraHeadConfig, masks: Sequence[Sequence[int]]) -> HydraHeadConfig:
+def read_attention(forms: Forms, layer: int, config: HydraHeadConfig, state: Mapping[str, torch.Tensor]) -> None:
+    """Write the heads of an attention layer under `config`'s masks into `forms`: the inverse of `attention_state`."""
+    for branch, heads, kv_heads in _branch_heads(layer, config):
+        prefix = f"{branch}_attention."
+        for name in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
+            _from_branch(name, forms[f"{layer}.{branch}.{name}"], heads, kv_heads, state[prefix + name].cpu())
+        if config.fusion != "concat":
+            forms[f"{layer}.{branch}.gamma"][heads] = state["fusion.weight"].cpu()[heads]
+
+
+def layer_state(
+    adapter: TeacherAdapter, read: Read, layer: int, attention: TeacherAttention, forms: Forms, config: HydraHeadConfig
+) -> dict[str, torch.Tensor]:
+    """State dict of a `HydraHeadDecoderLayer`: heads from `forms`, everything else from the teacher."""
+    prefix = f"model.layers.{layer}."
+    state = attention_state(forms, layer, config) | {"o_proj.weight": attention.o}
+    if attention.o_bias is not None:
+        state["o_proj.bias"] = attention.o_bias
+    return {f"self_attn.{name}": tensor for name, tensor in state.items()} | {
+        name.removeprefix(prefix): tensor for name, tensor in adapter.rest(read, layer).items()
+    }
+
+
+def load_meta(module: nn.Module, state: dict[str, torch.Tensor], dtype: torch.dtype) -> nn.Module:
+    """Give a module on the meta device its weights: `dtype`, but fp32 for gates and fusion. All must be there."""
+    cast = {
+        name: tensor.to(torch.float32 if any(part in name for part in FP32_PARAMETERS) else dtype)
+        for name, tensor in state.items()
+    }
+    missing, unexpected = module.load_state_dict(cast, strict=False, assign=True)
+    assert not missing and not unexpected, (missing, unexpected)
+    return module
+
+
+def check_forms_fit(forms: Forms, config: HydraHeadConfig) -> None:
+    """
+    Check that a student has a place for everything that forms hold, and that they hold all that it needs.
+
+    Raises:
+        ValueError: gates or γ would be dropped, or are missing.
+    """
+    for name, option, wanted in (
+        ("full.output_gate.weight", "full_attention_gate", config.full_attention_gate),
+        ("linear.gamma", "fusion", config.fusion != "concat"),
+    ):
+        held = f"0.{name}" in forms
+        if held != wanted:
+            raise ValueError(
+                f"head_forms {'hold' if held else 'lack'} {name}, which {option}={getattr(config, option)!r} "
+                f"{'would drop' if held else 'needs'}: convert with the {option} that they were aligned under"
+            )
+
+
+def with_masks(config: HydraHeadConfig, masks: Masks) -> HydraHeadConfig:
     """The same student under other masks, for modules that run outside a model."""
     config = HydraHeadConfig(**config.to_dict() | {"head_masks": masks})
     config._attn_implementation = "sdpa"
     return config
 
 
-class FormOutputs(nn.Module):
+class FormLayer(nn.Module):
+    """The forms of one layer: what is moved, sharded and gathered as one."""
+
+    def __init__(self, branches: dict[str, HydraHeadAttention]):
+        super().__init__()
+        self.branches = nn.ModuleDict(branches)
+
+    def forward(self, hidden_states: torch.Tensor, positions: dict, names: Sequence[str] = ()) -> torch.Tensor:
+        """What all branches, or those of some names, write when they read `[B, T, D]`: `[branches, B, T, H, d]`."""
+        outputs = (self.branches[name].head_outputs(hidden_states, **positions) for name in names or self.branches)
+        return torch.stack(list(outputs))
+
+
+class HeadForms(nn.Module):
     """
-    The attention layers of two students, one of Gated DeltaNet heads only and one of full-attention heads only,
-    without their output projections, in fp32.
+    Forms that run: the attention layers of students, without a model around them or output projections, in fp32.
 
     A layer's forms live where what they read does: they follow a teacher that is split over devices or off-loaded.
-    """
-
-    def __init__(self, config: HydraHeadConfig, forms: Forms):
-        super().__init__()
-        self.rotary_emb = HydraHeadRotaryEmbedding(config)
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        self.configs = {
-            branch: with_masks(config, [[value] * heads] * layers) for value, branch in enumerate(BRANCHES)
-        }
-        self.branches = nn.ModuleDict(
-            {
-                branch: nn.ModuleList(build_attention(each, layer, forms) for layer in range(layers))
-                for branch, each in self.configs.items()
-            }
-        )
-
-    def outputs(self, layer: int, hidden_states: torch.Tensor, branches: Sequence[str] = BRANCHES) -> torch.Tensor:
-        """What forms of a layer write when it reads `[B, T, D]`: `[branches, B, T, H, d]` fp32, on the same device."""
-        hidden_states = hidden_states.float()
-        attentions = [self.branches[branch][layer].to(hidden_states.device) for branch in branches]
-        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        positions = {
-            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
-            "query_scale": log_position_scale(self.configs["full"], position_ids),
-        }
-        return torch.stack([attention.head_outputs(hidden_states, **positions) for attention in attentions])
-
-
-@torch.no_grad()
-def calibrated_forms(teacher: PreTrainedModel, calibration_ids: torch.Tensor, config: HydraHeadConfig) -> Forms:
-    """
-    Both forms of all heads as alignment should start: `migration.head_forms_of`, with the γ of every linear head by
-    least squares against its teacher head (arXiv 2606.16429): a head that is still wrong is less wrong at less volume.
 
     Args:
-        teacher: where it should run; off-loaded by accelerate or not.
-        calibration_ids: `[B, T]` token ids of a text.
-        config: a student's configuration; its masks do not matter.
-
-    Returns:
-        the forms, on the CPU.
+        config: a student's configuration.
+        masks: of the students, by name; those of `BRANCHES` convert every head and none.
     """
-    forms = head_forms_of(teacher, calibration_ids, config)
-    if config.fusion == "concat":
+
+    _no_split_modules = ["FormLayer"]
+
+    def __init__(self, config: HydraHeadConfig, forms: Forms, masks: Mapping[str, Masks] | Sequence[str] = BRANCHES):
+        super().__init__()
+        self.rotary_emb = HydraHeadRotaryEmbedding(config)
+        self.config, self.start = config, forms
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        if not isinstance(masks, Mapping):
+            masks = {name: [[BRANCHES.index(name)] * heads] * layers for name in masks}
+        self.configs = {name: with_masks(config, each) for name, each in masks.items()}
+        self.layers = nn.ModuleList(
+            FormLayer({name: self._attention(each, layer) for name, each in self.configs.items()})
+            for layer in range(layers)
+        )
+
+    def _attention(self, config: HydraHeadConfig, layer: int) -> HydraHeadAttention:
+        with init_empty_weights(include_buffers=False):
+            attention = HydraHeadAttention(config, layer)
+        attention.o_proj = nn.Identity()
+        attention = load_meta(attention, attention_state(self.start, layer, config), torch.float32)
+        if config.fusion == "gate":
+            attention.fusion.proj.requires_grad_(False)  # it weighs heads against each other: no form's
+        return attention
+
+    def positions(self, hidden_states: torch.Tensor) -> dict:
+        """Keywords of `head_outputs` for rows `[B, T, D]` that start at position 0."""
+        position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
+        return {
+            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
+            "query_scale": log_position_scale(self.config, position_ids),
+        }
+
+    def outputs(self, layer: int, hidden_states: torch.Tensor, names: Sequence[str] = ()) -> torch.Tensor:
+        """What forms of a layer write when it reads `[B, T, D]`: `[branches, B, T, H, d]` fp32, on the same device."""
+        hidden_states = hidden_states.float()
+        return self.layers[layer].to(hidden_states.device)(hidden_states, self.positions(hidden_states), names)
+
+    def forms(self) -> Forms:
+        """All forms on the CPU: those that run as they are now, the others as they were."""
+        forms = {name: tensor.float().clone() for name, tensor in self.start.items()}
+        for layer, module in enumerate(self.layers):
+            for name, config in self.configs.items():
+                read_attention(forms, layer, config, module.branches[name].state_dict())
         return forms
-    linear = with_masks(config, [[0] * config.num_attention_heads] * config.num_hidden_layers)
-    rotary = HydraHeadRotaryEmbedding(config)
-
-    def fit(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> None:
-        states, target = hidden_states.float(), heads.float()
-        position_ids = torch.arange(states.shape[1], device=states.device).unsqueeze(0)
-        attention = build_attention(linear, layer, forms).to(states.device)
-        output = attention.head_outputs(states, position_embeddings=rotary(states, position_ids))
-        scale = (output * target).sum((0, 1, 3)) / output.square().sum((0, 1, 3)).clamp_min(1e-12)
-        gamma = forms[f"{layer}.linear.gamma"]
-        gamma.mul_(scale.clamp_min(LEAST_SCALE).to(gamma.device))
-
-    visit_heads(teacher, calibration_ids, fit)
-    return forms
 
 
-def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Visit:
+def converted_heads(forms: HeadForms, masks: Sequence[Sequence[int]]) -> Visit:
     """The heads of the student that `masks` `[L][H]` make, in the teacher: conversion without building it."""
     full = torch.tensor(masks, dtype=torch.bool)
 
@@ -126,7 +223,7 @@ def converted_heads(forms: FormOutputs, masks: Sequence[Sequence[int]]) -> Visit
     return replace
 
 
-def linear_heads(forms: FormOutputs, ablated: Sequence[Sequence[int]]) -> Visit:
+def linear_heads(forms: HeadForms, ablated: Sequence[Sequence[int]]) -> Visit:
     """The linear forms in place of the heads that `ablated` `[L][H]` names, all others the teacher's own."""
     masks = torch.tensor(ablated, dtype=torch.bool)
 

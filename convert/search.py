@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from .forms import FormOutputs, converted_heads
+from .forms import HeadForms, converted_heads
 from .hooks import Head, final_states, head_slopes, input_device, visited_heads
 from .masks import Exchange
 from .scoring.command import check_settings, load_teacher, read_text, running_forms, text_rows
@@ -20,7 +20,7 @@ from .selection import Masks
 @torch.no_grad()
 def conversion_loss(
     model: PreTrainedModel,
-    forms: FormOutputs,
+    forms: HeadForms,
     masks: Masks,
     pairs: Sequence[Pair],
     rows: Sequence[Sequence[int]] = (),
@@ -56,7 +56,7 @@ def conversion_loss(
 
 def search_masks(
     model: PreTrainedModel,
-    forms: FormOutputs,
+    forms: HeadForms,
     masks: Masks,
     pairs: Sequence[Pair],
     rows: Sequence[Sequence[int]] = (),
@@ -135,7 +135,7 @@ def _spread(order: list, count: int) -> list:
     return chosen
 
 
-def _exchange_gains(model: PreTrainedModel, forms: FormOutputs, masks: Masks, pairs: Sequence[Pair]) -> torch.Tensor:
+def _exchange_gains(model: PreTrainedModel, forms: HeadForms, masks: Masks, pairs: Sequence[Pair]) -> torch.Tensor:
     """`[L, H]`: how much the answers' loss should fall, to first order, if a head changed its kind in the hybrid."""
     total = torch.zeros(len(masks), len(masks[0]))
     full = torch.tensor(masks, dtype=torch.bool)

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.forms import FormOutputs, calibrated_forms, save_forms
-from ..convert.migration import Forms, convert_model, options_of, student_config, teacher_config
+from ..convert.calibration import calibrated_forms
+from ..convert.forms import Forms, HeadForms, save_forms
+from ..convert.migration import convert_model
+from ..convert.options import options_of, student_config, teacher_config
 from ..convert.scoring.measure import score_heads
 from ..convert.scoring.probes import check_length, niah_probe
 from ..convert.scoring.scores import HeadScores
@@ -241,7 +243,7 @@ class Demo:
             self.tokenizer,
             probes,
             on_pair=advance,
-            head_forms=FormOutputs(self.config, forms).requires_grad_(False),
+            head_forms=HeadForms(self.config, forms).requires_grad_(False),
             text_rows=rows,
             seed=settings.seed,
         )

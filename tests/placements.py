@@ -7,8 +7,9 @@ from accelerate import Accelerator, dispatch_model
 from transformers import PreTrainedModel
 
 from hydrahead.convert import score_heads
-from hydrahead.convert.forms import FormOutputs, calibrated_forms
-from hydrahead.convert.migration import student_config
+from hydrahead.convert.calibration import calibrated_forms
+from hydrahead.convert.forms import HeadForms
+from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.evidence import with_evidence
 from hydrahead.convert.scoring.methods import METHODS
 from hydrahead.convert.scoring.probes import Pair, Probe
@@ -52,7 +53,7 @@ def everything(teacher: PreTrainedModel, pairs: tuple[Pair, ...], accelerator: A
     assert [parameter.device for parameter in teacher.parameters()] == before, "alignment moved the teacher"
     assert {tensor.device.type for tensor in aligned.values()} == {"cpu"}
 
-    forms = FormOutputs(config, start).requires_grad_(False)
+    forms = HeadForms(config, start).requires_grad_(False)
     probe = Probe("a", "retrieval", pairs)
     scores = score_heads(teacher, None, [probe], methods=list(METHODS), head_forms=forms, text_rows=rows)
     short = score_heads(teacher, None, [probe], methods=["replacement"], head_forms=forms, text_rows=rows, shortlist=3)

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 from hydrahead import __version__
 from hydrahead.cli import app
+from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import save_forms
 from hydrahead.convert.masks import read_masks
-from hydrahead.convert.migration import head_forms_of, options_of, student_config
+from hydrahead.convert.options import options_of, student_config
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.measure import _Measuring
 from hydrahead.convert.scoring.settings import ScoreSettings

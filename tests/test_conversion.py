@@ -28,14 +28,11 @@ from transformers import (
 )
 
 from hydrahead import HydraHeadForCausalLM
-from hydrahead.convert import migration, teachers
-from hydrahead.convert.migration import (
-    convert_model,
-    forms_of_attention,
-    head_forms_of,
-    measure_heads,
-    student_config,
-)
+from hydrahead.convert import calibration, migration, teachers
+from hydrahead.convert.calibration import head_forms_of, measure_heads
+from hydrahead.convert.forms import read_attention
+from hydrahead.convert.migration import convert_model
+from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import ADAPTERS, adapter_for, read_model
 from hydrahead.hub.checkpoint import save_checkpoint
 from hydrahead.tests.families import (
@@ -255,12 +252,14 @@ def test_a_teachers_device_decides_where_its_heads_are_measured(tmp_path, monkey
         asked.append(str(device))
         return measure_heads(adapter, read, ids)
 
-    monkeypatch.setattr(migration, "measure_heads", measure)
+    for module in (calibration, migration):
+        monkeypatch.setattr(module, "measure_heads", measure)
     convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
     convert_model(str(tmp_path), MIXED, calibration_ids=CALIBRATION)
-    monkeypatch.setattr(migration, "input_device", lambda model: torch.device("cuda:1"))
+    for module in (calibration, migration):
+        monkeypatch.setattr(module, "input_device", lambda model: torch.device("cuda:1"))
     convert_model(teacher, MIXED, calibration_ids=CALIBRATION)
     head_forms_of(teacher, CALIBRATION, student_config(adapter_for(teacher.config), MIXED))
     assert asked == ["cpu", "cuda", "cuda:1", "cuda:1"]
@@ -358,8 +357,14 @@ def test_conversion_is_deterministic_and_the_same_from_memory_and_disk(masks, tm
 # ------------------------------------------------------------------------------------------------ head forms
 
 
-def forms_of(student, branch):
-    return forms_of_attention([layer.self_attn for layer in student.model.layers], student.config, branch)
+def forms_of(teacher, *students):
+    """The forms in students that together use each of them; NaN where none does."""
+    shapes = head_forms_of(teacher, CALIBRATION, students[0].config)
+    forms = {name: torch.full_like(form, torch.nan) for name, form in shapes.items()}
+    for student in students:
+        for layer, module in enumerate(student.model.layers):
+            read_attention(forms, layer, student.config, module.self_attn.state_dict())
+    return forms
 
 
 @pytest.mark.parametrize("masks", mask_examples(2))
@@ -369,9 +374,8 @@ def forms_of(student, branch):
 @pytest.mark.parametrize("family", ["qwen3-tied", "qwen2-untied"])
 def test_forms_of_two_pure_students_make_any_mixed_one(family, options, masks):
     teacher = make_teacher(family)
-    forms = {}
-    for pure, branch in ((ALL_LINEAR, "linear"), (ALL_FULL, "full")):
-        forms |= forms_of(convert_model(teacher, pure, calibration_ids=CALIBRATION, **options), branch)
+    pure = [convert_model(teacher, kind, calibration_ids=CALIBRATION, **options) for kind in (ALL_LINEAR, ALL_FULL)]
+    forms = forms_of(teacher, *pure)
     reassembled = convert_model(teacher, masks, head_forms=forms, **options)
     assert same_weights(reassembled, convert_model(teacher, masks, calibration_ids=CALIBRATION, **options))
 
@@ -379,7 +383,7 @@ def test_forms_of_two_pure_students_make_any_mixed_one(family, options, masks):
 @pytest.mark.parametrize("masks", mask_examples(2))
 def test_trained_forms_arrive_at_their_heads(masks):
     """Every number different: what a head of the mixed student computes is what it computed in the pure one."""
-    teacher, forms, pure = make_teacher("qwen2-untied"), {}, {}
+    teacher, pure = make_teacher("qwen2-untied"), {}
     generator = torch.Generator().manual_seed(0)
     for kind, branch in ((ALL_LINEAR, "linear"), (ALL_FULL, "full")):
         pure[branch] = convert_model(teacher, kind, calibration_ids=CALIBRATION)
@@ -387,8 +391,7 @@ def test_trained_forms_arrive_at_their_heads(masks):
             for name, parameter in layer.self_attn.named_parameters():
                 if "o_proj" not in name:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        forms |= forms_of(pure[branch], branch)
-    student = convert_model(teacher, masks, head_forms=forms)
+    student = convert_model(teacher, masks, head_forms=forms_of(teacher, *pure.values()))
     ids = random_ids(2, 20)
     mixed = head_inputs_of_o_proj(student, ids)[0]
     by_branch = {branch: head_inputs_of_o_proj(model, ids)[0] for branch, model in pure.items()}
@@ -422,9 +425,8 @@ def test_forms_are_not_converted_without_their_gates_and_scales(aligned, asked, 
 
 def test_the_student_does_not_share_memory_with_the_forms():
     teacher = make_teacher("qwen3-tied")
-    forms = {}
-    for masks, branch in ((ALL_LINEAR, "linear"), (ALL_FULL, "full")):
-        forms |= forms_of(convert_model(teacher, masks, calibration_ids=CALIBRATION), branch)
+    config = student_config(adapter_for(teacher.config), MIXED)
+    forms = head_forms_of(teacher, CALIBRATION, config)
     copies = {name: tensor.clone() for name, tensor in forms.items()}
     for masks in (MIXED, ALL_LINEAR, ALL_FULL):
         for parameter in convert_model(teacher, masks, head_forms=forms).parameters():

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hydrahead import modeling_hydrahead
 from hydrahead.convert import select_heads
-from hydrahead.convert.forms import FormOutputs
-from hydrahead.convert.migration import head_forms_of, student_config
+from hydrahead.convert.calibration import head_forms_of
+from hydrahead.convert.forms import HeadForms
+from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.replacement import text_effects
 from hydrahead.convert.scoring.settings import ScoreSettings
@@ -169,6 +170,6 @@ def test_flas_kernels_run_on_the_gpu_of_the_layer_whose_heads_they_are(monkeypat
     config = student_config(adapter_for(plain.config), ALL_LINEAR)
     tensors, found = head_forms_of(plain, ids, config), []
     for teacher in (make_teacher("qwen3-untied").to(GPU), split(make_teacher("qwen3-untied"), 0, 1)):
-        forms = FormOutputs(config, tensors).requires_grad_(False)
+        forms = HeadForms(config, tensors).requires_grad_(False)
         found.append(text_effects(teacher, forms, ids[0].tolist()))
     compare({"effects": found[1]}, {"effects": found[0]}, 1e-3)

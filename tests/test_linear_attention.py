@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hydrahead import HydraHeadConfig, HydraHeadForCausalLM
-from hydrahead.convert.migration import convert_model, repeat_heads
+from hydrahead.convert.calibration import repeat_heads
+from hydrahead.convert.migration import convert_model
 from hydrahead.modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding
 from hydrahead.tests.families import (
     ALL_FULL,

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from hydrahead.configuration_hydrahead import HydraHeadConfig
 from hydrahead.convert import migration, teachers
+from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import save_forms
-from hydrahead.convert.migration import OPTIONS, head_forms_of, options_of, student_config
+from hydrahead.convert.options import OPTIONS, options_of, student_config
 from hydrahead.convert.teachers import adapter_for, open_teacher
 from hydrahead.hub.checkpoint import save_student
 from hydrahead.modeling_hydrahead import HydraHeadForCausalLM

@@ -7,17 +7,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from hydrahead.convert.forms import (
-    LEAST_SCALE,
-    FormOutputs,
-    calibrated_forms,
-    converted_heads,
-    linear_heads,
-    load_forms,
-    save_forms,
-)
+from hydrahead.convert.calibration import LEAST_SCALE, calibrated_forms, head_forms_of
+from hydrahead.convert.forms import HeadForms, converted_heads, linear_heads, load_forms, save_forms
 from hydrahead.convert.hooks import each_head_replaced, visited_heads
-from hydrahead.convert.migration import convert_model, head_forms_of, student_config
+from hydrahead.convert.migration import convert_model
+from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
 from hydrahead.convert.scoring.readout import answer_measure, answers_found
 from hydrahead.convert.scoring.replacement import (
@@ -36,11 +30,11 @@ from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, FAMILIES, HEADS, LAYE
 OPTIONS = {"fusion_norm": "linear", "logit_scale_base": 64}
 
 
-def make_forms(teacher, **options) -> tuple[FormOutputs, dict]:
+def make_forms(teacher, **options) -> tuple[HeadForms, dict]:
     """The untrained forms of a teacher, running and as tensors."""
     config = student_config(adapter_for(teacher.config), ALL_LINEAR, **OPTIONS | options)
     tensors = head_forms_of(teacher, random_ids(2, 24), config)
-    return FormOutputs(config, tensors).eval().requires_grad_(False), tensors
+    return HeadForms(config, tensors).eval().requires_grad_(False), tensors
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -150,7 +144,7 @@ def test_text_effects_are_the_divergence_of_all_predictions():
     assert found[0, 1, 3].item() == pytest.approx(float(expected), abs=1e-5)
 
 
-def nearly(forms: FormOutputs, teacher, ids, share: float) -> None:
+def nearly(forms: HeadForms, teacher, ids, share: float) -> None:
     """Make forms write what the teacher's heads write plus a share of what they wrote beyond it."""
     changes = form_changes(teacher, forms, ids)
     heads, *_ = run(teacher, ids)
@@ -264,7 +258,7 @@ def test_alignment_starts_at_the_scale_that_brings_each_head_nearest(family):
     assert {name for name in plain if (plain[name] != fitted[name]).any()} == {"0.linear.gamma", "1.linear.gamma"}
 
     def error(forms: dict, layer: int, hidden_states, heads) -> torch.Tensor:
-        output = FormOutputs(config, forms).outputs(layer, hidden_states, ("linear",))[0]
+        output = HeadForms(config, forms).outputs(layer, hidden_states, ("linear",))[0]
         return (output - heads).square().sum((0, 1, 3))
 
     def check(layer: int, hidden_states, heads):

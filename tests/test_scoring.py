@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hydrahead.convert import HeadScores, score_heads, select_heads
-from hydrahead.convert.forms import FormOutputs
-from hydrahead.convert.migration import head_forms_of, student_config
+from hydrahead.convert.calibration import head_forms_of
+from hydrahead.convert.forms import HeadForms
+from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.evidence import (
     average_ranks,
     knockout,
@@ -60,9 +61,9 @@ def pairs(teacher):
 
 
 @pytest.fixture(scope="module")
-def forms(teacher) -> FormOutputs:
+def forms(teacher) -> HeadForms:
     config = student_config(adapter_for(teacher.config), ALL_LINEAR, fusion_norm="linear")
-    return FormOutputs(config, head_forms_of(teacher, random_ids(2, 24), config)).requires_grad_(False)
+    return HeadForms(config, head_forms_of(teacher, random_ids(2, 24), config)).requires_grad_(False)
 
 
 def test_scores_are_scaled_counted_and_survive_a_file(teacher, pairs, tmp_path):

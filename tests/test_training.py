@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.hooks import visit_heads
-from hydrahead.convert.migration import convert_model, head_forms_of, student_config
+from hydrahead.convert.migration import convert_model
+from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.data.batches import Batch
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
 from hydrahead.training import teacher_cache
-from hydrahead.training.align import HeadForms, LayerForms, align, align_heads, teacher_heads
+from hydrahead.training.align import FittedHeads, FittedLayers, align, align_heads, teacher_heads
 from hydrahead.training.distill import distill
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import distillation_loss, teacher_chunks
@@ -149,12 +151,12 @@ def test_aligned_layers_read_what_the_student_of_one_kind_reads():
     teacher = make_teacher("qwen3-tied")
     config = student_config(adapter_for(teacher.config), ALL_LINEAR)
     forms = head_forms_of(teacher, random_ids(2, 24), config)
-    module, ids = HeadForms(config, forms), random_ids(2, 20)
+    module, ids = FittedHeads(config, forms), random_ids(2, 20)
     states, target = teacher_heads(teacher, ids)[0]
     for branch, masks in (("linear", ALL_LINEAR), ("full", ALL_FULL)):
         student = convert_model(teacher, masks, head_forms=forms)
         _, heads = teacher_heads(student, ids)[0]
-        trained = module.branches[branch][0].head_outputs(states, **module.positions(states))
+        trained = module.layers[0].branches[branch].head_outputs(states, **module.positions(states))
         torch.testing.assert_close(trained, heads, rtol=1e-5, atol=1e-5)
     assert target.shape == trained.shape
 
@@ -191,12 +193,12 @@ def test_the_gradient_of_alignment_is_that_of_the_sum_of_all_layers_losses():
     config = student_config(adapter_for(teacher.config), ALL_LINEAR)
     forms = head_forms_of(teacher, random_ids(2, 24), config)
     ids = random_ids(4, 16)
-    plain = HeadForms(config, forms)
+    plain = FittedHeads(config, forms)
     pairs = teacher_heads(teacher, ids)
     total = sum(plain(layer, states, heads).sum() for layer, (states, heads) in enumerate(pairs))
     expected = torch.autograd.grad(total, list(plain.parameters()))
 
-    module, found = HeadForms(config, forms), {}
+    module, found = FittedHeads(config, forms), {}
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     batches = [Batch(rows, torch.ones(rows.shape)) for rows in ids.split(2)]
 
@@ -232,7 +234,7 @@ def test_alignment_by_layers_fits_the_masked_student_and_nothing_else(masks):
     config = student_config(adapter_for(teacher.config), masks)
     start = head_forms_of(teacher, random_ids(2, 24), config)
     outputs = [layer.self_attn.o_proj.weight.detach() for layer in teacher.model.layers]
-    module, seen = LayerForms(config, start, outputs), []
+    module, seen = FittedLayers(config, start, outputs), []
 
     # It starts as the student's own attention, and its forms put back give that student.
     untrained = convert_model(teacher, masks, head_forms=module.forms())
@@ -248,9 +250,7 @@ def test_alignment_by_layers_fits_the_masked_student_and_nothing_else(masks):
     assert seen[-1]["layer_loss"] < 0.8 * seen[0]["layer_loss"]
     assert len(seen[-1]["layers"]) == LAYERS
     forms = module.forms()
-    assert all(
-        torch.equal(layer.branches["student"].o_proj.weight, output) for layer, output in zip(module.layers, outputs)
-    )
+    assert all(torch.equal(weight, output) for weight, output in zip(module.output_weights, outputs))
     for layer, mask in enumerate(masks):
         for branch, chosen in (("linear", 0), ("full", 1)):
             name = f"{layer}.{branch}.q_proj.weight"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,82 +22,23 @@ from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..console import one_line_errors
-from ..convert.forms import build_attention, calibrated_forms, save_forms, with_masks
+from ..convert.calibration import calibrated_forms
+from ..convert.forms import Forms, HeadForms, save_forms
 from ..convert.hooks import visit_heads
-from ..convert.migration import Forms, forms_of_attention, options_of
+from ..convert.options import options_of
 from ..data.batches import Batch
 from ..files import atomic_file
-from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .cost import print_cost
 from .loop import Run, Schedule, train
 from .losses import head_matching_loss, mean_square
 from .recipe import Recipe, read_arguments
 from .stage import Job, Stage
 
-__all__ = ["HeadForms", "LayerForms", "align_heads"]
-
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
-class AlignedLayer(nn.Module):
-    """What alignment trains of one layer: what is sharded and gathered as one."""
-
-    def __init__(self, branches: dict[str, HydraHeadAttention]):
-        super().__init__()
-        self.branches = nn.ModuleDict(branches)
-
-    def forward(self, hidden_states, target, target_square, positions: dict) -> torch.Tensor:
-        """Losses `[branches, H]` as in `head_matching_loss`."""
-        outputs = (branch.head_outputs(hidden_states, **positions) for branch in self.branches.values())
-        return torch.stack([head_matching_loss(output, target, target_square) for output in outputs])
-
-
-class AlignedAttention(AlignedLayer):
-    """The same after the output projection: one branch under the masks, one loss for the whole layer."""
-
-    def forward(self, hidden_states, target, target_square, positions: dict) -> torch.Tensor:
-        """Loss `[1, 1]`; `target` is still `[B, T, H, d]`, what the teacher's `W_o` reads."""
-        output = self.branches["student"](hidden_states, **positions).unsqueeze(2)  # [B, T, 1, D]
-        return head_matching_loss(output, self.target(target), target_square).unsqueeze(0)
-
-    def target(self, heads: torch.Tensor) -> torch.Tensor:
-        """What the teacher's attention writes `[B, T, 1, D]`."""
-        return self.branches["student"].o_proj(heads.float().flatten(2)).unsqueeze(2)
-
-
-class HeadForms(nn.Module):
-    """
-    The attention layers of two students, one of Gated DeltaNet heads only and one of full-attention heads only,
-    without their output projections: everything that alignment trains.
-    """
-
-    _no_split_modules = ["AlignedLayer"]
-
-    def __init__(self, config: HydraHeadConfig, forms: Forms):
-        super().__init__()
-        self.rotary_emb = HydraHeadRotaryEmbedding(config)
-        layers, heads = config.num_hidden_layers, config.num_attention_heads
-        self.configs = {}
-        for branch, value in (("linear", 0), ("full", 1)):
-            self.configs[branch] = with_masks(config, [[value] * heads] * layers)
-        self.layers = nn.ModuleList(
-            AlignedLayer({branch: build_attention(each, layer, forms) for branch, each in self.configs.items()})
-            for layer in range(layers)
-        )
-
-    @property
-    def branches(self) -> dict[str, list[HydraHeadAttention]]:
-        """The attention layers of each student."""
-        return {branch: [layer.branches[branch] for layer in self.layers] for branch in self.configs}
-
-    def positions(self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None) -> dict:
-        """Keywords of `head_outputs` for rows `[B, T, D]` that start at position 0."""
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device).unsqueeze(0)
-        return {
-            "position_embeddings": self.rotary_emb(hidden_states, position_ids),
-            "query_scale": log_position_scale(next(reversed(self.configs.values())), position_ids),
-        }
+class FittedHeads(HeadForms):
+    """Both forms of every head, each fitted to what its teacher head writes before `W_o`."""
 
     def forward(
         self,
@@ -110,7 +52,8 @@ class HeadForms(nn.Module):
 
         Inputs as in `teacher_heads`; errors are divided by `target_square` `[H]`, or by the batch's own mean square.
         """
-        return self.layers[layer](hidden_states, target, target_square, self.positions(hidden_states))
+        outputs = self.layers[layer](hidden_states, self.positions(hidden_states))
+        return torch.stack([head_matching_loss(output, target, target_square) for output in outputs])
 
     def target_square(self, layer: int, target: torch.Tensor) -> torch.Tensor:
         """What errors of a layer are divided by, from a batch of targets: `[H]`."""
@@ -127,65 +70,32 @@ class HeadForms(nn.Module):
             "full_layers": full,
         }
 
-    def forms(self) -> Forms:
-        """The forms as they are now, on the CPU."""
-        return {
-            name: tensor
-            for branch, layers in self.branches.items()
-            for name, tensor in forms_of_attention(layers, self.configs[branch], branch).items()
-        }
 
+class FittedLayers(FittedHeads):
+    """The heads of one student, fitted layer by layer to what the teacher's attention writes after its `W_o`."""
 
-class LayerForms(HeadForms):
-    """The attention layers of one student, with the teacher's output projections, which stay as they are."""
+    def __init__(self, config: HydraHeadConfig, forms: Forms, output_weights: Iterable[torch.Tensor]):
+        super().__init__(config, forms, {"student": config.head_masks})
+        # The teacher's own, `[D, H * d]`: no buffers, which DDP would send from process to process in every step.
+        self.output_weights = [weight.detach().float() for weight in output_weights]
 
-    _no_split_modules = ["AlignedAttention"]
+    def written(self, layer: int, heads: torch.Tensor) -> torch.Tensor:
+        """What `W_o` makes of heads `[B, T, H, d]`: `[B, T, 1, D]`."""
+        self.output_weights[layer] = weight = self.output_weights[layer].to(heads.device)
+        return F.linear(heads.float().flatten(2), weight).unsqueeze(2)
 
-    def __init__(self, config: HydraHeadConfig, forms: Forms, outputs: list[torch.Tensor]):
-        nn.Module.__init__(self)
-        self.rotary_emb = HydraHeadRotaryEmbedding(config)
-        self.configs = {"student": with_masks(config, config.head_masks)}
-        self.start = forms
-        self.layers = nn.ModuleList(
-            AlignedAttention({"student": build_attention(self.configs["student"], layer, forms, output)})
-            for layer, output in enumerate(outputs)
-        )
-        for layer in self.layers:
-            layer.branches["student"].o_proj.requires_grad_(False)
+    def forward(self, layer, hidden_states, target, target_square=None) -> torch.Tensor:
+        """Loss `[1, 1]` of the layer; as in `FittedHeads`."""
+        (heads,) = self.layers[layer](hidden_states, self.positions(hidden_states))
+        return head_matching_loss(self.written(layer, heads), self.written(layer, target), target_square).unsqueeze(0)
 
     def target_square(self, layer: int, target: torch.Tensor) -> torch.Tensor:
-        """As in `HeadForms`, of the layer's output: `[1]`."""
-        return mean_square(self.layers[layer].target(target))
+        """As in `FittedHeads`, of the layer's output: `[1]`."""
+        return mean_square(self.written(layer, target))
 
     def record(self, losses: torch.Tensor) -> dict[str, torch.Tensor]:
         """Losses `[L, 1, 1]` by their names."""
         return {"loss": losses.mean(), "layer_loss": losses.mean(), "layers": losses.flatten()}
-
-    def forms(self) -> Forms:
-        """All forms: those that the masks chose as they are now, the others as they were."""
-        forms = {name: tensor.float().clone() for name, tensor in self.start.items()}
-        for layer, attention in enumerate(self.branches["student"]):
-            _put_forms(forms, layer, attention, self.configs["student"])
-        return forms
-
-
-def _put_forms(forms: Forms, layer: int, attention: HydraHeadAttention, config: HydraHeadConfig) -> None:
-    """Write the heads of an attention layer under `config`'s masks into `forms`: the inverse of `attention_state`."""
-    layout, state = config.head_layout(layer), attention.state_dict()
-    for branch, heads in (("linear", layout.linear_heads), ("full", layout.full_heads)):
-        prefix = f"{branch}_attention."
-        for name in (key.removeprefix(prefix) for key in state if key.startswith(prefix)):
-            tensor, form = state[prefix + name].cpu(), forms[f"{layer}.{branch}.{name}"]
-            if "_norm." in name:
-                form.copy_(tensor)
-            elif name == "short_conv.weight":
-                form[:, list(heads)] = tensor.unflatten(0, (3, len(heads), -1))
-            else:
-                per_kv_head = branch == "full" and name.startswith(("k_proj", "v_proj"))
-                places = layout.kv_heads if per_kv_head else heads
-                form[list(places)] = tensor.unflatten(0, (len(places), -1))
-        if config.fusion != "concat" and heads:
-            forms[f"{layer}.{branch}.gamma"][list(heads)] = state["fusion.weight"].cpu()[list(heads)]
 
 
 def teacher_heads(teacher: PreTrainedModel, token_ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -197,7 +107,7 @@ def teacher_heads(teacher: PreTrainedModel, token_ids: torch.Tensor) -> list[tup
 
 @torch.no_grad()
 def target_squares(
-    accelerator: Accelerator, teacher: PreTrainedModel, module: HeadForms, batches: list[Batch]
+    accelerator: Accelerator, teacher: PreTrainedModel, module: FittedHeads, batches: list[Batch]
 ) -> torch.Tensor:
     """
     What a run's errors are divided by `[L, H]` or `[L, 1]`: mean squares of the teacher's heads over a step's batches.
@@ -217,7 +127,7 @@ def target_squares(
 def align(
     accelerator: Accelerator,
     teacher: PreTrainedModel,
-    module: HeadForms,
+    module: FittedHeads,
     micro_batches: Callable[[int], list[Batch]],
     schedule: Schedule,
     run: Run | None = None,
@@ -290,7 +200,7 @@ def align_heads(
         token_ids = next(iter(batch_at(step)))
         return [Batch(token_ids, torch.ones(token_ids.shape))]
 
-    module = HeadForms(config, forms)
+    module = FittedHeads(config, forms)
     module.load_state_dict(
         align(accelerator, teacher, module, micro_batches, schedule, metrics_file=metrics_file, on_step=on_step)
     )
@@ -326,10 +236,10 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
     teacher = job.load_teacher()
     forms = starting_forms(job, teacher, config)
 
-    def build() -> HeadForms:
+    def build() -> FittedHeads:
         if not by_layers:
-            return HeadForms(config, forms)
-        return LayerForms(config, forms, [layer.self_attn.o_proj.weight.cpu() for layer in teacher.model.layers])
+            return FittedHeads(config, forms)
+        return FittedLayers(config, forms, [layer.self_attn.o_proj.weight.cpu() for layer in teacher.model.layers])
 
     module = build().to(job.accelerator.device)
     run = job.run(lambda: evaluate_forms(job, teacher, module))
@@ -344,7 +254,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
 
 
 @torch.no_grad()
-def evaluate_forms(job: Job, teacher: PreTrainedModel, module: HeadForms) -> dict[str, float]:
+def evaluate_forms(job: Job, teacher: PreTrainedModel, module: FittedHeads) -> dict[str, float]:
     """Alignment errors on held-out text, against that text's own mean squares."""
     length, losses = job.stage.evaluated_length, []
     ids = torch.from_numpy(job.data.heldout[: job.recipe.evaluate.text_windows * length].astype("int64"))

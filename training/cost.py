@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.migration import teacher_config
+from ..convert.options import teacher_config
 from ..convert.teachers import TeacherAdapter
 from .data import stage_phases
 from .recipe import Recipe, StageSection
@@ -89,7 +89,7 @@ def estimate(
     Estimate a stage.
 
     Args:
-        config, teacher: the student's configuration and `convert.migration.teacher_config`.
+        config, teacher: the student's configuration and `convert.options.teacher_config`.
         micro_tokens: tokens of one forward pass on one process.
         teacher_bytes: per parameter of the teacher.
     """

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..console import one_line_errors
 from ..convert.forms import check_forms
-from ..convert.migration import convert_model, options_of
+from ..convert.migration import convert_model
+from ..convert.options import options_of
 from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost

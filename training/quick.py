@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from ..console import progress
-from ..convert.forms import calibrated_forms, save_forms
+from ..convert.calibration import calibrated_forms
+from ..convert.forms import Forms, save_forms
 from ..convert.hooks import input_device
-from ..convert.migration import Forms, options_of, student_config
+from ..convert.options import options_of, student_config
 from ..convert.scoring.command import Unfinished, check_settings, load_teacher, read_probes, text_name
 from ..convert.scoring.settings import ScoreSettings
 from ..convert.teachers import adapter_for
@@ -42,7 +43,7 @@ def quick_forms(
     Args:
         teacher: in eval mode, where it should run; off-loaded by accelerate, split over devices or neither.
         text_ids: token ids of a text.
-        options: of the student, as in `convert.migration.student_config`.
+        options: of the student, as in `convert.options.student_config`.
         steps: optimiser steps of 4 rows of 512 tokens.
 
     Returns:

@@ -15,9 +15,9 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.folder import conversion_record
 from ..convert.masks import read_masks
-from ..convert.migration import options_of, student_config
+from ..convert.migration import conversion_record
+from ..convert.options import options_of, student_config
 from ..convert.teachers import TeacherAdapter, open_teacher
 from ..data.batches import Batch
 from ..evaluation.figures import draw_training

@@ -16,7 +16,7 @@ from ...evaluation.figures import plot_head_maps, plot_knockout, plot_stability
 from ...files import atomic_file, atomic_folder, check_free, read_utf8
 from ...kernels import use_tuned_kernels
 from ...provenance import Record, digest
-from ..forms import FormOutputs, check_forms, load_forms
+from ..forms import HeadForms, check_forms, load_forms
 from ..migration import student_config
 from ..teachers import Teacher, open_teacher
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
@@ -153,7 +153,7 @@ def _score(
     tokenizer: PreTrainedTokenizerBase,
     probes: Sequence[Probe],
     text_ids: np.ndarray,
-    forms: FormOutputs | None,
+    forms: HeadForms | None,
 ) -> HeadScores:
     """Measure what was not finished."""
     rows, done = ([] if forms is None else text_rows(text_ids)), unfinished.finished()
@@ -239,8 +239,8 @@ def text_rows(text_ids: np.ndarray) -> list[list[int]]:
     return [text_ids[index * row : (index + 1) * row].tolist() for index in range(TEXT_ROWS)]
 
 
-def running_forms(teacher: Teacher, file: Path) -> FormOutputs:
+def running_forms(teacher: Teacher, file: Path) -> HeadForms:
     """Forms ready to stand in for the teacher's heads; they go where its layers run."""
     tensors, options = load_forms(file, teacher)
     config = student_config(teacher.adapter, teacher.adapter.blank_masks, **options)
-    return FormOutputs(config, tensors).eval().requires_grad_(False)
+    return HeadForms(config, tensors).eval().requires_grad_(False)

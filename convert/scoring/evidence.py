@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from ..forms import FormOutputs, linear_heads
+from ..forms import HeadForms, linear_heads
 from ..hooks import Visit, visited_heads
 from .ablation import MEAN_TEXTS, constant_heads, mean_heads
 from .methods import METHODS
@@ -225,7 +225,7 @@ def with_evidence(
     scores: HeadScores,
     methods: Sequence[str],
     pairs_by_form: dict[str, Sequence[Pair]],
-    forms: FormOutputs | None = None,
+    forms: HeadForms | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> HeadScores:
     """

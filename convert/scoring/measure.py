@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...provenance import environment
-from ..forms import FormOutputs
+from ..forms import HeadForms
 from ..hooks import input_device
 from ..migration import measure_heads
 from ..teachers import TeacherAdapter, adapter_for, public_name, read_model
@@ -29,7 +29,7 @@ def score_heads(
     on_pair: Callable[[], None] | None = None,
     *,
     methods: Sequence[str] | None = None,
-    head_forms: FormOutputs | None = None,
+    head_forms: HeadForms | None = None,
     text_rows: Sequence[Sequence[int]] = (),
     shortlist: int | None = None,
     sender_shortlist: int = 32,

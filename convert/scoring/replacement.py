@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..forms import FormOutputs
+from ..forms import HeadForms
 from ..hooks import Head, each_head_replaced, final_states, head_slopes, input_device, visit_heads
 from .attribution import readout_slopes
 from .methods import Bench, UsedPairs
@@ -17,13 +17,13 @@ from .readout import answer_measure, divergence_measure
 FISHER_SAMPLES = 4
 
 
-def form_candidates(forms: FormOutputs) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
+def form_candidates(forms: HeadForms) -> Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Replacements `[2, T, H, d]` for `each_head_replaced`: the linear and the full forms of a layer."""
     return lambda layer, hidden_states, heads: forms.outputs(layer, hidden_states)[:, 0]
 
 
 def answer_effects(
-    model: PreTrainedModel, forms: FormOutputs, pair: Pair, wanted: set[Head] | None = None
+    model: PreTrainedModel, forms: HeadForms, pair: Pair, wanted: set[Head] | None = None
 ) -> torch.Tensor:
     """Logits that the readout loses to each form alone in its head's place: `[2, L, H]` fp32, linear and full."""
     measured = each_head_replaced(model, pair.clean, form_candidates(forms), answer_measure(model, pair), wanted)
@@ -32,7 +32,7 @@ def answer_effects(
 
 @torch.no_grad()
 def text_effects(
-    model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int], wanted: set[Head] | None = None
+    model: PreTrainedModel, forms: HeadForms, ids: Sequence[int], wanted: set[Head] | None = None
 ) -> torch.Tensor:
     """`KL(teacher ‖ teacher with one form in place)` on a text, nats per token: `[2, L, H]` fp32, linear and full."""
     measure = divergence_measure(model, final_states(model, [ids])[0])
@@ -40,7 +40,7 @@ def text_effects(
 
 
 @torch.no_grad()
-def form_changes(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int]) -> torch.Tensor:
+def form_changes(model: PreTrainedModel, forms: HeadForms, ids: Sequence[int]) -> torch.Tensor:
     """What the forms write beyond their heads, each reading the teacher's own states: `[2, L, T, H, d]` fp32."""
     changes: list[torch.Tensor] = []
 
@@ -51,13 +51,13 @@ def form_changes(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int])
     return torch.stack(changes, dim=1)
 
 
-def answer_estimates(model: PreTrainedModel, forms: FormOutputs, pair: Pair) -> torch.Tensor:
+def answer_estimates(model: PreTrainedModel, forms: HeadForms, pair: Pair) -> torch.Tensor:
     """First-order estimate of `answer_effects`' drops `[2, L, H]`: two forwards and one backward for all heads."""
     change = form_changes(model, forms, pair.clean)
     return -(readout_slopes(model, pair) * change).sum((2, 4)).cpu()
 
 
-def text_estimates(model: PreTrainedModel, forms: FormOutputs, ids: Sequence[int], seed: int = 0) -> torch.Tensor:
+def text_estimates(model: PreTrainedModel, forms: HeadForms, ids: Sequence[int], seed: int = 0) -> torch.Tensor:
     """
     Second-order estimate of `text_effects` `[2, L, H]`.
 
