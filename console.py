@@ -50,12 +50,12 @@ def progress(name: str, total: int, done: int = 0, active: bool = True) -> Itera
 
         def advance(count: int = 1, note: str = "") -> None:
             nonlocal done
-            before, done = done, done + count
+            before, done = done, min(total, done + count)
             if is_watched:
                 bar.set_postfix_str(note, refresh=False)
                 bar.update(count)
             elif done * LINES // total > before * LINES // total:
-                left = (time.monotonic() - started) / (done - first) * max(0, total - done)
+                left = (time.monotonic() - started) / max(1, done - first) * (total - done)
                 note = f": {note}" if note else ""
                 line = f"{name} {done:,}/{total:,}, {tqdm.format_interval(left)} left{note}"
                 print(line, file=sys.stderr, flush=True)

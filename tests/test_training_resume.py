@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from hydrahead.data.batches import Batch
+from hydrahead.hub.checkpoint import read_made_from
 from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, start_stage, write_recipe
 from hydrahead.training.checkpoints import Checkpoints, keep_metrics_before
 from hydrahead.training.data import prepare_tokenizer, stage_batches
@@ -117,6 +118,21 @@ def test_a_finished_run_goes_on_where_its_tokens_grew(finished, extended):
     first, added = batches.phases
     assert (added.first_step, added.rows.first) == (len(before), first.rows.first + 2048)
     assert added.rows.count == first.rows.count == 2048 // 32
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_a_finished_student_goes_on_too_and_its_folder_says_for_how_long(stage, finished, tmp_path):
+    """At the last length of a curriculum."""
+    folder, path, _ = finished
+    out = tmp_path / "out"
+    put_earlier_stages(folder, out, stage)
+    shutil.copytree(folder / "out" / stage, out / stage)
+    cache = f"data.cache={folder / 'out' / 'tokens'}"
+    finish_stage(stage, ["--config", path, f"output={out}", cache, f"{stage}.tokens=2560"])
+    before, after = metrics_of(folder / "out" / stage), metrics_of(out / stage)
+    assert len(after) == len(before) + 2 and after[: len(before)] == before
+    stages = read_made_from(out / stage / "student")["stages"]
+    assert (stages[-1]["stage"], stages[-1]["recipe"]["tokens"], stages[-1]["steps"]) == (stage, 2560, 10)
 
 
 @pytest.mark.slow
