@@ -139,7 +139,7 @@ def separator_of(data: DataSection, tokenizer) -> str:
 
 class TokenFile:
     """
-    The tokens of a source, in a folder: `tokens.bin`, and `tokens.json` that says whose and how many they are.
+    The tokens of a source, in a folder: `tokens.bin`, and `tokens.json` that says whose they are and how many.
 
     A document is what the tokenizer makes of it, ended by the separator. Filling can be stopped at any
     moment: what `tokens.json` does not count yet is cut off and done again.
@@ -155,18 +155,18 @@ class TokenFile:
         digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
         separator = separator_of(data, tokenizer)
         self.end_token: int = tokenizer.backend_tokenizer.token_to_id(separator)
-        self.whose = {
+        self.settings = {
             "source": [data.name, data.subset, data.split, data.column],
             "tokenizer": digest,
             "separator": separator,
         }
         # Files from before it was recorded are separated by the tokenizer's own end token.
         self.record = Record(folder / "tokens.json", {"separator": tokenizer.eos_token})
-        self.record.check(self.whose, "choose another data.cache")
+        self.record.check(self.settings, "choose another data.cache")
 
     def state(self) -> dict:
         """What is in the file by now."""
-        return self.record.read() or self.whose | {"tokens": 0, "complete": False, "position": None}
+        return self.record.read() or self.settings | {"tokens": 0, "complete": False, "position": None}
 
     def holds(self, tokens: int) -> bool:
         """Whether there are so many tokens, or no more to be had."""

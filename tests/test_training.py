@@ -98,7 +98,7 @@ def test_a_teacher_cache_reads_logits_in_chunks_and_claims_no_row_before_its_dat
         flushed.append((name, (tmp_path / "done.bin").read_bytes(), (tmp_path / name).read_bytes()))
 
     monkeypatch.setattr(np.memmap, "flush", flush)
-    cache = TeacherCache(tmp_path, rows=5, length=20, top_k=4, vocab_size=11, whose={})
+    cache = TeacherCache(tmp_path, rows=5, length=20, top_k=4, vocab_size=11, settings={})
     samples = torch.tensor([4, 0, 2])
     chunk = cache.chunks(Batch(torch.ones(3, 21).long(), torch.ones(3, 21), samples=samples), lambda: teacher)
     values, indices = chunk(slice(0, 60))

@@ -112,11 +112,11 @@ def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], Teac
     section, cache = job.section, job.section.teacher_cache
     if cache is None:
         return lambda batch: read_teacher(teacher, batch, section.temperature)
-    whose = job.stage.record() | {"distill": {key: getattr(section, key) for key in TeacherCache.DECIDES}}
-    whose = {key: whose[key] for key in ("teacher", "data", "long_data", "distill", "text_begins")}
-    whose |= {"seed": job.recipe.run.seed, "parts": job.stage.parts}
+    settings = job.stage.record() | {"distill": {key: getattr(section, key) for key in TeacherCache.DECIDES}}
+    settings = {key: settings[key] for key in ("teacher", "data", "long_data", "distill", "text_begins")}
+    settings |= {"seed": job.recipe.run.seed, "parts": job.stage.parts}
     rows = section.tokens // section.length
-    kept = TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, teacher.config.vocab_size, whose)
+    kept = TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, teacher.config.vocab_size, settings)
     return lambda batch: kept.chunks(batch, lambda: read_teacher(teacher, batch, section.temperature))
 
 

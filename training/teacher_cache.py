@@ -26,10 +26,10 @@ class TeacherCache:
 
     DECIDES: ClassVar = ("tokens", "batch_tokens", "length", "temperature", "retrieval_share", "long_share")
 
-    def __init__(self, folder: Path, rows: int, length: int, top_k: int, vocab_size: int, whose: dict):
+    def __init__(self, folder: Path, rows: int, length: int, top_k: int, vocab_size: int, settings: dict):
         """
         Args:
-            whose: teacher, data and seed, by which a cache is known.
+            settings: teacher, data and seed, by which a cache is known.
 
         Raises:
             ValueError: the folder holds another run's, or `top_k` is not within the vocabulary.
@@ -37,12 +37,14 @@ class TeacherCache:
         if not 1 <= top_k <= vocab_size:
             raise ValueError(f"distill.teacher_cache.top_k must be 1 … {vocab_size}, got {top_k}")
         folder.mkdir(parents=True, exist_ok=True)
-        whose = whose | {"top_k": top_k}
+        settings = settings | {"top_k": top_k}
         # Caches from before these were recorded are taken for this text's.
-        record = Record(folder / "cache.json", {key: whose[key] for key in ("text_begins", "parts") if key in whose})
-        record.check(whose, "choose another folder")
-        if int(os.environ.get("RANK", 0)) == 0 and not record.matches(whose):
-            record.write(whose)
+        record = Record(
+            folder / "cache.json", {key: settings[key] for key in ("text_begins", "parts") if key in settings}
+        )
+        record.check(settings, "choose another folder")
+        if int(os.environ.get("RANK", 0)) == 0 and not record.matches(settings):
+            record.write(settings)
         shape = (rows, length, top_k)
         self.top_k = top_k
         self.log_probs = self._open(folder / "log_probs.bin", "<f4", shape)
