@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +44,12 @@ def digest(path: Path) -> str:
     if path.is_dir():
         parts = {file.name: digest(file) for file in sorted(path.glob("*.safetensors"))}
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    found = path.stat()
+    return _digest(path, found.st_mtime_ns, found.st_size)
+
+
+@cache  # gigabytes, and asked for by every check
+def _digest(path: Path, changed: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

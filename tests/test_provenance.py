@@ -51,8 +51,18 @@ def test_a_setting_that_was_not_recorded_yet_stands_for_its_default_and_state_is
 
 
 def test_a_digest_is_that_of_the_bytes(tmp_path):
-    (tmp_path / "file").write_bytes(b"masks")
-    assert digest(tmp_path / "file") == hashlib.sha256(b"masks").hexdigest()
+    for content in (b"masks", b"other masks"):
+        (tmp_path / "file").write_bytes(content)
+        assert digest(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_digest_of_a_models_folder_is_that_of_its_weights_alone(tmp_path):
+    (tmp_path / "model-1.safetensors").write_bytes(b"one")
+    before = digest(tmp_path)
+    (tmp_path / "README.md").write_text("a card")
+    assert digest(tmp_path) == before
+    (tmp_path / "model-2.safetensors").write_bytes(b"two")
+    assert digest(tmp_path) != before
 
 
 def test_the_environment_is_told_without_importing_pytorch():
