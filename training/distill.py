@@ -26,10 +26,12 @@ from .loop import Schedule
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments
 from .stage import Job, Stage
-from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
+from .student import StudentLoss, train_and_save, train_student
 from .teacher_cache import TeacherCache
 
 __all__ = ["distill"]
+
+WEIGHTS = ("kl_weight", "ce_weight", "temperature")  # of the loss, in the recipe
 
 
 @torch.no_grad()
@@ -78,7 +80,6 @@ def distill(
 def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     """The whole stage, from a recipe to a student folder; nothing where that is there already."""
     stage = Stage(recipe, "distill")
-    section = stage.section
     student, forms = map(stage.sources.get, ("student", "forms"))
     config = stage.check_student(student) if student else stage.config(stage.masks)
     if dry_run:
@@ -88,23 +89,15 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     if stage.is_done:
         return print(f"{stage.output} is there already")
 
-    job = stage.start()
-
-    def build() -> Trainee:
+    def load() -> HydraHeadForCausalLM:
         if student:
-            model = HydraHeadForCausalLM.from_pretrained(student, dtype=torch.float32)
-        else:
-            model = convert_model(
-                stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
-            )
-        return prepare_student(model, section.lora, section.gradient_checkpointing)
+            return HydraHeadForCausalLM.from_pretrained(student, dtype=torch.float32)
+        return convert_model(
+            stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
+        )
 
-    trainee, teacher = build(), job.load_teacher()
-    read = teacher_reader(job, teacher)
-    model = StudentLoss(trainee.student, section.kl_weight, section.ce_weight, section.temperature)
-    run = job.run(lambda: job.evaluate_student(trainee.student))
-    trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), read, run, job.autocast)
-    finish_student(job, trained, build, stage.made_from(config))
+    job, weights = stage.start(), {key: getattr(stage.section, key) for key in WEIGHTS}
+    train_and_save(job, config, load, teacher_reader(job, job.load_teacher()), **weights)
 
 
 def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], TeacherChunk]:

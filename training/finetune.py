@@ -7,6 +7,8 @@ Starts from the student that distillation wrote, or from `finetune.student`. `fi
 steps; every step has the same number of tokens. Writes `OUTPUT/finetune/student`, a folder for the Hub.
 """
 
+from functools import partial
+
 import torch
 
 from ..console import one_line_errors
@@ -14,13 +16,12 @@ from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .recipe import Recipe, read_arguments
 from .stage import Stage
-from .student import StudentLoss, Trainee, finish_student, prepare_student, train_student
+from .student import train_and_save
 
 
 def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
     """The whole stage, from a recipe to a student folder; nothing where that is there already."""
     stage = Stage(recipe, "finetune")
-    section = stage.section
     folder = stage.sources["student"]
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, stage.config(stage.masks))
@@ -28,23 +29,8 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
     if stage.is_done:
         return print(f"{stage.output} is there already")
 
-    job = stage.start()
-
-    def build() -> Trainee:
-        student = HydraHeadForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return prepare_student(student, section.lora, section.gradient_checkpointing)
-
-    trainee = build()
-    run = job.run(lambda: job.evaluate_student(trainee.student))
-    trained = train_student(
-        job.accelerator,
-        StudentLoss(trainee.student),
-        job.micro_batches,
-        job.schedule(),
-        run=run,
-        autocast=job.autocast,
-    )
-    finish_student(job, trained, build, stage.made_from(config))
+    load = partial(HydraHeadForCausalLM.from_pretrained, folder, dtype=torch.float32)
+    train_and_save(stage.start(), config, load)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from ..configuration_hydrahead import HydraHeadConfig
 from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .loop import Run, Schedule, train
@@ -144,8 +145,29 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
     return Trainee(student, lambda: adapted.merge_and_unload())
 
 
-def finish_student(job: Job, trained: nn.Module, build: Callable[[], Trainee], made_from: dict) -> None:
-    """Write the trained student from the main process, whole whatever the weights were sharded into."""
+def train_and_save(
+    job: Job,
+    config: HydraHeadConfig,
+    load: Callable[[], HydraHeadForCausalLM],
+    teacher_of: Callable[[Batch], TeacherChunk | None] = lambda batch: None,
+    **weights: float,
+) -> None:
+    """
+    Train a stage's student and write it from the main process, whole whatever its weights were sharded into.
+
+    Args:
+        config: of the student.
+        load: gives it as the stage starts from it, in fp32.
+        weights: of the losses, as in `StudentLoss`.
+    """
+    made_from = job.stage.made_from(config)
+
+    def build() -> Trainee:
+        return prepare_student(load(), job.section.lora, job.section.gradient_checkpointing)
+
+    trainee = build()
+    model, run = StudentLoss(trainee.student, **weights), job.run(lambda: job.evaluate_student(trainee.student))
+    trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast)
     state = job.accelerator.get_state_dict(trained)
 
     def save() -> None:
