@@ -106,6 +106,9 @@ def score(
         list[Path] | None, typer.Option(help="JSONL of clean, corrupt, answer, wrong; repeatable.")
     ] = None,
     built_in: Annotated[bool, typer.Option(help="Needles, copying and text as probes.")] = True,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Of those, NAME or NAME.COUNTERFACTUAL only; repeatable.")
+    ] = None,
     forms: Annotated[
         Path | None, typer.Option(help="head_forms.safetensors of hydrahead.training.align; else a quick alignment.")
     ] = None,
@@ -139,6 +142,7 @@ def score(
         text=text,
         probe_files=tuple(probe or ()),
         built_in=built_in,
+        only=tuple(only or ()),
         forms=forms,
         options=options,
         align_steps=align_steps,
@@ -276,33 +280,78 @@ def convert(
     )
 
 
+OVERRIDES = typer.Argument(help="Keys of the recipe, such as score.pairs=2.", metavar="[KEY=VALUE]…")
+
+
 @app.command()
-def demo(
-    teacher: Annotated[str | None, typer.Option(help="Hub id or folder. Default: the embedded teacher.")] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to train and evaluate on.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens of a prompt at 1x.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
-    align_steps: Annotated[int, typer.Option(help="Steps of alignment.", min=1)] = 100,
-    distill_steps: Annotated[int, typer.Option(help="Steps of distillation.", min=1)] = 200,
-    samples: Annotated[int, typer.Option(help="Prompts per length and task of the evaluation.", min=1)] = 20,
+def run(
+    recipe: Annotated[str, typer.Argument(help="YAML file, or the name of a recipe that ships.")],
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, print the commands and what training costs, and stop.")
+    ] = False,
 ) -> None:
-    """Run the whole job on a small scale: align, score, select, convert, distil, evaluate, save, reload, answer."""
-    if text is not None and not text.is_file():
-        raise ValueError(f"{text}: no such file")
-    from rich.console import Console
+    """Walk a recipe from teacher to card: align, score, select, distil, finetune, evaluate; goes on where it was."""
+    from .pipeline import walk
 
-    from .demo.run import Demo, DemoSettings
+    walk(recipe, overrides or (), dry_run)
 
-    chosen = {"teacher": teacher} if teacher else {}
-    settings = DemoSettings(
-        **chosen,
-        text=text,
-        length=length,
-        align_steps=align_steps,
-        distill_steps=distill_steps,
-        samples=samples,
-    )
-    Demo(settings, output, Console()).run()
+
+NOW_KEYS = {  # of the recipe: what options of `demo` are called
+    "--text": "data.name=FILE score.text=FILE",
+    "--length": "score.length=N 'evaluate.lengths=[N,…]'",
+    "--output": "output=FOLDER",
+    "--align-steps": "align.tokens=N, 2,048 a step",
+    "--distill-steps": "distill.tokens=N, 2,048 a step",
+    "--samples": "evaluate.prompts=N",
+}
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def demo(
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; else the one that ships.")] = None,
+    config: Annotated[str, typer.Option(help="Recipe.")] = "demo",
+) -> None:
+    """Walk the demo's recipe, reload its student in a process without hydrahead, and ask it for a needle."""
+    overrides = overrides or []
+    for word in overrides:
+        if key := NOW_KEYS.get(word.split("=")[0]):
+            raise ValueError(f"{word}: a key of the recipe now, {key}")
+    if teacher:
+        overrides = [f"teacher.name={teacher}", f"output=runs/{config}-{Path(teacher).name}", *overrides]
+    from .pipeline import ask, walk
+
+    ask(walk(config, overrides))
+
+
+@app.command()
+def evaluate(
+    student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")],
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder of its teacher; else as it says.")] = None,
+    lengths: Annotated[list[int], typer.Option(help="Tokens of a prompt; repeatable.")] = [1024, 2048, 4096],  # noqa: B006
+    prompts: Annotated[int, typer.Option(help="Needles asked for, of each task at each length.", min=1)] = 20,
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text, or training's folder of tokens; else Python's standard library.")
+    ] = None,
+    text_tokens: Annotated[int | None, typer.Option(help="Of the text, the first so many tokens.", min=1)] = None,
+    dtype: Annotated[Dtype, typer.Option(help="In which the teacher computes; auto: its own.")] = Dtype.auto,
+    revision: Annotated[str | None, typer.Option(help="Revision of a teacher on the Hub.")] = None,
+) -> None:
+    """Compare a student with its teacher: needles found, loss on text, bytes of cache; writes STUDENT/report.json."""
+    from .pipeline import evaluate_student, show_report
+
+    evaluate_student(student, teacher, revision, dtype.value, lengths, prompts, text, text_tokens)
+    show_report(student)
+
+
+@app.command()
+def card(student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")]) -> None:
+    """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
+    from .pipeline import write_card
+
+    write_card(student)
+    typer.echo(student / "README.md")
 
 
 def main() -> None:

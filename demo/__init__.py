@@ -1,1 +1,1 @@
-"""The embedded teacher and the main job on a small scale."""
+"""The embedded teacher and how it was trained."""

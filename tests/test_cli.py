@@ -24,8 +24,7 @@ from hydrahead.convert.options import options_of, student_config
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.measure import _Measuring
 from hydrahead.convert.scoring.settings import ScoreSettings
-from hydrahead.convert.teachers import adapter_for
-from hydrahead.demo.run import EMBEDDED_TEACHER
+from hydrahead.convert.teachers import EMBEDDED_TEACHER, adapter_for
 from hydrahead.files import atomic_folder
 from hydrahead.hub.checkpoint import answer_in_clean_process
 from hydrahead.tests.families import make_teacher

@@ -2,26 +2,25 @@
 
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hydrahead import modeling_hydrahead
-from hydrahead.convert import select_heads
 from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import HeadForms
 from hydrahead.convert.options import student_config
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.replacement import text_effects
 from hydrahead.convert.scoring.settings import ScoreSettings
-from hydrahead.convert.teachers import Teacher, adapter_for
+from hydrahead.convert.teachers import EMBEDDED_TEACHER, Teacher, adapter_for
 from hydrahead.data.corpus import encode_corpus, load_corpus
-from hydrahead.demo.run import EMBEDDED_TEACHER, Demo, DemoSettings
+from hydrahead.pipeline import walk
 from hydrahead.tests.families import ALL_LINEAR, make_teacher, random_ids
 from hydrahead.tests.placements import compare, everything, split
 from hydrahead.tests.test_scoring import usable_pairs
@@ -31,7 +30,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 GPU = "cuda:0"
-FEW = DemoSettings(length=192, pairs=2, train_length=96, batch_size=2, align_steps=3, distill_steps=3, samples=1)
 FLA = {
     name: getattr(modeling_hydrahead, name) for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
 }
@@ -132,18 +130,13 @@ def test_score_uses_the_gpus_there_are_without_being_told(tmp_path, monkeypatch)
     assert torch.tensor(scores.scores).isfinite().all() and set(scores.evidence) >= {"ablation", "conversion"}
 
 
-def test_the_demo_trains_and_evaluates_on_the_gpu_and_resumes_there(tmp_path):
-    demo = Demo(FEW, tmp_path, Console(quiet=True))
-    assert devices(demo.teacher) == {GPU}
-    forms = demo.align()
-    assert devices(demo.teacher) == {GPU} and {tensor.device.type for tensor in forms.values()} == {"cpu"}
-    masks = select_heads(demo.score(forms), FEW.ratio, FEW.strategy)
-    student = demo.distill(masks, forms)
-    resumed = demo.distill(masks, forms)
-    assert devices(student) == devices(resumed) == {GPU}
-    losses = [demo.evaluate("hybrid", model, model.config)["text_loss"] for model in (student, resumed)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert demo.evaluate("teacher", demo.teacher, demo.teacher_config)["text_loss"][0] < 5
+def test_the_demo_runs_on_the_gpu(tmp_path):
+    few = ["align.tokens=4096", "distill.tokens=4096", "finetune.tokens=4096", "score.pairs=2", "evaluate.prompts=1"]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    road = walk("demo", [f"output={tmp_path}", *few])
+    assert torch.cuda.max_memory_allocated() > before + 2**26
+    assert json.loads((road.student / "report.json").read_text())["results"]["teacher"]["1024"]["text_loss"] < 5
 
 
 def test_the_benchmark_of_head_rankings_runs_on_the_gpu():

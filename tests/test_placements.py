@@ -10,8 +10,7 @@ from accelerate import Accelerator
 
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.settings import ScoreSettings
-from hydrahead.convert.teachers import Teacher
-from hydrahead.demo.run import EMBEDDED_TEACHER
+from hydrahead.convert.teachers import EMBEDDED_TEACHER, Teacher
 from hydrahead.tests.families import make_teacher
 from hydrahead.tests.placements import compare, everything, split
 from hydrahead.tests.test_scoring import usable_pairs

@@ -16,8 +16,8 @@ from hydrahead.convert.scoring.probes import (
     niah_probe,
     text_probe,
 )
+from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data.corpus import encode_corpus, load_corpus
-from hydrahead.demo.run import EMBEDDED_TEACHER
 
 
 @pytest.fixture(scope="module")

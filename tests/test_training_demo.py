@@ -13,7 +13,7 @@ from hydrahead.convert.teachers import open_teacher
 from hydrahead.hub.checkpoint import answer_in_clean_process
 
 SHORT = [
-    *("align.tokens=4096", "distill.tokens=4096", "finetune.tokens=4096"),
+    *("align.tokens=4096", "distill.tokens=4096", "finetune.tokens=4096", f"masks={[[1, 0, 0, 0, 0, 0, 0, 1]] * 6}"),
     *("evaluate.every=2", "evaluate.length=192", "evaluate.niah_prompts=2", "evaluate.text_windows=2"),
 ]
 WATCHED = {

@@ -14,6 +14,7 @@ from ..data.tokens import DataSection
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("align", "distill", "finetune")
+NOT_A_STAGES = (*STAGES, "output", "evaluate", "launch", "score", "select")  # what does not decide a stage's numbers
 
 
 @dataclass
@@ -67,17 +68,57 @@ class RunSection:
 @dataclass
 class EvaluateSection:
     """
+    During training:
+
     Attributes:
         every: steps between evaluations; 0 for none.
         length: tokens of a prompt and of a window of text; the stage's own by default.
         niah_prompts: needles asked for, half of them among four keys; 0 for none. Not in alignment.
         text_windows: windows of held-out text.
+
+    After it, against the teacher (`hydrahead evaluate`):
+
+    Attributes:
+        lengths: tokens of a prompt, one after the other; none for no such evaluation.
+        prompts: needles asked for at each length, of a single key and as many among four keys.
     """
 
     every: int = 0
     length: int | None = None
     niah_prompts: int = 0
     text_windows: int = 16
+    lengths: list[int] = field(default_factory=list)
+    prompts: int = 20
+
+
+@dataclass
+class ScoreSection:
+    """How heads are scored: the options of `hydrahead score`, by their names."""
+
+    method: list[str] = field(default_factory=lambda: ["replacement"])
+    length: int | None = None
+    pairs: int = 8
+    only: list[str] = field(default_factory=list)
+    text: str | None = None
+    probe: list[str] = field(default_factory=list)
+    built_in: bool = True
+    shortlist: int | None = None
+    evidence: bool = True
+
+
+@dataclass
+class SelectSection:
+    """Which heads stay full attention: the options of `hydrahead select`, by their names."""
+
+    ratio: float = 0.25
+    strategy: str = "global-constrained"
+    budget_unit: str = "heads"
+    method: str | None = None
+    keep: list[str] = field(default_factory=list)
+    drop: list[str] = field(default_factory=list)
+    tensor_parallel: int = 1
+    weight: list[str] = field(default_factory=list)
+    exchange: int = 0
 
 
 @dataclass
@@ -174,8 +215,11 @@ class Recipe:
     """
     Attributes:
         output: folder; each stage writes one of its own name.
-        masks: JSON file of head masks `[layers][heads]`, or the masks themselves. Alignment by heads needs none.
+        masks: JSON file of head masks `[layers][heads]`, or the masks themselves; what `select` writes by default.
+            Alignment by heads needs none.
         long_data: long documents, for stages with a `long_share`.
+        launch: file for `accelerate launch --config_file`, or `ddp`, `fsdp2` or `ddp_cpu`, which ship: how
+            `hydrahead run` starts stages of several processes.
     """
 
     output: str
@@ -186,9 +230,23 @@ class Recipe:
     long_data: DataSection | None = None
     run: RunSection = field(default_factory=RunSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    launch: str | None = None
     align: AlignSection | None = None
+    score: ScoreSection | None = None
+    select: SelectSection | None = None
     distill: DistillSection | None = None
     finetune: FinetuneSection | None = None
+
+    @property
+    def forms(self) -> Path:
+        """Aligned heads that scoring and distillation read."""
+        given = self.distill.head_forms if self.distill else None
+        return Path(given or Path(self.output) / "align" / "head_forms.safetensors")
+
+    @property
+    def chosen_masks(self) -> Path:
+        """Masks that `select` writes."""
+        return Path(self.output) / "head_masks.json"
 
     def stage(self, name: str) -> StageSection:
         """The section of a stage; `ValueError` where the recipe has none."""
@@ -246,7 +304,10 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"{error.full_key or key}: {str(error).splitlines()[0]}{known}") from None
     if missing := OmegaConf.missing_keys(recipe):
         raise ValueError(f"{min(missing)}: missing from the recipe")
-    return OmegaConf.to_object(recipe)
+    recipe = OmegaConf.to_object(recipe)
+    if recipe.masks is None and recipe.select is not None:
+        recipe.masks = str(recipe.chosen_masks)
+    return recipe
 
 
 def _plain(value, key: str = ""):
@@ -269,7 +330,7 @@ def _plain(value, key: str = ""):
 
 def stage_record(recipe: Recipe, stage: str) -> dict:
     """What decides the numbers of a stage: its recipe without the other stages and without how it is watched."""
-    record = {key: value for key, value in asdict(recipe).items() if key not in (*STAGES, "output", "evaluate")}
+    record = {key: value for key, value in asdict(recipe).items() if key not in NOT_A_STAGES}
     for key in ("save_every", "keep", "spike_factor", "report_to", "micro_batch_tokens"):
         record["run"].pop(key)
     for section in ("data", "long_data"):

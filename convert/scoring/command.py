@@ -131,7 +131,7 @@ def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = Fal
         with progress("replace many heads", points) as advance:
             scores = with_evidence(teacher, scores, settings.methods, pairs, forms, advance)
     scores.made_from = {
-        **{key: getattr(settings, key) for key in ("pairs", "built_in", "options", "shortlist", "dtype")},
+        **{key: getattr(settings, key) for key in ("pairs", "built_in", "only", "options", "shortlist", "dtype")},
         "length": length,
         "text": text_name(settings),
         "probes": {file.name: digest(file) for file in settings.probe_files},
@@ -224,7 +224,7 @@ def read_probes(settings: ScoreSettings, tokenizer, length: int) -> tuple[np.nda
     text_ids = read_text(tokenizer, settings)
     probes = [probe for file in settings.probe_files for probe in jsonl_probes(file, tokenizer)]
     if settings.built_in:
-        probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed) + probes
+        probes = built_in_probes(tokenizer, text_ids, length, settings.pairs, settings.seed, settings.only) + probes
     return text_ids, probes
 
 

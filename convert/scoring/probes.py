@@ -9,6 +9,7 @@ which a value counterfactual has no effect at all.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -310,7 +311,12 @@ def _ordinary(tokenizer, haystack_ids: Sequence[int]) -> np.ndarray:
 
 
 def built_in_probes(
-    tokenizer, haystack_ids: Sequence[int], length: int, num_pairs: int = 8, seed: int = 0
+    tokenizer,
+    haystack_ids: Sequence[int],
+    length: int,
+    num_pairs: int = 8,
+    seed: int = 0,
+    only: Sequence[str] = (),
 ) -> list[Probe]:
     """
     Needles (one and four keys), copying (of random tokens and of text) and plain text, each with both counterfactuals.
@@ -318,20 +324,27 @@ def built_in_probes(
     Args:
         haystack_ids: token ids of a text, longer than twice `length`.
         length: tokens of every pair's text.
+        only: those to make, as `NAME.COUNTERFACTUAL`, or `NAME` for both; all by default.
 
     Raises:
-        ValueError: the length or the text is too short for one of them.
+        ValueError: the length or the text is too short for one of them, or there is no such probe.
     """
-    shared = {"num_pairs": num_pairs, "seed": seed}
-    probes = []
-    for counterfactual in COUNTERFACTUALS:
-        shared["counterfactual"] = counterfactual
-        probes += [niah_probe(tokenizer, haystack_ids, length, num_keys=keys, **shared) for keys in NIAH_KEYS]
-        probes += [
-            induction_probe(tokenizer, haystack_ids, length, source=source, **shared) for source in ("tokens", "text")
-        ]
-        probes.append(text_probe(tokenizer, haystack_ids, length, **shared))
-    return probes
+    makers = {
+        "niah-single": partial(niah_probe, num_keys=NIAH_KEYS[0]),
+        f"niah-{NIAH_KEYS[1]}-keys": partial(niah_probe, num_keys=NIAH_KEYS[1]),
+        "induction": partial(induction_probe, source="tokens"),
+        "copy": partial(induction_probe, source="text"),
+        "text": text_probe,
+    }
+    names = {f"{name}.{kind}": (name, kind) for kind in COUNTERFACTUALS for name in makers}
+    for wanted in only:
+        if wanted not in (*makers, *names):
+            raise ValueError(f"only: no built-in probe {wanted!r}; there is {', '.join(names)}")
+    return [
+        makers[name](tokenizer, haystack_ids, length, num_pairs=num_pairs, seed=seed, counterfactual=kind)
+        for full_name, (name, kind) in names.items()
+        if not only or {name, full_name} & set(only)
+    ]
 
 
 FIELDS = ("clean", "corrupt", "answer", "wrong")

@@ -18,7 +18,7 @@ class ScoreSettings:
         pairs: counterfactual pairs of each built-in probe.
         text: UTF-8 text to hide needles in and to measure on; the Python standard library by default.
         probe_files: JSONL files with probes of the user's own.
-        built_in: use the built-in probes.
+        built_in, only: use the built-in probes; those of these names only.
         forms: aligned forms of the heads (`head_forms.safetensors`), where a method needs them; by default what
             `training.quick.align_for_scores` left for these settings.
         options: the student's options; where a forms file is given, none that contradicts its own.
@@ -37,6 +37,7 @@ class ScoreSettings:
     text: Path | None = None
     probe_files: tuple[Path, ...] = ()
     built_in: bool = True
+    only: tuple[str, ...] = ()
     forms: Path | None = None
     options: dict | None = None
     align_steps: int = 100

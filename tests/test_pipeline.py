@@ -1,0 +1,269 @@
+"""One recipe from teacher to card: killed anywhere, nothing is done twice and the result is the same, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from hydrahead import pipeline
+from hydrahead.cli import app
+from hydrahead.convert.scoring.command import Unfinished
+from hydrahead.convert.teachers import Teacher
+from hydrahead.evaluation import report
+from hydrahead.pipeline import walk
+from hydrahead.provenance import Record
+from hydrahead.tests.training_runs import MAINS
+from hydrahead.training.checkpoints import Checkpoints
+from hydrahead.training.recipe import RECIPES
+
+STAGE = {"tokens": 256, "batch_tokens": 128, "length": 64, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
+WORDS = ["amber", "basket", "candle", "desert", "engine", "falcon", "garden", "harbor", "island", "jacket"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """A short road for the shipped teacher, whose output is `out` beside it unless an override says otherwise."""
+    folder = tmp_path_factory.mktemp("road")
+    text = " ".join(WORDS[(step * step // 7) % 10] for step in range(6000))
+    (folder / "text.txt").write_text(text)
+    content = {
+        "output": str(folder / "out"),
+        "teacher": {"name": "demo", "dtype": "float32"},
+        "student": {"fusion_norm": "linear"},
+        "data": {"name": str(folder / "text.txt"), "heldout_tokens": 1024},
+        "run": {"micro_batch_tokens": 128, "mixed_precision": "no", "save_every": 1},
+        "evaluate": {"lengths": [200, 256], "prompts": 1},
+        "align": STAGE | {"calibration_tokens": 128},
+        "score": {
+            "length": 200,
+            "pairs": 2,
+            "only": ["niah-single.value", "niah-4-keys.value"],
+            "evidence": False,
+            "text": str(folder / "text.txt"),
+        },
+        "select": {"strategy": "global"},
+        "distill": STAGE,
+        "finetune": STAGE,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+def walk_and_die(recipe: Path, output: Path, events: Path, life: int) -> None:
+    """What a process does: walks, says in a file what it has done, and dies without a word after `life` of that."""
+    report.TEXT_TOKENS = 512
+    lives = iter(range(life))
+
+    def after(owner, name, word):
+        work = getattr(owner, name)
+
+        def done(self, *arguments, **options):
+            result = work(self, *arguments, **options)
+            if event := word(self, *arguments):
+                with events.open("a") as file:
+                    file.write(event + "\n")
+                if next(lives, None) is None:
+                    os._exit(9)
+            return result
+
+        setattr(owner, name, done)
+
+    after(Checkpoints, "save", lambda self, _, step, *__: f"{self.folder.name} {step}")
+    after(Unfinished, "keep", lambda self, results: f"score {len(results)}")
+    after(Record, "write", lambda self, made: self.path.name == ".report.json" and f"evaluate {made['results']!r}")
+    steps = pipeline.Road.steps
+    pipeline.Road.steps = lambda self: [with_event(step, events, lives) for step in steps(self)]
+    walk(str(recipe), [f"output={output}"])
+
+
+def with_event(step, events: Path, lives):
+    work = step.do
+
+    def do():
+        work()
+        with events.open("a") as file:
+            file.write(f"{step.name} is done\n")
+        if next(lives, None) is None:
+            os._exit(9)
+
+    step.do = do
+    return step
+
+
+def run_process(*arguments) -> int:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hydrahead.tests.test_pipeline"])
+    process = context.Process(target=walk_and_die, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def finished(recipe) -> tuple[Path, list[str]]:
+    """The output of a run that nothing stopped, and what it did."""
+    output, events = recipe.parent / "plain", recipe.parent / "plain.txt"
+    assert run_process(recipe, output, events, 1000) == 0
+    return output, events.read_text().splitlines()
+
+
+@pytest.mark.slow
+def test_killed_between_and_inside_steps_nothing_is_done_twice_and_the_result_is_the_same(recipe, finished):
+    plain, expected = finished
+    output, events, kills = recipe.parent / "killed", recipe.parent / "killed.txt", 0
+    while (status := run_process(recipe, output, events, 1 + kills % 3)) == 9:
+        kills += 1
+    assert status == 0 and kills > 4
+    assert events.read_text().splitlines() == expected
+    students = [folder / "finetune" / "student" for folder in (plain, output)]
+    for name in ("model.safetensors", "config.json", "report.json", "README.md"):
+        assert students[0].joinpath(name).read_bytes() == students[1].joinpath(name).read_bytes(), name
+    one, two = (json.loads((folder / "scores" / "head_scores.json").read_text()) for folder in (plain, output))
+    assert one["scores"] == two["scores"] and [path.name for path in output.glob(".*")] == []
+    assert sorted(path.name for path in students[0].glob("*.png")) == ["accuracy.png", "head_map.png"]
+
+
+def finished_copy(finished, tmp_path: Path) -> Path:
+    return shutil.copytree(finished[0], tmp_path / "out")
+
+
+def hydrahead(*words) -> str:
+    """What a command that succeeds prints."""
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, list(map(str, words)), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.slow
+def test_the_demo_shows_its_student_answering_without_hydrahead_and_does_nothing_again(recipe, finished, monkeypatch):
+    for name in ("run_align", "run_distill", "run_finetune", "score_to_folder", "select_to_file", "evaluate_at"):
+        monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("repeated a finished step"))
+    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
+    said = hydrahead("demo", "--config", recipe, f"output={finished[0]}")
+    assert said.count(" is there already\n") == 7
+    assert "special magic number for" in said and "What is the special" in said and "trust_remote_code" in said
+    assert "single key" in said
+    # What is meant for the Hub says nothing of this machine.
+    student = finished[0] / "finetune" / "student"
+    for file in [*student.glob("*.json"), student / "README.md"]:
+        assert str(recipe.parent) not in file.read_text(), file
+
+
+@pytest.mark.slow
+def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_path, monkeypatch):
+    """The same student comes out, and the road goes on from what the commands left."""
+    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
+    output = tmp_path / "typed"
+    said = hydrahead("run", recipe, f"output={output}", "--dry-run")
+    assert not output.exists()
+    for line in said.splitlines():
+        name, _, command = line.partition(": ")
+        if command.startswith("accelerate launch -m "):
+            MAINS[name](shlex.split(command)[4:])
+        elif command.startswith("hydrahead "):
+            hydrahead(*shlex.split(command)[1:])
+    for name in ("model.safetensors", "report.json"):
+        one, two = (folder / "finetune" / "student" / name for folder in (finished[0], output))
+        assert one.read_bytes() == two.read_bytes(), name
+    assert hydrahead("run", recipe, f"output={output}").count(" is there already\n") == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("align.learning_rate=0.5", "out/align: made with another align.learning_rate (0.001, now 0.5); choose"),
+        (
+            "select.ratio=0.5",
+            "out: made with another ratio (0.25, now 0.5); choose another output, or have it made anew: remove ",
+        ),
+        ("evaluate.prompts=2", "student: made with another prompts (1, now 2); choose another output"),
+        ("score.pairs=3", "out/scores: made with another pairs (2, now 3); choose another output"),
+        ("output=nowhere select.ratio=0.01", "keeps 0 of 48 heads"),
+        ("score=null", "the recipe has a section select and no section score"),
+        ("score.length=100", "length 100 is too short"),
+        ("evaluate.lengths=[4096]", "data.heldout_tokens: 1,024, evaluate.lengths needs 8,193"),
+        ("launch=nowhere.yaml", "launch: nowhere.yaml: no such file, nor one of ddp, fsdp2, ddp_cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_done(
+    override, line, recipe, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
+    monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("read the weights"))
+    output = finished_copy(finished, tmp_path)
+    before = sorted(output.rglob("*"))
+    result = CliRunner().invoke(app, ["run", str(recipe), f"output={output}", *override.split()])
+    assert result.exit_code == 1 and result.stderr.strip().count("\n") == 0
+    assert line in result.stderr
+    assert sorted(output.rglob("*")) == before
+
+
+def test_what_was_made_before_a_step_that_is_not_done_is_refused(recipe, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
+    output = finished_copy(finished, tmp_path)
+    shutil.rmtree(output / "distill")
+    with pytest.raises(ValueError, match=r"finetune/student: made before distill, which is not done; choose another"):
+        walk(str(recipe), [f"output={output}"])
+
+
+def test_scores_of_other_forms_are_refused(recipe, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
+    output = finished_copy(finished, tmp_path)
+    forms = output / "align" / "head_forms.safetensors"
+    with forms.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"?")
+    for folder in ("distill", "finetune"):
+        shutil.rmtree(output / folder)
+    with pytest.raises(ValueError, match=r"out/scores: made with another forms .*, now "):
+        walk(str(recipe), [f"output={output}"])
+
+
+def test_a_finished_evaluation_goes_on_with_further_lengths(recipe, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
+    output, measured, evaluate_at = finished_copy(finished, tmp_path), [], pipeline.evaluate_at
+
+    def measure(model, tokenizer, ids, length, *more):
+        measured.append(length)
+        return evaluate_at(model, tokenizer, ids, length, *more)
+
+    monkeypatch.setattr(pipeline, "evaluate_at", measure)
+    student = walk(str(recipe), [f"output={output}", "evaluate.lengths=[200, 300]"]).student
+    assert measured == [300, 300]
+    assert json.loads((student / "report.json").read_text())["lengths"] == [200, 256, 300]
+    assert "| 300 | " in (student / "README.md").read_text()
+
+
+def test_stages_of_several_processes_go_through_accelerate(recipe, tmp_path, monkeypatch):
+    """With the configuration that the recipe names; what stops them stops the road."""
+    started = []
+
+    class Process:
+        def __init__(self, words):
+            started.append(words)
+
+        def wait(self) -> int:
+            return -15
+
+    monkeypatch.setattr(pipeline.subprocess, "Popen", Process)
+    with pytest.raises(SystemExit) as stopped:
+        walk(str(recipe), [f"output={tmp_path}", "launch=ddp_cpu", "evaluate.lengths=[]"])
+    assert stopped.value.code == 128 + 15
+    file = RECIPES / "accelerate" / "ddp_cpu.yaml"
+    words = f"-m accelerate.commands.launch --config_file {file} -m hydrahead.training.align --config {recipe}"
+    words += f" output={tmp_path} launch=ddp_cpu evaluate.lengths=[]"
+    assert started == [[sys.executable, *words.split()]]
+
+
+@pytest.mark.parametrize("word", ["--text=book.txt", "--samples", "--output"])
+def test_what_were_options_of_the_demo_are_called_keys_of_the_recipe_in_one_line(word):
+    result = CliRunner().invoke(app, ["demo", word, "5"])
+    assert result.exit_code == 1 and f"{word}: a key of the recipe now, " in result.stderr
+    assert result.stderr.strip().count("\n") == 0
