@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from .console import one_line_errors
 from .convert.scoring.methods import DEFAULT_METHOD, METHODS
+from .convert.selection import STRATEGIES
 
 
 class _Commands(TyperGroup):
@@ -174,9 +175,7 @@ def select(
     ratio: Annotated[float, typer.Option(help="Share of heads (or KV groups) that stay full attention.")] = 0.25,
     strategy: Annotated[
         str,
-        typer.Option(
-            help="global, global-constrained, layer; controls: fixed, layer-random, global-random, layerwise."
-        ),
+        typer.Option(help="; ".join(f"{name}: {strategy.about}" for name, strategy in STRATEGIES.items()) + "."),
     ] = "global-constrained",
     budget_unit: Annotated[
         str, typer.Option(help="heads, or kv_groups: ratio is then the share of the cache.")

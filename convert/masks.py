@@ -4,10 +4,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import atomic_file
+from ..provenance import digest, environment
 from .scoring.scores import HeadScores
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
+
+if TYPE_CHECKING:  # choosing heads needs no PyTorch
+    from .teachers import Teacher
 
 
 def read_choice(path: Path) -> tuple[Masks, dict]:
@@ -27,9 +32,17 @@ def read_choice(path: Path) -> tuple[Masks, dict]:
     return masks, facts
 
 
-def read_masks(path: Path) -> Masks:
-    """The masks of `read_choice` alone; raises as it does."""
-    return read_choice(path)[0]
+def read_masks(path: Path, teacher: "Teacher | None" = None) -> Masks:
+    """
+    The masks of `read_choice` alone.
+
+    Raises:
+        ValueError: as `read_choice`; or they were chosen for another teacher than this one.
+    """
+    masks, facts = read_choice(path)
+    if teacher is not None:
+        teacher.check_made_from(path, facts)
+    return masks
 
 
 def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -168,7 +181,7 @@ def select_to_file(
     facts = {
         "teacher": scores.teacher,
         "revision": scores.revision,
-        "scores": [file.name for file in files],
+        "scores": {file.name: digest(file) for file in files},
         "method": scores.method,
         "strategy": strategy,
         "ratio": ratio,
@@ -176,6 +189,8 @@ def select_to_file(
         "seed": seed,
         "kept": cost.full_attention_heads,
         "without_evidence": cost.without_evidence,
+        "improved_by": None if exchange is None else {"exchanges": exchange.rounds, "forms": digest(exchange.forms)},
+        "version": environment()["versions"]["hydrahead"],
     }
     from ..evaluation.figures import plot_head_map
 

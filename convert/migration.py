@@ -24,7 +24,7 @@ from .calibration import (
 )
 from .forms import Forms, check_forms_fit, forms_made_from, layer_state, load_forms, load_meta
 from .hooks import input_device
-from .masks import read_choice
+from .masks import read_choice, read_masks
 from .options import options_of, student_config
 from .teachers import Teacher, adapter_for, open_teacher, read_model, read_safetensors
 
@@ -137,10 +137,10 @@ def convert_to_folder(
         ValueError: anything that can be known to be wrong before weights are read is refused before.
     """
     check_free(output, overwrite)
-    masks, _ = read_choice(masks_file)
     if text is not None and not text.is_file():
         raise ValueError(f"{text}: no such file")
     opened = open_teacher(teacher, revision)
+    masks = read_masks(masks_file, opened)
     forms = None
     if forms_file is not None:
         forms, options = load_forms(forms_file, opened, options)

@@ -1,5 +1,6 @@
 """A choice of heads improved by converting and looking."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from .scoring.probes import NIAH_KEYS, Pair, niah_probe
 from .scoring.readout import answer_positions, divergence_measure, is_answer
 from .scoring.scores import HeadScores
 from .scoring.settings import ScoreSettings
-from .selection import Masks
+from .selection import Masks, Unit
 
 
 @torch.no_grad()
@@ -85,53 +86,55 @@ def search_masks(
         the masks, and a record of what was accepted: `trials` so far and the measures of `conversion_loss`.
     """
 
-    def judge(trial: Masks) -> tuple[float, dict]:
-        measured = conversion_loss(model, forms, trial, pairs, rows)
-        return measured["answer_loss"] + measured["divergence"], measured
-
-    heads = len(masks[0])
-    trials = 1
-    value, measured = judge(masks)
-    history = [{"trials": trials, **measured}]
+    measured = conversion_loss(model, forms, masks, pairs, rows)
+    trials, history = 1, [{"trials": 1, **measured}]
     for _ in range(max_exchanges):
-        gains = _exchange_gains(model, forms, masks, pairs).unflatten(1, (heads // unit_size, unit_size)).sum(2)
-        free = [
-            (layer, unit)
-            for layer in range(len(masks))
-            for unit in range(heads // unit_size)
-            if not any((layer, unit * unit_size + index) in fixed for index in range(unit_size))
-        ]
-        kept, converted = ([u for u in free if masks[u[0]][u[1] * unit_size] == kind] for kind in (1, 0))
-        order = sorted(
-            ((float(gains[give] + gains[take]), give, take) for give in kept for take in converted), reverse=True
-        )
-        best = None
-        for _, give, take in _spread(order, candidates):
-            trial = [list(row) for row in masks]
-            for (layer, unit), kind in ((give, 0), (take, 1)):
-                trial[layer][unit * unit_size : (unit + 1) * unit_size] = [kind] * unit_size
+        better = []
+        gains = _exchange_gains(model, forms, masks, pairs).unflatten(1, (-1, unit_size)).sum(2)
+        for give, take in _promising(gains, masks, unit_size, fixed)[:candidates]:
+            trial = _exchanged(masks, give, take, unit_size)
+            found = conversion_loss(model, forms, trial, pairs, rows)
             trials += 1
-            trial_value, trial_measured = judge(trial)
-            on_trial({"trials": trials, **trial_measured})
-            if trial_value < value and (best is None or trial_value < best[0]):
-                best = trial_value, trial, trial_measured
-        if best is None:
+            on_trial({"trials": trials, **found})
+            if _loss(found) < _loss(measured):
+                better.append((found, trial))
+        if not better:
             break
-        value, masks, measured = best
+        measured, masks = min(better, key=lambda each: _loss(each[0]))
         history.append({"trials": trials, **measured})
     return masks, history
 
 
-def _spread(order: list, count: int) -> list:
-    """The first `count` exchanges in which no unit takes part more than twice: the rest are much like them."""
-    chosen, used = [], {}
-    for exchange in order:
-        if all(used.get(unit, 0) < 2 for unit in exchange[1:]):
-            chosen.append(exchange)
-            for unit in exchange[1:]:
-                used[unit] = used.get(unit, 0) + 1
-        if len(chosen) == count:
-            break
+def _loss(measured: dict[str, float]) -> float:
+    return measured["answer_loss"] + measured["divergence"]
+
+
+def _exchanged(masks: Masks, give: Unit, take: Unit, unit_size: int) -> Masks:
+    """Masks in which one unit gave up full attention and another took it."""
+    trial = [list(row) for row in masks]
+    for (layer, unit), kind in ((give, 0), (take, 1)):
+        trial[layer][unit * unit_size : (unit + 1) * unit_size] = [kind] * unit_size
+    return trial
+
+
+def _promising(gains: torch.Tensor, masks: Masks, unit_size: int, fixed: set[Head]) -> list[tuple[Unit, Unit]]:
+    """
+    Exchanges (the unit to convert, the unit to keep), those that should gain most first, in which no unit takes part
+    more than twice: the rest are much like them.
+
+    Args:
+        gains: `[L][units]`.
+    """
+    free = {(layer, unit) for layer, row in enumerate(gains) for unit in range(len(row))}
+    free -= {(layer, head // unit_size) for layer, head in fixed}
+    kept = [(layer, unit) for layer, unit in sorted(free) if masks[layer][unit * unit_size]]
+    converted = sorted(free - set(kept))
+    sums = ((float(gains[one] + gains[other]), one, other) for one in kept for other in converted)
+    chosen, used = [], Counter()
+    for _, *units in sorted(sums, reverse=True):
+        if all(used[unit] < 2 for unit in units):
+            chosen.append(tuple(units))
+            used.update(units)
     return chosen
 
 

@@ -2,22 +2,135 @@
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
-from .scoring.scores import HeadScores
+if TYPE_CHECKING:  # the table of strategies is read for help, without NumPy
+    from .scoring.scores import HeadScores
 
-STRATEGIES = ("global", "global-constrained", "layer", "fixed", "layer-random", "global-random", "layerwise")
 BUDGET_UNITS = ("heads", "kv_groups")
-BY_SCORE = ("global", "global-constrained", "layer")
 CONVOLUTION = 4  # tokens: the default of `HydraHeadConfig.short_conv_kernel_size`, which needs PyTorch to be read
 
 Masks = list[list[int]]
 Head = tuple[int, int]
+Unit = tuple[int, int]
+"""Layer, and a head of it or a KV group."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """
+    What a strategy chooses from.
+
+    Attributes:
+        values: `[L][units]`, score and tie-break of each head or KV group.
+        ratio: share of them that stays full attention.
+        kept, dropped: those that must, and must not.
+        seed: of random choices.
+    """
+
+    values: list[list[tuple[float, float]]]
+    ratio: float
+    kept: set[Unit]
+    dropped: set[Unit]
+    seed: int
+
+    @cached_property
+    def all(self) -> list[Unit]:
+        """All units, layer by layer."""
+        return [(layer, unit) for layer, row in enumerate(self.values) for unit in range(len(row))]
+
+    @property
+    def budget(self) -> int:
+        """How many stay full attention."""
+        return round(self.ratio * len(self.all))
+
+    @cached_property
+    def layers(self) -> list[list[Unit]]:
+        """The units of each layer, best first."""
+        return [self.ranked((layer, unit) for unit in range(len(row))) for layer, row in enumerate(self.values)]
+
+    @cached_property
+    def shares(self) -> list[int]:
+        """The budget divided among the layers, as equally as it goes."""
+        share, rest = divmod(self.budget, len(self.values))
+        return [share + (layer < rest) for layer in range(len(self.values))]
+
+    def ranked(self, units: Iterable[Unit]) -> list[Unit]:
+        """Units from the best to the worst: kept ones first, dropped ones not at all."""
+        free = (unit for unit in units if unit not in self.dropped)
+        return sorted(free, key=lambda unit: (unit in self.kept, *self.values[unit[0]][unit[1]]), reverse=True)
+
+
+def _global(candidates: Candidates) -> list[Unit]:
+    return candidates.ranked(candidates.all)[: candidates.budget]
+
+
+def _constrained(candidates: Candidates) -> list[Unit]:
+    best = [row[0] for row in candidates.layers if row]
+    forced = candidates.kept | set(best)
+    if len(best) < len(candidates.layers) or len(forced) > candidates.budget:
+        raise ValueError(
+            f"global-constrained needs a head in each of {len(candidates.layers)} layers beside what is kept: "
+            f"{len(forced)} of {candidates.budget}"
+        )
+    others = (unit for unit in candidates.ranked(candidates.all) if unit not in forced)
+    return [*forced, *others][: candidates.budget]
+
+
+def _layer(candidates: Candidates) -> list[Unit]:
+    shares = candidates.shares
+    chosen = [unit for row, count in zip(candidates.layers, shares) for unit in row[:count]]
+    if not candidates.kept <= set(chosen) or len(chosen) < candidates.budget:
+        raise ValueError(f"layer gives each layer {min(shares)} to {max(shares)} units; keep or drop ask other")
+    return chosen
+
+
+def _fixed(candidates: Candidates) -> list[Unit]:
+    return [(layer, unit) for layer, count in enumerate(candidates.shares) for unit in range(count)]
+
+
+def _layer_random(candidates: Candidates) -> list[Unit]:
+    rng, units = random.Random(candidates.seed), range(len(candidates.values[0]))
+    return [(layer, unit) for layer, count in enumerate(candidates.shares) for unit in rng.sample(units, count)]
+
+
+def _global_random(candidates: Candidates) -> list[Unit]:
+    return random.Random(candidates.seed).sample(candidates.all, candidates.budget)
+
+
+def _layerwise(candidates: Candidates) -> list[Unit]:
+    layers = len(candidates.values)
+    count = max(1, round(candidates.ratio * layers))
+    full_layers = {round((index + 1) * layers / count) - 1 for index in range(count)}
+    return [unit for unit in candidates.all if unit[0] in full_layers]
+
+
+class Strategy(NamedTuple):
+    """A way to choose: its function, its line of help, whether scores decide, and whether every layer gets its own."""
+
+    choose: Callable[[Candidates], list[Unit]]
+    about: str
+    by_score: bool = False
+    every_layer: bool = False
+
+
+STRATEGIES = {
+    "global": Strategy(_global, "the best of all layers", by_score=True),
+    "global-constrained": Strategy(_constrained, "the same, one per layer at least", by_score=True, every_layer=True),
+    "layer": Strategy(_layer, "the best of each layer, equally many", by_score=True, every_layer=True),
+    "fixed": Strategy(_fixed, "control: the same places in each layer", every_layer=True),
+    "layer-random": Strategy(_layer_random, "control: at random, equally many of each layer", every_layer=True),
+    "global-random": Strategy(_global_random, "control: at random"),
+    "layerwise": Strategy(_layerwise, "control: whole layers, evenly spaced"),
+}
+BY_SCORE = tuple(name for name, strategy in STRATEGIES.items() if strategy.by_score)
 
 
 def select_heads(
-    scores: HeadScores,
+    scores: "HeadScores",
     ratio: float,
     strategy: str = "global-constrained",
     budget_unit: str = "heads",
@@ -28,14 +141,11 @@ def select_heads(
     tensor_parallel: int = 1,
 ) -> Masks:
     """
-    Choose the heads that stay full attention (METHOD §2).
-
-    Strategies: `global` (the best of all layers), `global-constrained` (the same, but at least one per layer), `layer`
-    (the best of each layer, equally many), and the controls `fixed` (the same places in each layer), `layer-random`,
-    `global-random` and `layerwise` (whole layers, evenly spaced). `scores.tie_break` orders heads of equal score.
+    Choose the heads that stay full attention (METHOD §2). `scores.tie_break` orders heads of equal score.
 
     Args:
         ratio: share of query heads (or KV groups) that stay full attention, in (0, 1].
+        strategy: a name in `STRATEGIES`.
         budget_unit: `"heads"` counts query heads; `"kv_groups"` chooses whole KV groups by the sum of their heads'
             scores, so that `ratio` is also the share of the KV cache that is kept.
         seed: of the random controls.
@@ -57,77 +167,27 @@ def select_heads(
         raise ValueError(f"budget_unit must be one of {', '.join(BUDGET_UNITS)}, got {budget_unit!r}")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio}")
-    # A unit is a head or a KV group: (score, tie-break) for each place [layer][unit].
     heads = [list(zip(*rows)) for rows in zip(scores.scores, scores.tie_break)]
-    size = len(heads[0]) // scores.num_key_value_heads if budget_unit == "kv_groups" else 1
-    units = [[tuple(map(sum, zip(*row[start : start + size]))) for start in range(0, len(row), size)] for row in heads]
-    layers, per_layer = len(units), len(units[0])
-    places = [(layer, unit) for layer in range(layers) for unit in range(per_layer)]
-    budget = round(ratio * len(places))
-    kept, dropped = (_units(heads_, layers, per_layer * size, size) for heads_ in (keep, drop))
-    if kept & dropped:
-        layer, unit = min(kept & dropped)
-        raise ValueError(f"head {unit * size} of layer {layer} is both to be kept and to be dropped")
-    if (kept or dropped or tensor_parallel > 1) and strategy not in BY_SCORE:
+    width = len(heads[0])
+    size = width // scores.num_key_value_heads if budget_unit == "kv_groups" else 1
+    values = [[tuple(map(sum, zip(*row[start : start + size]))) for start in range(0, width, size)] for row in heads]
+    kept, dropped = (_units_of(heads_, len(heads), width, size) for heads_ in (keep, drop))
+    candidates = Candidates(values, ratio, kept, dropped, seed)
+
+    by_score = STRATEGIES[strategy].by_score
+    if (kept or dropped or tensor_parallel > 1) and not by_score:
         raise ValueError(f"keep, drop and tensor parallelism need a strategy by score ({', '.join(BY_SCORE)})")
-    needs_all_layers = strategy not in ("global", "global-random", "layerwise")
-    if budget < 1 or (needs_all_layers and budget < layers):
-        least = layers if needs_all_layers else 1
-        works = -(-least * 1000 // len(places)) / 1000  # rounded up, as it is printed
-        other = "global" if strategy in BY_SCORE else "global-random"
-        raise ValueError(
-            f"ratio {ratio:g} keeps {budget} of {len(places)} {budget_unit}, {strategy} needs at least {least}: "
-            f"choose a ratio of {works:g} or more" + (f", or the strategy {other}" if budget else "")
-        )
-    if strategy in BY_SCORE:
+    _check_budget(candidates, strategy, budget_unit, size)
+    if by_score:
         _check_measured(scores.scores, kept | dropped, size)
-    if len(kept) > budget or len(places) - len(dropped) < budget:
-        raise ValueError(
-            f"ratio {ratio} keeps {budget} of {len(places)} {budget_unit}: {len(kept)} are to be kept and "
-            f"{len(dropped)} to be dropped, which does not fit"
-        )
-
-    def rank(candidates: Iterable[Head]) -> list[Head]:
-        free = (place for place in candidates if place not in dropped)
-        return sorted(free, key=lambda place: (place in kept, *units[place[0]][place[1]]), reverse=True)
-
-    rng = random.Random(seed)
-    share = [budget // layers + (layer < budget % layers) for layer in range(layers)]
-    rows = [rank((layer, unit) for unit in range(per_layer)) for layer in range(layers)]
     if tensor_parallel > 1:
-        chosen = _in_multiples(rows, units, kept, budget, tensor_parallel, strategy)
-    elif strategy == "global":
-        chosen = rank(places)[:budget]
-    elif strategy == "global-constrained":
-        best = [row[0] for row in rows if row]
-        forced = kept | set(best)
-        if len(best) < layers or len(forced) > budget:
-            raise ValueError(
-                f"{strategy} needs a head in each of {layers} layers beside what is kept: {len(forced)} of {budget}"
-            )
-        chosen = [*forced, *(place for place in rank(places) if place not in forced)][:budget]
-    elif strategy == "layer":
-        chosen = [place for row, count in zip(rows, share) for place in row[:count]]
-        if not kept <= set(chosen) or len(chosen) < budget:
-            raise ValueError(
-                f"layer gives each layer {min(share)} to {max(share)} {budget_unit}; keep or drop ask other"
-            )
-    elif strategy == "fixed":
-        chosen = [(layer, unit) for layer in range(layers) for unit in range(share[layer])]
-    elif strategy == "layer-random":
-        chosen = [(layer, unit) for layer in range(layers) for unit in rng.sample(range(per_layer), share[layer])]
-    elif strategy == "global-random":
-        chosen = rng.sample(places, budget)
+        full = set(_in_multiples(candidates, tensor_parallel, strategy))
     else:
-        count = max(1, round(ratio * layers))
-        full_layers = {round((index + 1) * layers / count) - 1 for index in range(count)}
-        chosen = [place for place in places if place[0] in full_layers]
-
-    full = set(chosen)
-    return [[int((layer, head // size) in full) for head in range(per_layer * size)] for layer in range(layers)]
+        full = set(STRATEGIES[strategy].choose(candidates))
+    return [[int((layer, head // size) in full) for head in range(width)] for layer in range(len(heads))]
 
 
-def _units(heads: Iterable[Head], layers: int, width: int, size: int) -> set[Head]:
+def _units_of(heads: Iterable[Head], layers: int, width: int, size: int) -> set[Unit]:
     """The units that some heads belong to."""
     units = set()
     for layer, head in heads:
@@ -135,6 +195,28 @@ def _units(heads: Iterable[Head], layers: int, width: int, size: int) -> set[Hea
             raise ValueError(f"head {head} of layer {layer} does not exist: {layers} layers of {width} heads")
         units.add((layer, head // size))
     return units
+
+
+def _check_budget(candidates: Candidates, strategy: str, budget_unit: str, size: int) -> None:
+    """Refuse a budget under which the strategy cannot choose, or that cannot hold what is to be kept and dropped."""
+    kept, dropped, ratio = candidates.kept, candidates.dropped, candidates.ratio
+    if kept & dropped:
+        layer, unit = min(kept & dropped)
+        raise ValueError(f"head {unit * size} of layer {layer} is both to be kept and to be dropped")
+    budget, count = candidates.budget, len(candidates.all)
+    least = len(candidates.values) if STRATEGIES[strategy].every_layer else 1
+    if budget < least:
+        works = -(-least * 1000 // count) / 1000  # rounded up, as it is printed
+        other = "global" if STRATEGIES[strategy].by_score else "global-random"
+        raise ValueError(
+            f"ratio {ratio:g} keeps {budget} of {count} {budget_unit}, {strategy} needs at least {least}: "
+            f"choose a ratio of {works:g} or more" + (f", or the strategy {other}" if budget else "")
+        )
+    if len(kept) > budget or count - len(dropped) < budget:
+        raise ValueError(
+            f"ratio {ratio} keeps {budget} of {count} {budget_unit}: {len(kept)} are to be kept and {len(dropped)} to "
+            "be dropped, which does not fit"
+        )
 
 
 def _check_measured(scores: list[list[float]], decided: set[Head], size: int) -> None:
@@ -152,30 +234,30 @@ def _check_measured(scores: list[list[float]], decided: set[Head], size: int) ->
         )
 
 
-def _in_multiples(rows, units, kept: set[Head], budget: int, multiple: int, strategy: str) -> list[Head]:
+def _in_multiples(candidates: Candidates, multiple: int, strategy: str) -> list[Unit]:
     """The best bundles of `multiple` units of a layer, each layer's taken in the order of their rank."""
-    if len(units[0]) % multiple:
-        raise ValueError(f"{len(units[0])} units per layer cannot be shared by {multiple} processes")
-    counts = [-(-sum(place in kept for place in row) // multiple) * multiple for row in rows]
-    if strategy != "global":
+    values, rows, budget = candidates.values, candidates.layers, candidates.budget
+    if len(values[0]) % multiple:
+        raise ValueError(f"{len(values[0])} units per layer cannot be shared by {multiple} processes")
+    counts = [-(-sum(unit in candidates.kept for unit in row) // multiple) * multiple for row in rows]
+    if STRATEGIES[strategy].every_layer:
         counts = [max(count, multiple) for count in counts]
     if sum(counts) > budget or any(count > len(row) for count, row in zip(counts, rows)):
         raise ValueError(
             f"the budget of {budget} cannot give layers multiples of {multiple}: {sum(counts)} are needed"
         )
+
+    def worth(layer: int) -> tuple[float, ...]:
+        bundle = rows[layer][counts[layer] : counts[layer] + multiple]
+        return tuple(map(sum, zip(*(values[layer][unit] for _, unit in bundle))))
+
     while sum(counts) + multiple <= budget:
-
-        def worth(layer: int) -> tuple[float, float]:
-            bundle = rows[layer][counts[layer] : counts[layer] + multiple]
-            scores, ties = zip(*(units[place[0]][place[1]] for place in bundle))
-            return sum(scores), sum(ties)
-
         open_layers = [layer for layer, row in enumerate(rows) if counts[layer] + multiple <= len(row)]
         if strategy == "layer":
             fewest = min(counts[layer] for layer in open_layers)
             open_layers = [layer for layer in open_layers if counts[layer] == fewest]
         counts[max(open_layers, key=worth)] += multiple
-    return [place for row, count in zip(rows, counts) for place in row[:count]]
+    return [unit for row, count in zip(rows, counts) for unit in row[:count]]
 
 
 @dataclass(frozen=True)
@@ -203,7 +285,7 @@ class SelectionCost:
     without_evidence: int
 
 
-def selection_cost(scores: HeadScores, masks: Masks, head_dim: int | None = None) -> SelectionCost:
+def selection_cost(scores: "HeadScores", masks: Masks, head_dim: int | None = None) -> SelectionCost:
     """
     What a choice keeps and costs (METHOD §1).
 
@@ -232,7 +314,7 @@ def selection_cost(scores: HeadScores, masks: Masks, head_dim: int | None = None
     )
 
 
-def same_cache_in_other_unit(scores: HeadScores, masks: Masks, strategy: str, budget_unit: str) -> tuple[str, Masks]:
+def same_cache_in_other_unit(scores: "HeadScores", masks: Masks, strategy: str, budget_unit: str) -> tuple[str, Masks]:
     """
     What the KV bytes of a choice would buy under the other budget unit.
 

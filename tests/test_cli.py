@@ -263,6 +263,20 @@ def test_a_hybrid_is_no_teacher(tmp_path, masks):
         assert f"{tmp_path / 'hybrid'}: a HydraHead student; pass the pretrained transformer" in result.stderr
 
 
+def test_masks_and_scores_of_another_teacher_are_refused_by_name(tmp_path, nope_forms):
+    """Both tell whose they are; what says nothing, as a bare list, is taken as it is."""
+    (tmp_path / "masks.json").write_text(json.dumps({"masks": MASKS, "teacher": "other", "revision": "v1"}))
+    select = ["select", str(write_scores(tmp_path / "scores.json")), "--exchange", "1", "--forms", str(nope_forms)]
+    for arguments, of in (
+        (["convert", "demo", str(tmp_path / "new"), "--masks", str(tmp_path / "masks.json")], "other at v1"),
+        ([*select, "--teacher", "demo", "--output", str(tmp_path / "new.json")], "t"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
+        assert f"made from the teacher {of}, not from demo" in result.stderr
+        assert not (tmp_path / "new").exists() and not (tmp_path / "new.json").exists()
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_convert_leaves_no_folder(tmp_path, masks, sent):
     """The signal comes while the folder is being written: a hook stops there and waits for it."""
@@ -332,7 +346,7 @@ def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
     assert "the same cache, budgeted in kv_groups: " in done.stdout
     file = json.loads((tmp_path / "masks.json").read_text())
     masks = read_masks(tmp_path / "masks.json")
-    assert masks == file["masks"] and file["method"] == "receiver" and file["scores"] == ["head_scores.json"]
+    assert masks == file["masks"] and file["method"] == "receiver" and list(file["scores"]) == ["head_scores.json"]
     scores = json.loads((tmp_path / "scores" / "head_scores.json").read_text())["scores"]
     kept = [score for row, mask in zip(scores, masks) for score, full in zip(row, mask) if full]
     assert file["kept"] == 12 and file["without_evidence"] == sum(score <= 0 for score in kept)

@@ -272,3 +272,10 @@ def test_engines_that_would_compute_something_else_are_refused(stage, environmen
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert re.match(f"hydrahead: {line}", refusal(stage, folder, recipe, capsys, "evaluate.every=5"))
+
+
+def test_masks_chosen_for_another_teacher_are_refused_by_name(inputs, capsys):
+    folder, recipe = inputs
+    (folder / "masks.json").write_text(json.dumps({"masks": MIXED, "teacher": "other"}))
+    line = refusal("distill", folder, recipe, capsys, f"masks={folder / 'masks.json'}")
+    assert "masks.json: made from the teacher other, not from teacher" in line

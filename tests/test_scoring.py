@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -20,10 +22,12 @@ from hydrahead.convert.scoring.evidence import (
     stability,
     with_evidence,
 )
-from hydrahead.convert.scoring.methods import METHODS
+from hydrahead.convert.scoring.measure import score_steps
+from hydrahead.convert.scoring.methods import METHODS, Method
 from hydrahead.convert.scoring.probes import Pair, Probe
 from hydrahead.convert.scoring.receivers import receiver_effects
 from hydrahead.convert.scoring.scores import ProbeResult, fuse
+from hydrahead.convert.scoring.settings import ScoreSettings, check_options
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, null_pair
 from hydrahead.tests.families import ALL_LINEAR, HEADS, KV_HEADS, LAYERS, make_teacher, random_ids
@@ -111,6 +115,22 @@ def test_every_method_gives_a_ranking_of_all_heads(teacher, pairs, forms):
     exact, estimated = (torch.tensor(s.probes[0].effects["linear"]) for s in (scores, short))
     same = (exact - estimated).abs() < 1e-4
     assert (same.sum((1, 2)) >= 3).all() and not same.all()
+
+
+def test_a_method_is_a_file_and_a_row_of_the_table(teacher, pairs, monkeypatch, tmp_path):
+    """One more is measured, counted, fused, written, read and known to the command, and nothing else names it."""
+    file = types.ModuleType("hydrahead.convert.scoring.newest")
+    file.measure = lambda bench, used: (torch.full((LAYERS, HEADS), scale) for scale in used.scales)
+    monkeypatch.setitem(sys.modules, file.__name__, file)
+    monkeypatch.setitem(METHODS, "newest", Method("newest", "the scale of a pair", "newest.measure"))
+    check_options(ScoreSettings("any", ("newest",)))
+    calls, probe = [], Probe("a", "retrieval", pairs[:2])
+    scores = score_heads(teacher, None, [probe], lambda: calls.append(1), methods=["attention", "newest"])
+    scores.save(tmp_path / "scores.json")
+    assert len(calls) == score_steps([probe], ["attention", "newest"], 0) == 3 * 2
+    assert HeadScores.load(tmp_path / "scores.json").methods() == ["receiver", "attention", "newest"]
+    scales = [clean - corrupt for clean, corrupt in scores.probes[0].readouts]
+    assert scores.probes[0].effect("newest")[1, 2] == pytest.approx(sum(scales) / 2)
 
 
 def test_the_larger_counterfactual_counts_and_kappa_is_the_share_of_forms():

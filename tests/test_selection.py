@@ -49,7 +49,7 @@ def test_layerwise_keeps_whole_layers():
 
 
 @given(
-    strategy=st.sampled_from(STRATEGIES),
+    strategy=st.sampled_from(list(STRATEGIES)),
     unit=st.sampled_from(["heads", "kv_groups"]),
     ratio=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
     seed=st.integers(0, 3),

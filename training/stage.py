@@ -165,7 +165,7 @@ class Stage:
         if isinstance(masks, str):
             if not Path(masks).is_file():
                 raise ValueError(f"masks: {masks}: no such file; hydrahead score and select write one")
-            return read_masks(Path(masks))
+            return read_masks(Path(masks), self.teacher)
         return masks
 
     def config(self, masks: list[list[int]] | None = None) -> HydraHeadConfig:

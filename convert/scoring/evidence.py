@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forms import HeadForms, linear_heads
-from ..hooks import Visit, visited_heads
+from ..hooks import Head, Visit, visited_heads
+from ..selection import Masks
 from .ablation import MEAN_TEXTS, constant_heads, mean_heads
 from .methods import METHODS
 from .probes import Pair
@@ -20,8 +21,7 @@ SPLITS = 100
 STABILITY_PAIRS = (4, 8, 16)
 RANDOM_ORDERS = 5
 TOP_SHARE = 1 / 8  # of all heads: what "top" means where the choice's budget is not known
-Order = list[tuple[int, int]]
-Masks = list[list[int]]
+Order = list[Head]
 
 
 def ranking(scores: Sequence[Sequence[float]], tie_break: Sequence[Sequence[float]]) -> Order:
@@ -42,7 +42,7 @@ def random_orders(scores: Sequence[Sequence[float]], count: int, seed: int = 0) 
     return [[places[i] for i in torch.randperm(len(places), generator=generator).tolist()] for _ in range(count)]
 
 
-def as_masks(heads: Sequence[tuple[int, int]], layers: int, width: int) -> Masks:
+def as_masks(heads: Order, layers: int, width: int) -> Masks:
     """`[L][H]`, 1 for the heads given."""
     chosen = set(heads)
     return [[int((layer, head) in chosen) for head in range(width)] for layer in range(layers)]
@@ -51,18 +51,14 @@ def as_masks(heads: Sequence[tuple[int, int]], layers: int, width: int) -> Masks
 def average_ranks(values: torch.Tensor) -> torch.Tensor:
     """Ranks of a vector; equal values share the mean of theirs."""
     _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
+    return (counts.cumsum(0) - (counts - 1) / 2.0)[inverse]
 
 
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float | None:
     """Rank correlation of two vectors; `None` where fewer than three values or no variation leave it undefined."""
-    if len(one) < 3:
+    if len(one) < 3 or (one == one[0]).all() or (other == other[0]).all():
         return None
-    ranks = torch.stack([average_ranks(one), average_ranks(other)])
-    ranks = ranks - ranks.mean(1, keepdim=True)
-    norms = ranks.norm(dim=1)
-    return None if norms.min() == 0 else float((ranks[0] * ranks[1]).sum() / norms.prod())
+    return float(torch.corrcoef(torch.stack([average_ranks(one), average_ranks(other)]).double())[0, 1])
 
 
 def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]:
@@ -73,9 +69,9 @@ def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]
     scored on its own.
 
     Returns:
-        by number of pairs: `rho` (Spearman over heads that take part, mean over the splits) with the 95% interval of
+        by number of pairs: `rho` (Spearman over active heads, mean over the splits) with the 95% interval of
         the splits `rho_low`, `rho_high`, or `None` with fewer than three such heads; `overlap` of the halves' best
-        eighth of all heads, with `overlap_low`, `overlap_high`; `heads`, how many take part.
+        eighth of all heads, with `overlap_low`, `overlap_high`; `heads`, how many are active.
     """
     scores = scores.using(method)
     active = torch.from_numpy(scores.active())
