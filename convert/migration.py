@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import check_free
-from ..hub.checkpoint import save_student
+from ..hub.checkpoint import save_checkpoint
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import digest, environment
 from .calibration import (
@@ -156,13 +156,13 @@ def convert_to_folder(
     if forms is None:
         words = f"{ids.numel():,} tokens of {text.name if text else 'the Python standard library'}"
         made_from["calibrated_on"] = words
-    save_student(student, tokenizer, output, made_from, overwrite)
+    save_checkpoint(student, tokenizer, output, made_from, overwrite)
 
 
 def conversion_record(
     teacher: Teacher, config: HydraHeadConfig, masks_file: Path | None, forms_file: Path | None
 ) -> dict:
-    """What a student is made from when it is converted, as in `hub.checkpoint.save_student`; no stage yet."""
+    """What a student is made from when it is converted, as in `hub.checkpoint.save_checkpoint`; no stage yet."""
     files = {"masks": masks_file, "forms": forms_file}
     found = {name: {"sha256": digest(file)} if file else {} for name, file in files.items()}
     found["masks"] |= read_choice(masks_file)[1] if masks_file else {}

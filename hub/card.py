@@ -63,7 +63,7 @@ def model_card(config: HydraHeadConfig, made_from: Mapping, results: str | None 
     The README of a student.
 
     Args:
-        made_from: as in `hub.checkpoint.save_student`.
+        made_from: as in `hub.checkpoint.save_checkpoint`.
         results: a Markdown section of measurements.
     """
     base = made_from["teacher"] if "/" in made_from["teacher"] else None  # a Hub id, and not a folder's name

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,14 +25,17 @@ def save_checkpoint(
     student: "HydraHeadForCausalLM",
     tokenizer: "PreTrainedTokenizerBase | None",
     folder: str | Path,
-    extra_files: Mapping[str, str | dict | list | Path] | None = None,
+    made_from: Mapping | None = None,
     overwrite: bool = False,
 ) -> None:
     """
     Write a student as a folder that loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
 
     Args:
-        extra_files: further files by name: text, something to write as JSON, or a file to copy.
+        made_from: gives the folder a card, the masks and `made_from.json`: `teacher` (its public name), `revision`,
+            `options`, `masks` and `forms` (the SHA-256 of each file and what it says of itself; empty where there was
+            none), `stages`, what each stage of training says of itself, among it `stage` and a `summary` in words;
+            where heads were measured only, `calibrated_on`.
         overwrite: replace what the folder holds.
 
     Raises:
@@ -43,37 +45,12 @@ def save_checkpoint(
         student.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        for name, content in (extra_files or {}).items():
-            if isinstance(content, Path):
-                shutil.copyfile(content, partial / name)
-            else:
-                text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-                (partial / name).write_text(text)
+        if made_from is not None:
+            (partial / "README.md").write_text(model_card(student.config, made_from), encoding="utf-8")
+            Record(partial / "head_masks.json").write(student.config.head_masks)
+            Record(partial / MADE_FROM).write(dict(made_from))
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
-
-
-def save_student(
-    student: "HydraHeadForCausalLM",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    folder: str | Path,
-    made_from: Mapping,
-    overwrite: bool = False,
-) -> None:
-    """
-    As `save_checkpoint`, with a card, the masks, and `made_from.json`.
-
-    Args:
-        made_from: `teacher` (its public name), `revision`, `options`, `masks` and `forms` (the SHA-256 of each file
-            and what it says of itself; empty where there was none), `stages`, what each stage of training says of
-            itself, among it `stage` and a `summary` in words; where heads were measured only, `calibrated_on`.
-    """
-    files = {
-        "README.md": model_card(student.config, made_from),
-        "head_masks.json": student.config.head_masks,
-        MADE_FROM: dict(made_from),
-    }
-    save_checkpoint(student, tokenizer, folder, files, overwrite)
 
 
 def read_made_from(folder: Path) -> dict | None:

@@ -14,7 +14,7 @@ from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import save_forms
 from hydrahead.convert.options import OPTIONS, options_of, student_config
 from hydrahead.convert.teachers import adapter_for, open_teacher
-from hydrahead.hub.checkpoint import save_student
+from hydrahead.hub.checkpoint import save_checkpoint
 from hydrahead.modeling_hydrahead import HydraHeadForCausalLM
 from hydrahead.tests.families import ALL_LINEAR, MIXED, make_student, make_teacher, random_ids
 from hydrahead.tests.training_runs import MAINS, make_inputs, write_recipe
@@ -138,7 +138,7 @@ def test_a_student_that_the_recipe_does_not_make_is_refused_by_name(changes, lin
     config = student_config(open_teacher(recipe["teacher"]["name"]).adapter, **masks, **options)
     made_from = {"teacher": "teacher", "revision": None, "masks": {}, "forms": {}, "stages": []}
     made_from |= {key: value for key, value in changes.items() if key in made_from}
-    save_student(HydraHeadForCausalLM(config), None, folder / "student", made_from)
+    save_checkpoint(HydraHeadForCausalLM(config), None, folder / "student", made_from)
     for stage in ("distill", "finetune"):
         said = refusal(stage, folder, recipe, capsys, f"{stage}.student={folder / 'student'}")
         assert f"{folder / 'student'}: " in said and line in said

@@ -20,7 +20,7 @@ from hydrahead.data.batches import Batch
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
 from hydrahead.training import teacher_cache
 from hydrahead.training.align import FittedHeads, FittedLayers, align, align_heads, teacher_heads
-from hydrahead.training.distill import distill
+from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import distillation_loss, teacher_chunks
 from hydrahead.training.recipe import LoraSection
@@ -115,6 +115,19 @@ def same_batch(step: int) -> list[torch.Tensor]:
     return [random_ids(2, 24), torch.ones(2, 24)]
 
 
+def distill(accelerator, teacher, student, schedule, **options):
+    """A student trained on its teacher's logits, and a little on the text, of the same rows."""
+    train_student(
+        accelerator,
+        StudentLoss(student, kl_weight=1.0, ce_weight=0.1),
+        lambda step: [Batch(*same_batch(step))],
+        schedule,
+        lambda batch: read_teacher(teacher, batch),
+        **options,
+    )
+    return student.eval()
+
+
 def test_the_schedule_warms_up_and_decays():
     schedule = Schedule(steps=100, learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
     assert schedule.learning_rate_at(0) == pytest.approx(0.1)
@@ -170,7 +183,6 @@ def test_distillation_lowers_the_divergence_and_moves_every_parameter():
         Accelerator(cpu=True),
         teacher,
         student,
-        same_batch,
         Schedule(25, 3e-3, 3e-3, warmup_steps=1),
         on_step=lambda _, metrics: seen.append(metrics),
     )
@@ -184,7 +196,7 @@ def test_a_gradient_that_is_not_finite_stops_training_with_a_line():
     with torch.no_grad():
         student.model.norm.weight.fill_(float("inf"))
     with pytest.raises(FloatingPointError, match=r"^step 0: the gradient is not finite[^\n]*$"):
-        distill(Accelerator(cpu=True), teacher, student, same_batch, Schedule(2, 1e-3, 1e-3))
+        distill(Accelerator(cpu=True), teacher, student, Schedule(2, 1e-3, 1e-3))
 
 
 def test_the_gradient_of_alignment_is_that_of_the_sum_of_all_layers_losses():
@@ -267,7 +279,7 @@ def test_after_twenty_steps_all_that_is_trained_has_moved_and_nothing_else():
         trainee = prepare_student(student, lora, checkpointing=True)
         before = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-        distill(Accelerator(cpu=True), teacher, student, same_batch, Schedule(20, 1e-2, 1e-2, warmup_steps=1))
+        distill(Accelerator(cpu=True), teacher, student, Schedule(20, 1e-2, 1e-2, warmup_steps=1))
         moved = {name for name, tensor in student.named_parameters() if not torch.equal(tensor, before[name])}
         assert moved == trained
         if lora is None:
@@ -342,6 +354,6 @@ def test_every_step_reaches_the_tracker():
     tracker = ListTracker()
     accelerator = Accelerator(cpu=True, log_with=tracker)
     accelerator.init_trackers("distill")
-    distill(accelerator, teacher, student, same_batch, Schedule(3, 1e-3, 1e-3, warmup_steps=1))
+    distill(accelerator, teacher, student, Schedule(3, 1e-3, 1e-3, warmup_steps=1))
     assert [step for step, _ in tracker.told] == [0, 1, 2]
     assert {"loss", "kl", "ce", "grad_norm", "tokens_per_second", "memory_gb"} <= tracker.told[0][1].keys()

@@ -11,7 +11,6 @@ paper's way) each layer's attention under the masks is fitted after `W_o`.
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +131,6 @@ def align(
     schedule: Schedule,
     run: Run | None = None,
     autocast: Autocast = contextlib.nullcontext,
-    metrics_file: Path | None = None,
     on_step: Callable[[int, dict], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """
@@ -168,7 +166,7 @@ def align(
     # The loss is a sum over heads that share no parameters but norms: clipping their joint gradient would make each
     # head's step depend on all others.
     schedule = replace(schedule, max_grad_norm=float("inf"))
-    trained = train(accelerator, module, micro_batches, backward, schedule, run, metrics_file, on_step, by_layers=True)
+    trained = train(accelerator, module, micro_batches, backward, schedule, run, on_step, by_layers=True)
     return accelerator.get_state_dict(trained)
 
 
@@ -179,7 +177,6 @@ def align_heads(
     forms: Forms,
     batch_at: Callable[[int], Iterable[torch.Tensor]],
     schedule: Schedule,
-    metrics_file: Path | None = None,
     on_step: Callable[[int, dict], None] | None = None,
 ) -> Forms:
     """
@@ -201,9 +198,7 @@ def align_heads(
         return [Batch(token_ids, torch.ones(token_ids.shape))]
 
     module = FittedHeads(config, forms)
-    module.load_state_dict(
-        align(accelerator, teacher, module, micro_batches, schedule, metrics_file=metrics_file, on_step=on_step)
-    )
+    module.load_state_dict(align(accelerator, teacher, module, micro_batches, schedule, on_step=on_step))
     return module.cpu().forms()
 
 

@@ -7,11 +7,10 @@ Starts from the teacher, the recipe's masks and the aligned heads, or from a stu
 `OUTPUT/distill/student`, a folder for the Hub.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
@@ -22,14 +21,11 @@ from ..convert.options import options_of
 from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
-from .loop import Schedule
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments
 from .stage import Job, Stage
-from .student import StudentLoss, train_and_save, train_student
+from .student import train_and_save
 from .teacher_cache import TeacherCache
-
-__all__ = ["distill"]
 
 WEIGHTS = ("kl_weight", "ce_weight", "temperature")  # of the loss, in the recipe
 
@@ -39,42 +35,6 @@ def read_teacher(teacher: PreTrainedModel, batch: Batch, temperature: float = 1.
     """A teacher's view of a batch: its final hidden states now, its logits in chunks when the loss asks for them."""
     states = teacher.model(batch.token_ids[:, :-1], position_ids=batch.position_ids, use_cache=False).last_hidden_state
     return teacher_chunks(states.flatten(0, 1), teacher.lm_head.weight, temperature)
-
-
-def distill(
-    accelerator: Accelerator,
-    teacher: PreTrainedModel,
-    student: HydraHeadForCausalLM,
-    batch_at: Callable[[int], Iterable[torch.Tensor]],
-    schedule: Schedule,
-    kl_weight: float = 1.0,
-    ce_weight: float = 0.1,
-    metrics_file: Path | None = None,
-    on_step: Callable[[int, dict], None] | None = None,
-) -> HydraHeadForCausalLM:
-    """
-    Train all of a student's parameters on `kl_weight · KL(teacher ‖ student) + ce_weight · CE`.
-
-    Args:
-        teacher: in eval mode; moved to the accelerator's device.
-        student: in fp32.
-        batch_at: token ids `[B, T]` and loss weights `[B, T]` of a step; a weight belongs to the prediction *of* the
-            token that it stands on.
-
-    Returns:
-        the trained student, in eval mode.
-    """
-    teacher = teacher.to(accelerator.device)
-    train_student(
-        accelerator,
-        StudentLoss(student, kl_weight, ce_weight),
-        lambda step: [Batch(*batch_at(step))],
-        schedule,
-        lambda batch: read_teacher(teacher, batch),
-        metrics_file=metrics_file,
-        on_step=on_step,
-    )
-    return student.eval()
 
 
 def run_distill(recipe: Recipe, dry_run: bool = False) -> None:

@@ -73,6 +73,11 @@ class Run:
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
 
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON line for each step."""
+        return self.folder / "metrics.jsonl"
+
 
 def train(
     accelerator: Accelerator,
@@ -81,7 +86,6 @@ def train(
     backward: Callable[[nn.Module, Batch, float], dict[str, torch.Tensor]],
     schedule: Schedule,
     run: Run | None = None,
-    metrics_file: Path | None = None,
     on_step: Callable[[int, dict], None] | None = None,
     by_layers: bool = False,
 ) -> nn.Module:
@@ -97,7 +101,6 @@ def train(
         backward: adds the gradients of a batch's summed loss, times a scale, to those in the parameters, and gives
             what to record: sums over tokens, of any shape; `loss` is the one that is watched.
         run: where to keep checkpoints, if at all, and to resume from the newest.
-        metrics_file: one JSON line is appended for each step; the run's own by default.
         on_step: called after each step with the steps done and what was recorded.
         by_layers: `backward` goes back once for every layer, which the hooks of DistributedDataParallel cannot follow:
             gradients of replicas are averaged when a step's last one is there.
@@ -114,12 +117,11 @@ def train(
     checkpoints = Checkpoints(run.folder, run.keep) if run else None
     resumed = checkpoints.resume(accelerator) if run else {"step": 0}
     first, losses = resumed["step"], resumed.get("losses", [])
-    if run:
-        metrics_file = run.folder / "metrics.jsonl"
-        if accelerator.is_main_process:
-            keep_metrics_before(metrics_file, first)
+    records = run is not None and accelerator.is_main_process
+    if records:
+        keep_metrics_before(run.metrics_file, first)
     model.train()
-    shown = progress(run.name if run else "", schedule.steps, first, run is not None and accelerator.is_main_process)
+    shown = progress(run.name if run else "", schedule.steps, first, active=records)
     with _stop_signals(run is not None) as received, shown as advance:
         for step in range(first, schedule.steps):
             started = time.perf_counter()
@@ -142,8 +144,8 @@ def train(
             if run and run.evaluate_every and ((step + 1) % run.evaluate_every == 0 or step + 1 == schedule.steps):
                 metrics |= run.evaluate()
                 model.train()
-            if metrics_file is not None and accelerator.is_main_process:
-                with metrics_file.open("a") as file:
+            if records:
+                with run.metrics_file.open("a") as file:
                     file.write(json.dumps({"step": step} | metrics) + "\n")
             _track(accelerator, metrics, step)
             advance(note=_note(metrics))

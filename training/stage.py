@@ -23,7 +23,7 @@ from ..data.batches import Batch
 from ..evaluation.figures import draw_training
 from ..evaluation.needles import NiahCell, answer_cell, niah_cells
 from ..evaluation.text import text_loss
-from ..hub.checkpoint import read_made_from, save_student
+from ..hub.checkpoint import read_made_from, save_checkpoint
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record, digest, environment, first_difference
@@ -194,7 +194,7 @@ class Stage:
         return config
 
     def made_from(self, config: HydraHeadConfig) -> dict:
-        """What the student that the stage starts from was made from, as in `hub.checkpoint.save_student`."""
+        """What the student that the stage starts from was made from, as in `hub.checkpoint.save_checkpoint`."""
         student, forms = map(self.sources.get, ("student", "forms"))
         if student is not None and (found := read_made_from(student)):
             return found
@@ -291,7 +291,7 @@ class Job:
                 parameter.data = parameter.data.to(dtype)
         student.config.dtype = dtype
         made_from = made_from | {"stages": [*made_from["stages"], self.facts()]} | environment()
-        save_student(student, self.tokenizer, self.stage.output, made_from, overwrite=True)
+        save_checkpoint(student, self.tokenizer, self.stage.output, made_from, overwrite=True)
 
     def facts(self) -> dict:
         """What this stage trained on, in numbers and in words."""

@@ -4,7 +4,6 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +75,6 @@ def train_student(
     teacher_of: Callable[[Batch], TeacherChunk | None] = lambda batch: None,
     run: Run | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    metrics_file: Path | None = None,
     on_step: Callable[[int, dict], None] | None = None,
 ) -> nn.Module:
     """
@@ -103,7 +101,7 @@ def train_student(
             batch.weights[:, 0] = 0  # nothing predicts the first token: it must not count in the mean
         return batches
 
-    return train(accelerator, model, predicted, backward, schedule, run, metrics_file, on_step)
+    return train(accelerator, model, predicted, backward, schedule, run, on_step)
 
 
 @dataclass
