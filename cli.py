@@ -333,14 +333,15 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text, or training's folder of tokens; else Python's standard library.")
     ] = None,
-    text_tokens: Annotated[int | None, typer.Option(help="Of the text, the first so many tokens.", min=1)] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens that the loss is measured on.", min=1)] = 16_384,
+    heldout_tokens: Annotated[int | None, typer.Option(help="Use the text's first so many only.", min=1)] = None,
     dtype: Annotated[Dtype, typer.Option(help="In which the teacher computes; auto: its own.")] = Dtype.auto,
     revision: Annotated[str | None, typer.Option(help="Revision of a teacher on the Hub.")] = None,
 ) -> None:
     """Compare a student with its teacher: needles found, loss on text, bytes of cache; writes STUDENT/report.json."""
     from .pipeline import evaluate_student, show_report
 
-    evaluate_student(student, teacher, revision, dtype.value, lengths, prompts, text, text_tokens)
+    evaluate_student(student, teacher, revision, dtype.value, lengths, prompts, text, text_tokens, heldout_tokens)
     show_report(student)
 
 

@@ -265,16 +265,17 @@ class Road:
             "lengths": section.lengths,
             "prompts": section.prompts,
             "text": token_folder(recipe, recipe.data, "tokens"),
-            "text_tokens": recipe.data.heldout_tokens,
+            "text_tokens": section.text_tokens,
+            "heldout_tokens": recipe.data.heldout_tokens,
         }
 
         def check() -> None:
-            if (needed := text_needed(section.lengths)) > recipe.data.heldout_tokens:
+            if (needed := text_needed(section.lengths, section.text_tokens)) > recipe.data.heldout_tokens:
                 raise ValueError(
                     f"data.heldout_tokens: {recipe.data.heldout_tokens:,}, evaluate.lengths needs {needed:,}"
                 )
             check_length(self.teacher.tokenizer(), min(section.lengths))
-            known = report_settings(self.teacher, section.prompts, settings["text"])
+            known = report_settings(self.teacher, section.prompts, section.text_tokens, settings["text"])
             Record(self.student / "report.json").check(known, f"{ANEW} report.json")
 
         def is_done() -> bool:
@@ -354,10 +355,10 @@ def heldout_ids(tokenizer, text: Path | None, tokens: int | None = None) -> np.n
     return ids[:tokens]
 
 
-def report_settings(teacher: Teacher, prompts: int, text: Path | None) -> dict:
+def report_settings(teacher: Teacher, prompts: int, text_tokens: int, text: Path | None) -> dict:
     """What decides the numbers of a report."""
     text_name = "the standard library's held-out part" if text is None else text.name
-    return {**teacher.identity, "text": text_name, "prompts": prompts}
+    return {**teacher.identity, "text": text_name, "prompts": prompts, "text_tokens": text_tokens}
 
 
 def evaluate_student(
@@ -368,7 +369,8 @@ def evaluate_student(
     lengths: Sequence[int] = (1024, 2048, 4096),
     prompts: int = 20,
     text: Path | None = None,
-    text_tokens: int | None = None,
+    text_tokens: int = 16_384,
+    heldout_tokens: int | None = None,
 ) -> dict:
     """
     Measure a student folder against its teacher, write `report.json` into it, and print the table.
@@ -378,8 +380,8 @@ def evaluate_student(
     Args:
         teacher, revision: by default, what the folder says that it was made from.
         dtype: of the teacher; the student computes in its own.
-        lengths, prompts: as in `EvaluateSection`.
-        text, text_tokens: as in `heldout_ids`.
+        lengths, prompts, text_tokens: as in `EvaluateSection`.
+        text, heldout_tokens: as in `heldout_ids`.
 
     Returns:
         the report: by model (`teacher`, `student`) and length, what `evaluate_at` gives and bytes of cache in bf16.
@@ -396,10 +398,10 @@ def evaluate_student(
     opened.check_made_from(folder, made_from)
     tokenizer = opened.tokenizer()
     check_length(tokenizer, min(lengths))
-    ids = heldout_ids(tokenizer, text, text_tokens)
-    if len(ids) < (needed := text_needed(lengths)):
+    ids = heldout_ids(tokenizer, text, heldout_tokens)
+    if len(ids) < (needed := text_needed(lengths, text_tokens)):
         raise ValueError(f"the text has {len(ids):,} tokens, lengths up to {max(lengths):,} need {needed:,}")
-    settings = report_settings(opened, prompts, text)
+    settings = report_settings(opened, prompts, text_tokens, text)
     report, unfinished = Record(folder / "report.json"), Record(folder / ".report.json")
     report.check(settings, f"{ANEW} report.json")
     found = report.read() or (unfinished.matches(settings) and unfinished.read()) or {}
@@ -415,7 +417,7 @@ def evaluate_student(
         model = load() if todo else None
         with progress(f"evaluate the {name}", len(todo) * len(TASKS)) as advance:
             for length in todo:
-                cell = evaluate_at(model, tokenizer, ids, length, prompts, advance)
+                cell = evaluate_at(model, tokenizer, ids, length, prompts, text_tokens, advance)
                 cell["cache_bytes"] = configs[name].kv_bytes_per_token() * length + configs[name].state_bytes()
                 results[name][str(length)] = cell
                 unfinished.write(settings | {"results": results})

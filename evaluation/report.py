@@ -9,12 +9,12 @@ from .figures import plot_accuracy_over_length
 from .needles import TASKS, answer_cell, niah_cells
 from .text import text_loss
 
-TEXT_TOKENS, LEAST_WINDOWS = 16_384, 2  # of text, and windows of it, that a loss is measured on
+LEAST_WINDOWS = 2  # of text that a loss is measured on
 
 
-def text_needed(lengths: Sequence[int]) -> int:
-    """Tokens of text that an evaluation at these lengths reads."""
-    return max(TEXT_TOKENS, LEAST_WINDOWS * max(lengths)) + 1
+def text_needed(lengths: Sequence[int], text_tokens: int) -> int:
+    """Tokens of text that an evaluation at these lengths reads; `text_tokens` as in `evaluate_at`."""
+    return max(text_tokens, LEAST_WINDOWS * max(lengths)) + 1
 
 
 def evaluate_at(
@@ -23,14 +23,16 @@ def evaluate_at(
     text_ids: Sequence[int],
     length: int,
     prompts: int,
+    text_tokens: int,
     on_cell: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """
     What a model finds and predicts in prompts and windows of `length` tokens.
 
     Args:
-        text_ids: text that it was not trained on, at least `text_needed([length])` tokens.
+        text_ids: text that it was not trained on, as much as `text_needed` says.
         prompts: of each task.
+        text_tokens: that the loss is measured on, in windows of `length`, two at the least.
 
     Returns:
         by task in `TASKS`, in how many prompts the needle was found; and `text_loss` in nats per token.
@@ -39,7 +41,7 @@ def evaluate_at(
     for cell in niah_cells(tokenizer, text_ids, [length], prompts):
         found[cell.task] = answer_cell(model, tokenizer, cell)["found"]
         on_cell()
-    return found | {"text_loss": text_loss(model, text_ids, length, max(LEAST_WINDOWS, TEXT_TOKENS // length))}
+    return found | {"text_loss": text_loss(model, text_ids, length, max(LEAST_WINDOWS, text_tokens // length))}
 
 
 def report_rows(report: Mapping) -> list[list[str]]:

@@ -16,7 +16,6 @@ from hydrahead import pipeline
 from hydrahead.cli import app
 from hydrahead.convert.scoring.command import Unfinished
 from hydrahead.convert.teachers import Teacher
-from hydrahead.evaluation import report
 from hydrahead.pipeline import walk
 from hydrahead.provenance import Record
 from hydrahead.tests.training_runs import MAINS
@@ -39,7 +38,7 @@ def recipe(tmp_path_factory) -> Path:
         "student": {"fusion_norm": "linear"},
         "data": {"name": str(folder / "text.txt"), "heldout_tokens": 1024},
         "run": {"micro_batch_tokens": 128, "mixed_precision": "no", "save_every": 1},
-        "evaluate": {"lengths": [200, 256], "prompts": 1},
+        "evaluate": {"lengths": [200, 256], "prompts": 1, "text_tokens": 512},
         "align": STAGE | {"calibration_tokens": 128},
         "score": {
             "length": 200,
@@ -58,7 +57,6 @@ def recipe(tmp_path_factory) -> Path:
 
 def walk_and_die(recipe: Path, output: Path, events: Path, life: int) -> None:
     """What a process does: walks, says in a file what it has done, and dies without a word after `life` of that."""
-    report.TEXT_TOKENS = 512
     lives = iter(range(life))
 
     def after(owner, name, word):
@@ -145,7 +143,6 @@ def hydrahead(*words) -> str:
 def test_the_demo_shows_its_student_answering_without_hydrahead_and_does_nothing_again(recipe, finished, monkeypatch):
     for name in ("run_align", "run_distill", "run_finetune", "score_to_folder", "select_to_file", "evaluate_at"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("repeated a finished step"))
-    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
     said = hydrahead("demo", "--config", recipe, f"output={finished[0]}")
     assert said.count(" is there already\n") == 7
     assert "special magic number for" in said and "What is the special" in said and "trust_remote_code" in said
@@ -159,7 +156,6 @@ def test_the_demo_shows_its_student_answering_without_hydrahead_and_does_nothing
 @pytest.mark.slow
 def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_path, monkeypatch):
     """The same student comes out, and the road goes on from what the commands left."""
-    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
     output = tmp_path / "typed"
     said = hydrahead("run", recipe, f"output={output}", "--dry-run")
     assert not output.exists()
@@ -195,7 +191,6 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
 def test_what_does_not_fit_is_refused_by_name_before_anything_is_done(
     override, line, recipe, finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
     monkeypatch.setattr(Teacher, "load", lambda *_: pytest.fail("read the weights"))
     output = finished_copy(finished, tmp_path)
     before = sorted(output.rglob("*"))
@@ -206,7 +201,6 @@ def test_what_does_not_fit_is_refused_by_name_before_anything_is_done(
 
 
 def test_what_was_made_before_a_step_that_is_not_done_is_refused(recipe, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
     output = finished_copy(finished, tmp_path)
     shutil.rmtree(output / "distill")
     with pytest.raises(ValueError, match=r"finetune/student: made before distill, which is not done; choose another"):
@@ -214,7 +208,6 @@ def test_what_was_made_before_a_step_that_is_not_done_is_refused(recipe, finishe
 
 
 def test_scores_of_other_forms_are_refused(recipe, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
     output = finished_copy(finished, tmp_path)
     forms = output / "align" / "head_forms.safetensors"
     with forms.open("r+b") as file:
@@ -227,7 +220,6 @@ def test_scores_of_other_forms_are_refused(recipe, finished, tmp_path, monkeypat
 
 
 def test_a_finished_evaluation_goes_on_with_further_lengths(recipe, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "TEXT_TOKENS", 512)
     output, measured, evaluate_at = finished_copy(finished, tmp_path), [], pipeline.evaluate_at
 
     def measure(model, tokenizer, ids, length, *more):

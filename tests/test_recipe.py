@@ -198,6 +198,17 @@ SHAPES = {
         "max_position_embeddings": 131072,
         "qk_norm": False,
     },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "qk_norm": False,
+    },
 }
 TEACHER = {"full_attention_position": "rope", "full_attention_gate": False, "fusion": "concat"}
 
@@ -211,14 +222,17 @@ def test_a_shipped_recipe_fits_its_teacher_and_states_what_it_costs(name):
     masks = [[int(head % every == 0) for head in range(teacher.num_attention_heads)]] * teacher.num_hidden_layers
     student = HydraHeadConfig(**SHAPES[recipe.teacher.name] | {"head_masks": masks})
     assert recipe.data.name == "HuggingFaceFW/fineweb-edu"
-    assert [getattr(recipe, stage).tokens for stage in STAGES] == [8e8, 4e9, 1e9]
+    share = 0.1 if name.startswith("smollm2") else 1
+    assert [getattr(recipe, stage).tokens for stage in STAGES] == [share * 8e8, share * 4e9, share * 1e9]
+    assert recipe.score and recipe.select.ratio == 1 / every and recipe.evaluate.lengths
+    assert max(recipe.evaluate.lengths) <= teacher.max_position_embeddings
     for stage in STAGES:
         section = recipe.stage(stage)
         for length, _ in stage_phases(section):
             assert length <= teacher.max_position_embeddings and recipe.run.micro_batch_tokens % length == 0
         for processes in (1, 2, 4, 8):
             assert section.batch_tokens % (recipe.run.micro_batch_tokens * processes) == 0
-        cost = estimate(stage, section, student, teacher, recipe.run.micro_batch_tokens, 2)
+        cost = estimate(stage, section, student, teacher, recipe.run.micro_batch_tokens, 2 if share == 1 else 4)
         assert f"# {stage}: {cost}\n" in text
 
 

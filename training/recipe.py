@@ -81,6 +81,7 @@ class EvaluateSection:
     Attributes:
         lengths: tokens of a prompt, one after the other; none for no such evaluation.
         prompts: needles asked for at each length, of a single key and as many among four keys.
+        text_tokens: of held-out text that the loss is measured on, at each length.
     """
 
     every: int = 0
@@ -89,6 +90,7 @@ class EvaluateSection:
     text_windows: int = 16
     lengths: list[int] = field(default_factory=list)
     prompts: int = 20
+    text_tokens: int = 16_384
 
 
 @dataclass
