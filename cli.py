@@ -204,7 +204,9 @@ def select(
         raise ValueError("--exchange converts heads of the teacher: pass --teacher and --forms as well")
     from .convert.masks import Exchange, select_to_file
 
-    improve = Exchange(teacher, forms, exchange, text, length, device) if exchange else None
+    improve = (
+        Exchange(teacher, length=length, text=text, forms=forms, device=device, rounds=exchange) if exchange else None
+    )
     _, lines = select_to_file(
         scores,
         output,

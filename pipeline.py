@@ -235,7 +235,11 @@ class Road:
         exchange = None
         if section.exchange:
             exchange = Exchange(
-                teacher.name, recipe.forms, section.exchange, length=recipe.score.length, revision=teacher.revision
+                teacher.name,
+                length=recipe.score.length,
+                forms=recipe.forms,
+                revision=teacher.revision,
+                rounds=section.exchange,
             )
             more |= {"teacher": teacher.name, "forms": recipe.forms, "length": recipe.score.length}
         scores = self.scores / "head_scores.json"

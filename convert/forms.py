@@ -101,7 +101,7 @@ def layer_state(
     if attention.o_bias is not None:
         state["o_proj.bias"] = attention.o_bias
     return {f"self_attn.{name}": tensor for name, tensor in state.items()} | {
-        name.removeprefix(prefix): tensor for name, tensor in adapter.rest(read, layer).items()
+        name.removeprefix(prefix): tensor for name, tensor in adapter.norms_and_mlp(read, layer).items()
     }
 
 

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import atomic_file
 from ..provenance import digest, environment
 from .scoring.scores import HeadScores
+from .scoring.settings import Exchange
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
 
 if TYPE_CHECKING:  # choosing heads needs no PyTorch
@@ -105,27 +106,6 @@ def read_scores(
     if weights:
         scores = replace(scores, weights=scores.weights | weights)
     return scores.using(method or scores.method) if method or weights else scores
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """
-    What greedy exchange needs to judge a choice of heads by.
-
-    Attributes:
-        teacher: Hub id or folder.
-        forms: aligned forms of its heads.
-        rounds: exchanges at most.
-        text, length, device, revision: as in `ScoreSettings`.
-    """
-
-    teacher: str
-    forms: Path
-    rounds: int = 16
-    text: Path | None = None
-    length: int | None = None
-    device: str | None = None
-    revision: str | None = None
 
 
 def select_to_file(

@@ -94,8 +94,8 @@ def convert_model(
     else:
         statistics = HeadStatistics(*torch.ones(3, config.num_hidden_layers, config.num_attention_heads))
 
-    ends = adapter.ends(read)
-    dtype = dtype or ends["model.norm.weight"].dtype
+    outer = adapter.embedding_and_head(read)
+    dtype = dtype or outer["model.norm.weight"].dtype
     config.dtype = dtype
     with init_empty_weights(include_buffers=False):
         student = HydraHeadForCausalLM(config).eval()
@@ -103,7 +103,7 @@ def convert_model(
         attention = adapter.attention(read, layer)
         forms = initial_forms(attention, statistics, layer, config) if head_forms is None else head_forms
         load_meta(module, layer_state(adapter, read, layer, attention, forms, config), dtype)
-    student.load_state_dict({name: tensor.to(dtype) for name, tensor in ends.items()}, strict=False, assign=True)
+    student.load_state_dict({name: tensor.to(dtype) for name, tensor in outer.items()}, strict=False, assign=True)
     student.tie_weights()
     if generation_config is not None:
         student.generation_config = generation_config

@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..console import progress
 from .forms import HeadForms, converted_heads
 from .hooks import Head, final_states, head_slopes, input_device, visited_heads
-from .masks import Exchange
 from .scoring.command import check_settings, load_teacher, read_text, running_forms, text_rows
 from .scoring.probes import NIAH_KEYS, Pair, niah_probe
 from .scoring.readout import answer_positions, divergence_measure, is_answer
 from .scoring.scores import HeadScores
-from .scoring.settings import ScoreSettings
+from .scoring.settings import Exchange
 from .selection import Masks, Unit
+
+CANDIDATES = 4  # exchanges tried in a round
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def search_masks(
     *,
     unit_size: int = 1,
     fixed: set[Head] = frozenset(),
-    candidates: int = 4,
+    candidates: int = CANDIDATES,
     max_exchanges: int = 16,
     on_trial: Callable[[dict], None] = lambda record: None,
 ) -> tuple[Masks, list[dict]]:
@@ -171,16 +173,7 @@ def exchange_heads(
     Raises:
         ValueError: see `check_settings`; or the scores are of another shape than the teacher.
     """
-    settings = ScoreSettings(
-        exchange.teacher,
-        (),
-        length=exchange.length,
-        text=exchange.text,
-        forms=exchange.forms,
-        device=exchange.device,
-        revision=exchange.revision,
-    )
-    opened, tokenizer, length = check_settings(settings)
+    opened, tokenizer, length = check_settings(exchange)
     opened.check_made_from("the scores", {"teacher": scores.teacher, "revision": scores.revision})
     adapter = opened.adapter
     if (len(masks), len(masks[0])) != (adapter.num_layers, adapter.num_heads):
@@ -188,8 +181,8 @@ def exchange_heads(
             f"the scores are of {len(masks)} layers of {len(masks[0])} heads, {exchange.teacher} has "
             f"{adapter.num_layers} of {adapter.num_heads}"
         )
-    text_ids = read_text(tokenizer, settings)
-    teacher = load_teacher(opened, settings)
+    text_ids = read_text(tokenizer, exchange)
+    teacher = load_teacher(opened, exchange)
     forms = running_forms(opened, exchange.forms)
     pairs = [
         pair
@@ -197,13 +190,7 @@ def exchange_heads(
         for pair in niah_probe(tokenizer, text_ids, length, num_keys=keys, num_pairs=4, seed=seed + 1).pairs
     ]
     size = adapter.num_heads // adapter.num_kv_heads if budget_unit == "kv_groups" else 1
-    return search_masks(
-        teacher,
-        forms,
-        masks,
-        pairs,
-        text_rows(text_ids),
-        unit_size=size,
-        fixed=fixed,
-        max_exchanges=exchange.rounds,
-    )
+    shared = {"unit_size": size, "fixed": fixed, "candidates": CANDIDATES, "max_exchanges": exchange.rounds}
+    with progress("exchange heads", CANDIDATES * exchange.rounds) as advance:
+        rows = text_rows(text_ids)
+        return search_masks(teacher, forms, masks, pairs, rows, **shared, on_trial=lambda _: advance())

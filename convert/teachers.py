@@ -135,14 +135,14 @@ class TeacherAdapter:
             rows |= {name: read(f"{prefix}{name}.weight") for name in ("q_norm", "k_norm")}
         return TeacherAttention(o=read(f"{prefix}o_proj.weight"), **rows)
 
-    def rest(self, read: Read, layer: int) -> dict[str, torch.Tensor]:
+    def norms_and_mlp(self, read: Read, layer: int) -> dict[str, torch.Tensor]:
         """Norms and MLP of layer `layer`, under the student's names."""
         prefix = f"model.layers.{layer}."
         names = ["input_layernorm.weight", "post_attention_layernorm.weight"]
         names += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
         return {prefix + name: read(prefix + name) for name in names}
 
-    def ends(self, read: Read) -> dict[str, torch.Tensor]:
+    def embedding_and_head(self, read: Read) -> dict[str, torch.Tensor]:
         """Embedding, final norm and, unless tied, the language-model head, under the student's names."""
         names = ["model.embed_tokens.weight", "model.norm.weight"]
         names += [] if self.config.tie_word_embeddings else ["lm_head.weight"]
@@ -198,7 +198,7 @@ class Phi3Teacher(TeacherAdapter):
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads])
         return TeacherAttention(q=q, k=k, v=v, o=read(f"{prefix}o_proj.weight"))
 
-    def rest(self, read: Read, layer: int) -> dict[str, torch.Tensor]:
+    def norms_and_mlp(self, read: Read, layer: int) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{layer}."
         gate, up = read(f"{prefix}mlp.gate_up_proj.weight").chunk(2)
         names = ["input_layernorm.weight", "post_attention_layernorm.weight", "mlp.down_proj.weight"]

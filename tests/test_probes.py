@@ -12,10 +12,10 @@ from hydrahead.convert.scoring.probes import (
     built_in_probes,
     check_length,
     induction_probe,
-    jsonl_probes,
     niah_probe,
     text_probe,
 )
+from hydrahead.convert.scoring.user_probes import jsonl_probes
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data.corpus import encode_corpus, load_corpus
 

@@ -21,9 +21,10 @@ from ..migration import student_config
 from ..teachers import Teacher, open_teacher
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .measure import score_heads, score_steps
-from .probes import Pair, Probe, built_in_probes, check_length, jsonl_probes
+from .probes import Pair, Probe, built_in_probes, check_length
 from .scores import HeadScores, ProbeResult
 from .settings import ScoreSettings, check_options
+from .user_probes import jsonl_probes
 
 DEFAULT_LENGTH = 4096
 TEXT_ROWS, TEXT_LENGTH = 4, 512
@@ -183,7 +184,7 @@ def load_teacher(teacher: Teacher, settings: ScoreSettings) -> PreTrainedModel:
 
 
 def knockout_pairs(probes: Sequence[Probe], scores: HeadScores) -> dict[str, list[Pair]]:
-    """Prompts to knock heads out on: those of every usable form whose answers are generated, once."""
+    """Prompts to knock heads out on: those of every usable variant whose answers are generated, once."""
     used = {probe.name for probe in scores.probes if probe.used}
     pairs: dict[str, list[Pair]] = {}
     for probe in probes:

@@ -220,7 +220,7 @@ def with_evidence(
     teacher: PreTrainedModel,
     scores: HeadScores,
     methods: Sequence[str],
-    pairs_by_form: dict[str, Sequence[Pair]],
+    pairs_by_variant: dict[str, Sequence[Pair]],
     forms: HeadForms | None = None,
     on_point: Callable[[], None] = lambda: None,
 ) -> HeadScores:
@@ -232,7 +232,7 @@ def with_evidence(
 
     Args:
         methods: to compare, all of them measured.
-        pairs_by_form: by name of the probe, the prompts to replace heads on.
+        pairs_by_variant: by name of the probe, the prompts to replace heads on.
     """
     evidence: dict[str, dict] = {"stability": {method: stability(scores, method) for method in methods}}
     warnings = list(scores.warnings)
@@ -247,7 +247,7 @@ def with_evidence(
         kinds["converted"] = ("conversion", partial(linear_heads, forms), list(methods))
     for done, (kind, replace_heads, judged) in kinds.items():
         evidence[kind] = {}
-        for name, pairs in pairs_by_form.items():
+        for name, pairs in pairs_by_variant.items():
             curves = knockout(teacher, scores, methods, pairs, replace_heads, on_point=on_point)
             evidence[kind][name] = curves
             warnings += knockout_warnings(curves, name, done, judged)

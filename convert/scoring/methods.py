@@ -98,8 +98,8 @@ _ROWS = (
     Method(
         "replacement",
         "readout and text lost to the linear form, less what the full form loses: what a slot is worth",
-        "replacement.replacement",
-        "replacement.replacement_on_text",
+        measure="replacement.replacement",
+        measure_text="replacement.replacement_on_text",
         gives=("linear", "full"),
         bounds=(-math.inf, math.inf),  # a full form may be worse than a linear one
         is_difference=True,
@@ -114,11 +114,7 @@ _ROWS = (
     ),
     Method("receiver", "direct effect on the answer", bounds=(0, 1)),
     Method("sender", "effect through the receivers, by path patching", "senders.senders", bounds=(0, 1)),
-    Method(
-        "attribution",
-        "first-order estimate of the effect of a head's corrupted output (AtP)",
-        "attribution.attribution",
-    ),
+    Method("attribution", "first-order estimate of the effect of a corrupted output (AtP)", "attribution.attribution"),
     Method(
         "attribution-qk",
         "the same for queries, keys and values, attention computed exactly (AtP*)",

@@ -6,19 +6,16 @@ bring it to the answer. *Key*: what it is found by reads otherwise; shows also t
 which a value counterfactual has no effect at all.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from ...data.needles import answer_text, draw_keys, draw_values, encode_needle, least_length, make_niah
-from ...files import read_utf8
 
 COUNTERFACTUALS = ("value", "key")
-NIAH_KEYS = (1, 4)  # needles in the text of the two built-in forms
+NIAH_KEYS = (1, 4)  # needles in the text of the two built-in variants
 REPEATED_TOKENS, ANSWER_TOKENS = 12, 4  # of a copied stretch: how much is repeated before, and how much is asked for
 NEAR_TOKENS = 16  # what counts as near context in the text probe
 _DRAWS = 200
@@ -45,11 +42,11 @@ class Pair:
 @dataclass(frozen=True)
 class Probe:
     """
-    Pairs that ask for the same thing in the same form.
+    Pairs that ask for the same thing in the same way.
 
     Attributes:
-        name: the form, such as `niah-single`. A capability's forms are its sub-probes: κ is the share of them in which
-            a head takes part; the two counterfactuals of a form count once.
+        name: the variant of its capability, such as `niah-single`: κ is the share of variants in which a head is
+            active; the two counterfactuals of a variant count once.
         capability: what it takes, such as `retrieval`.
         pairs: the pairs; one that a teacher cannot tell apart is dropped when scores are measured.
         counterfactual: `"value"` or `"key"`.
@@ -345,70 +342,3 @@ def built_in_probes(
         for full_name, (name, kind) in names.items()
         if not only or {name, full_name} & set(only)
     ]
-
-
-FIELDS = ("clean", "corrupt", "answer", "wrong")
-
-
-def jsonl_probes(path: str | Path, tokenizer) -> list[Probe]:
-    """
-    A user's own probes: one JSON object a line with the texts `clean`, `corrupt`, `answer`, `wrong`, and, if wanted,
-    `probe`, `capability` (both the file's name by default) and `counterfactual` (`"value"`).
-
-    `clean` and `corrupt` are prompts without the answer, to which `answer` is appended; they must be equally many
-    tokens, and so must `answer` and `wrong`.
-
-    Returns:
-        one probe for each different (probe, capability, counterfactual), in order of occurrence.
-
-    Raises:
-        ValueError: the file is empty or missing, or a line is wrong; names the first such line and how many there are.
-    """
-    path = Path(path)
-    try:
-        lines = [(number, line) for number, line in enumerate(read_utf8(path).splitlines(), 1) if line.strip()]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    if not lines:
-        raise ValueError(f"{path}: holds no pairs; expected a JSON object a line with {', '.join(FIELDS)}")
-    groups: dict[tuple[str, str, str], list[Pair]] = {}
-    errors = []
-    for number, line in lines:
-        try:
-            place, pair = _read_line(line, tokenizer, path.stem)
-            groups.setdefault(place, []).append(pair)
-        except ValueError as error:
-            errors.append(f"{path.name}:{number}: {error}")
-    if errors:
-        raise ValueError(errors[0] + (f" (and {len(errors) - 1} more lines are wrong)" if len(errors) > 1 else ""))
-    return [
-        Probe(name, capability, tuple(pairs), kind, generated=False)
-        for (name, capability, kind), pairs in groups.items()
-    ]
-
-
-def _read_line(line: str, tokenizer, default: str) -> tuple[tuple[str, str, str], Pair]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from None
-    known = (*FIELDS, "probe", "capability", "counterfactual")
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) and entry[name] for name in FIELDS):
-        raise ValueError(f"expected an object with the texts {', '.join(FIELDS)}")
-    unknown = sorted(set(entry) - set(known))
-    if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}, expected some of {', '.join(known)}")
-    check_counterfactual(entry.get("counterfactual", "value"))
-    clean, corrupt = (tokenizer(entry[name]).input_ids for name in FIELDS[:2])
-    answer, wrong = (tokenizer(entry[name], add_special_tokens=False).input_ids for name in FIELDS[2:])
-    for (name, ids), (other, other_ids) in (
-        (("clean", clean), ("corrupt", corrupt)),
-        (("answer", answer), ("wrong", wrong)),
-    ):
-        if len(ids) != len(other_ids):
-            raise ValueError(f"{name} has {len(ids)} tokens and {other} {len(other_ids)}; they must be equally many")
-        if ids == other_ids:
-            raise ValueError(f"{name} and {other} are the same")
-    place = tuple(str(entry.get(name, default)) for name in ("probe", "capability"))
-    pair = Pair(clean + answer, corrupt + answer, len(clean), answer, wrong)
-    return (*place, entry.get("counterfactual", "value")), pair

@@ -75,8 +75,8 @@ class Fused(NamedTuple):
 
     Attributes:
         scores: over all capabilities.
-        capabilities, kappas: by capability, the score and the share of its forms in which a head takes part.
-        largest: effect in any form, which the threshold applies to.
+        capabilities, kappas: by capability, the score and the share of its variants in which a head is active.
+        largest: effect in any variant, which the threshold applies to.
     """
 
     scores: np.ndarray
@@ -94,25 +94,25 @@ def fuse(
     """
     From effects to one score (METHOD §2).
 
-    A form's effect is the larger of its two counterfactuals'; a capability's is the mean over its forms times κ, the
-    share of forms in which a head passes 0.01; it is scaled to a maximum of 1 and, unless it has negative values, a
-    minimum of 0; the score is the weighted mean over capabilities, equal weights by default. A head without a finite
-    effect in some form has the score NaN, and leaves the others theirs.
+    A variant's effect is the larger of its two counterfactuals'; a capability's is the mean over its variants times κ,
+    the share of variants in which a head passes 0.01; it is scaled to a maximum of 1 and, unless it has negative
+    values, a minimum of 0; the score is the weighted mean over capabilities, equal weights by default. A head without
+    a finite effect in some variant has the score NaN, and leaves the others theirs.
 
     Raises:
         ValueError: the method was measured on none of the probes.
     """
-    forms: dict[str, dict[str, list[np.ndarray]]] = {}
+    variants: dict[str, dict[str, list[np.ndarray]]] = {}
     for probe in probes:
         counts = probe.used and (weights or {}).get(probe.capability, 1.0) > 0
         effect = probe.effect(method, pairs(probe)) if counts else None
         if effect is not None:
-            forms.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
-    if not forms:
+            variants.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
+    if not variants:
         raise ValueError(f"{method} was not measured on these probes; measured: {', '.join(measured_methods(probes))}")
     capabilities, kappas, largest = {}, {}, []
-    for capability, by_name in forms.items():
-        means = np.stack([np.max(effects, axis=0) for effects in by_name.values()])  # [forms, L, H]
+    for capability, by_name in variants.items():
+        means = np.stack([np.max(effects, axis=0) for effects in by_name.values()])  # [variants, L, H]
         largest.append(means.max(0))
         kappas[capability] = (means > THRESHOLD).mean(0)
         score = np.where(means.mean(0) > 0, means.mean(0) * kappas[capability], means.mean(0))
@@ -144,7 +144,7 @@ class HeadScores:
         method: whose ranking this is; see `using`.
         teacher, revision, versions, seed: provenance.
         seconds: cost of each method.
-        kappa: by capability, the share of its forms in which a head takes part.
+        kappa: by capability, the share of its variants in which a head is active.
         weights: of the capabilities.
         head_dim: for what a choice costs in cache.
         made_from: what else decided it: text, length, options, digest of the forms.

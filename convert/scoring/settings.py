@@ -54,6 +54,14 @@ class ScoreSettings:
         return any(METHODS[method].needs_forms for method in self.methods)
 
 
+@dataclass(frozen=True)
+class Exchange(ScoreSettings):
+    """What greedy exchange judges a choice of heads by: of the same settings no methods, and exchanges at most."""
+
+    methods: tuple[str, ...] = ()
+    rounds: int = 16
+
+
 def check_options(settings: ScoreSettings) -> None:
     """
     What is wrong whatever the teacher.
