@@ -1,0 +1,55 @@
+"""What the documents name is there: files, modules, commands and their options."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from hydrahead.cli import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
+COMMANDS = typer.main.get_command(app).commands
+
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+
+@every_document
+def test_files_that_a_document_names_exist(document):
+    text = document.read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    assert [link for link in links if not (document.parent / link).exists()] == []
+    words = {word.split("::")[0] for code in re.findall(r"`([^`\n]+)`", text) for word in code.split()}
+    paths = [word.rstrip("/,") for word in words if "/" in word and word.split("/")[0] in FOLDERS]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    names = [word for word in words if re.fullmatch(r"\w+\.py", word)]
+    assert [name for name in names if not any(ROOT.glob(f"{name}")) and not any(ROOT.glob(f"[!.]*/**/{name}"))] == []
+
+
+@every_document
+def test_modules_and_what_is_imported_from_them_exist(document):
+    text = document.read_text()
+    for name in set(re.findall(r"\bhydrahead(?:\.[a-z_]+)+", text)):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:  # a function of a module
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
+    for module, names in re.findall(r"^from (hydrahead\S*) import (.+)$", text, flags=re.M):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), name
+
+
+@every_document
+def test_commands_that_a_document_shows_have_the_options_that_it_gives_them(document):
+    text = document.read_text()
+    lines = [code for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S) for code in block.splitlines()]
+    for line in [*lines, *re.findall(r"`(hydrahead [^`\n]+)`", text)]:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hydrahead"] and not words[1].startswith("-"):
+            known = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts}
+            assert {word.split("=")[0] for word in words if word.startswith("--")} <= known | {"--help"}, line
