@@ -24,6 +24,11 @@ Read = Callable[[str], torch.Tensor]
 """Gives the tensor of a name in the teacher's checkpoint, as memory of the caller's own."""
 
 EMBEDDED_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
+SHARED_FIELDS = (  # of a config, which a student has as its teacher has them
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("rms_norm_eps", "max_position_embeddings", "initializer_range", "tie_word_embeddings", "attention_dropout"),
+    *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 
 
@@ -94,24 +99,7 @@ class TeacherAdapter:
         """The fields of a `HydraHeadConfig` that the teacher decides."""
         config = self.config
         bias, output_bias = self.attention_biases()
-        names = [
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "hidden_act",
-            "rms_norm_eps",
-            "max_position_embeddings",
-            "initializer_range",
-            "tie_word_embeddings",
-            "attention_dropout",
-            "use_cache",
-            "pad_token_id",
-            "bos_token_id",
-            "eos_token_id",
-        ]
-        return {name: getattr(config, name) for name in names} | {
+        return {name: getattr(config, name) for name in SHARED_FIELDS} | {
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "rope_parameters": dict(config.rope_parameters),
@@ -264,10 +252,7 @@ class Teacher:
         """
         found = {key: made_from.get(key) for key in self.identity}
         if found["teacher"] and found != self.identity:
-            of, asked = (
-                each["teacher"] + (f" at {each['revision']}" if each["revision"] else "")
-                for each in (found, self.identity)
-            )
+            of, asked = (" at ".join(filter(None, each.values())) for each in (found, self.identity))
             raise ValueError(f"{file}: made from the teacher {of}, not from {asked}: choose that one, or make it anew")
 
     def fetch(self) -> Path:
@@ -280,11 +265,9 @@ class Teacher:
         """Its tokenizer; no weight is fetched for it."""
         return AutoTokenizer.from_pretrained(self._source, revision=self.revision)
 
-    def load(
-        self, dtype: str | torch.dtype = "auto", device: str | torch.device | dict | None = None
-    ) -> PreTrainedModel:
+    def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device | dict | None = None):
         """
-        The model in eval mode, without gradients.
+        The `PreTrainedModel` in eval mode, without gradients.
 
         Args:
             dtype: `"auto"` is the checkpoint's own.

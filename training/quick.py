@@ -79,9 +79,10 @@ def align_for_scores(settings: ScoreSettings, output: Path) -> None:
         return
     opened, tokenizer, length = check_settings(settings)
     text_ids, _ = read_probes(settings, tokenizer, length)  # what is wrong with them is known before
-    file = Unfinished(output, settings).forms
-    if file.is_file():
+    unfinished = Unfinished(output, settings)
+    if unfinished.has_forms:
         return
+    unfinished.begin()
     steps, seed, adapter = settings.align_steps, settings.seed, opened.adapter
     options = options_of(student_config(adapter, adapter.blank_masks, **settings.options or {}))
     teacher = load_teacher(opened, settings)
@@ -89,4 +90,4 @@ def align_for_scores(settings: ScoreSettings, output: Path) -> None:
         forms = quick_forms(teacher, tokenizer, text_ids, options, steps, seed, lambda *_: advance())
     made_from = {"text": text_name(settings), "length": LENGTH, "rows": ROWS, "steps": steps, "seed": seed}
     made_from |= {"dtype": settings.dtype, **opened.identity, **environment()}
-    save_forms(forms, options, file, made_from)
+    save_forms(forms, options, unfinished.forms, made_from)

@@ -86,6 +86,14 @@ class Unfinished:
         self.settings = {"settings": asdict(settings), "files": [digest(file) for file in read]}
         self.record = Record(self.folder / "settings.json")
         self.forms, self.probes = self.folder / "head_forms.safetensors", self.folder / "probes.json"
+
+    @property
+    def has_forms(self) -> bool:
+        """Whether forms were aligned for these settings."""
+        return self.record.matches(self.settings) and self.forms.is_file()
+
+    def begin(self) -> None:
+        """Forget what other settings had left."""
         if not self.record.matches(self.settings):
             self.close()
             self.record.write(self.settings)
@@ -120,8 +128,11 @@ def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = Fal
     text_ids, probes = read_probes(settings, tokenizer, length)
     unfinished = Unfinished(output, settings)
     forms_file = (settings.forms or unfinished.forms) if settings.needs_forms else None
-    if forms_file is not None and not forms_file.is_file():
-        raise ValueError(f"{settings.methods[0]} needs aligned forms of the heads: pass those of the alignment")
+    if forms_file == unfinished.forms and not unfinished.has_forms:
+        raise ValueError(
+            f"{', '.join(settings.methods)}: needs aligned forms of the heads; pass those of the alignment"
+        )
+    unfinished.begin()
     teacher = load_teacher(opened, settings)
     forms = None if forms_file is None else running_forms(opened, forms_file)
     scores = _score(settings, unfinished, teacher, tokenizer, probes, text_ids, forms)
@@ -131,6 +142,7 @@ def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = Fal
         points *= len(pairs) * (1 if forms is None else 2)
         with progress("replace many heads", points) as advance:
             scores = with_evidence(teacher, scores, settings.methods, pairs, forms, advance)
+    scores.teacher = opened.public_name  # a model from the Hub calls itself by the folder that it is kept in
     scores.made_from = {
         **{key: getattr(settings, key) for key in ("pairs", "built_in", "only", "options", "shortlist", "dtype")},
         "length": length,
