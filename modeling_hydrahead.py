@@ -13,10 +13,8 @@
 # limitations under the License.
 """HydraHead: decoder layers whose query heads are, one by one, full attention or Gated DeltaNet."""
 
-import inspect
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,24 +34,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
-from transformers.models.qwen3_next.modeling_qwen3_next import (
-    torch_chunk_gated_delta_rule,
-    torch_recurrent_gated_delta_rule,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hydrahead import HydraHeadConfig
-
-try:
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
-
-    fla_error = None
-except Exception as error:  # not installed, or in pieces: the PyTorch reference takes over, and says why on a GPU
-    chunk_gated_delta_rule = fused_recurrent_gated_delta_rule = None
-    fla_error = f"{type(error).__name__}: {error}"
+from .ops_hydrahead import HydraHeadPackedLinear, Packing, Padding, attend_to_cache, gated_delta_rule
 
 logger = logging.get_logger(__name__)
 
@@ -63,164 +50,16 @@ OLD_CACHE_NAMES = ("past", "past_key_value", "layer_past", "cache_params")
 # goes out under the name that the release's outputs have.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# transformers wraps these two so that fla replaces them wherever it can be imported, even for tensors on the CPU,
-# where its kernels cannot run. The unwrapped functions are the plain PyTorch reference; we choose per call, by device.
-reference_chunk_gated_delta_rule = inspect.unwrap(torch_chunk_gated_delta_rule)
-reference_recurrent_gated_delta_rule = inspect.unwrap(torch_recurrent_gated_delta_rule)
 
+class HydraHeadRMSNorm(Qwen3RMSNorm):
+    """The same, rounded at the same places, in two kernels where the original has six."""
 
-class Padding(NamedTuple):
-    """
-    Which tokens are padding, found once in a forward and read by every layer.
-
-    Attributes:
-        mask: `[B, T, 1]` bool, true where a token is padding.
-        order: `[B, kernel + T]`, the inputs of a convolution, those before this call among them, padding in front.
-        place: `[B, T]`, where each token has gone in that order, counted from the first input of this call.
-    """
-
-    mask: torch.Tensor
-    order: torch.Tensor
-    place: torch.Tensor
-
-    @classmethod
-    def of(cls, padding_mask: torch.Tensor, kernel_size: int) -> "Padding":
-        """From a mask `[B, T]` that is 0 where a token is padding."""
-        # Padding can stand between two tokens (a right-padded turn, then the next one): it goes to the front.
-        is_real = F.pad(padding_mask.bool(), (kernel_size, 0), value=True)
-        order = is_real.byte().argsort(dim=1, stable=True)
-        place = (order.argsort(dim=1)[:, kernel_size:] - kernel_size).clamp_min(0)
-        return cls(~padding_mask.bool().unsqueeze(-1), order, place)
-
-
-class Packing(NamedTuple):
-    """
-    Where the sequences of packed rows begin, found once in a forward and read by every layer.
-
-    Attributes:
-        offset: `[B, T]`, tokens of its own sequence before each token.
-        bounds: `[N + 1]`, the first token of each sequence in the flattened batch, and its length.
-        of_heads: by number of heads, the bounds of that many copies of the batch, one after the other: fla keeps what
-            it derives from bounds by the tensor's identity, and layers share it.
-    """
-
-    offset: torch.Tensor
-    bounds: torch.Tensor
-    of_heads: dict[int, torch.Tensor]
-
-    @classmethod
-    @torch.compiler.disable  # the number of sequences in a packed row is data
-    def of(cls, restarts: torch.Tensor) -> "Packing":
-        """From `[B, T - 1]` bool, true where the next token begins a sequence."""
-        starts = F.pad(restarts, (1, 0), value=True)
-        index = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
-        offset = index - torch.where(starts, index, 0).cummax(1).values
-        return cls(offset, F.pad(starts.flatten().nonzero().squeeze(1), (0, 1), value=starts.numel()), {})
-
-    def bounds_of(self, heads: int) -> torch.Tensor:
-        """The bounds of `heads` copies of the batch, `[heads * N + 1]`."""
-        if heads not in self.of_heads:
-            first, tokens = self.bounds[:-1], self.offset.numel()
-            starts = first + tokens * torch.arange(heads, device=first.device)[:, None]
-            self.of_heads[heads] = F.pad(starts.flatten(), (0, 1), value=tokens * heads)
-        return self.of_heads[heads]
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.variance_epsilon)
 
 
 class HydraHeadRotaryEmbedding(Qwen3RotaryEmbedding):
     """Rotary embedding with every `rope_parameters` type of transformers, llama3 and longrope among them."""
-
-
-def gated_delta_rule(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    packing: Packing | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Gated delta rule `S_t = e^{g_t} (I - β_t k_t k_tᵀ) S_{t-1} + β_t k_t v_tᵀ`, `o_t = S_tᵀ q_t / √d`, on L2-normalised
-    q and k (Gated DeltaNet, https://huggingface.co/papers/2412.06464).
-
-    Args:
-        query, key, value: `[B, T, H, d]`.
-        g, beta: `[B, T, H]`, fp32: log decay (<= 0) and writing strength.
-        initial_state: `[B, H, d, d]` fp32, or `None` for zeros.
-        packing: where rows are packed: each sequence starts from an empty state, and no state is given out.
-
-    Returns:
-        outputs `[B, T, H, d]` in the dtype of `query`, and the final state `[B, H, d, d]` fp32 if asked for.
-    """
-    use_fla = query.is_cuda and chunk_gated_delta_rule is not None
-    if query.is_cuda and not use_fla and not torch.compiler.is_compiling():
-        logger.warning_once(
-            "HydraHead: linear heads run on the PyTorch reference, which is slow on a GPU, because "
-            f"flash-linear-attention cannot be imported ({fla_error})"
-        )
-    if packing is not None:
-        return _packed_gated_delta_rule(query, key, value, g, beta, packing, use_fla), None
-
-    is_decoding = query.shape[1] == 1 and initial_state is not None
-    if not use_fla:
-        kernel = reference_recurrent_gated_delta_rule if is_decoding else reference_chunk_gated_delta_rule
-        return kernel(
-            query,
-            key,
-            value,
-            g=g,
-            beta=beta,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            use_qk_l2norm_in_kernel=True,
-        )
-    kernel = fused_recurrent_gated_delta_rule if is_decoding else chunk_gated_delta_rule
-    batch_and_heads = (query.shape[0], query.shape[2])
-    output, state = kernel(
-        *(_heads_as_rows(x) for x in (query, key, value)),
-        g=_heads_as_rows(g),
-        beta=_heads_as_rows(beta),
-        initial_state=None if initial_state is None else initial_state.flatten(0, 1).unsqueeze(1),
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=True,
-    )
-    output = output.squeeze(2).unflatten(0, batch_and_heads).transpose(1, 2)
-    return output, None if state is None else state.squeeze(1).unflatten(0, batch_and_heads)
-
-
-def _heads_as_rows(x: torch.Tensor) -> torch.Tensor:
-    """`[B, T, H, …]` to `[B * H, T, 1, …]`: fla compiles and tunes its kernels anew for every number of heads."""
-    return x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
-
-
-@torch.compiler.disable  # the number of sequences in a packed row is data
-def _packed_gated_delta_rule(query, key, value, g, beta, packing: Packing, use_fla: bool) -> torch.Tensor:
-    """Gated delta rule that starts from an empty state at each packed sequence; shapes as in `gated_delta_rule`."""
-    batch_size, seq_len = packing.offset.shape
-    query, key, value, g, beta = (x.flatten(0, 1) for x in (query, key, value, g, beta))  # [B * T, ...]
-    if use_fla:
-        # All sequences in one row, as fla wants it, and in one head, as above: those of each head after the other's.
-        heads = query.shape[1]
-        output, _ = chunk_gated_delta_rule(
-            *(x.transpose(0, 1).flatten(0, 1)[None, :, None] for x in (query, key, value)),
-            g=g.t().flatten()[None, :, None],
-            beta=beta.t().flatten()[None, :, None],
-            use_qk_l2norm_in_kernel=True,
-            cu_seqlens=packing.bounds_of(heads),
-        )
-        return output.view(heads, batch_size, seq_len, -1).permute(1, 2, 0, 3)
-
-    # The reference has no notion of packing: lay each sequence out as a row. Zeros at its end change nothing.
-    lengths = packing.bounds.diff()
-    offsets = torch.arange(int(lengths.max()), device=lengths.device)
-    valid = offsets < lengths[:, None]  # [N, longest]
-    index = (packing.bounds[:-1, None] + offsets).clamp(max=batch_size * seq_len - 1)
-    query, key, value, g, beta = (
-        x[index].masked_fill(~valid.view(*valid.shape, *[1] * (x.ndim - 1)), 0) for x in (query, key, value, g, beta)
-    )
-    output, _ = reference_chunk_gated_delta_rule(query, key, value, g=g, beta=beta, use_qk_l2norm_in_kernel=True)
-    return output[valid].view(batch_size, seq_len, *output.shape[2:])
 
 
 def only_cache(cache: Cache | None, past_key_values: Cache | None, more: dict) -> Cache | None:
@@ -363,9 +202,9 @@ class HydraHeadFullAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_dim, bias=config.attention_bias)
         # CODEPATH: Qwen3 teachers normalise q and k; Llama, Mistral, Qwen2.5 and Phi-3 teachers do not.
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HydraHeadRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         # CODEPATH: as q_norm.
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HydraHeadRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.output_gate = None
         # CODEPATH: on in the paper's checkpoints; off for the unchanged teacher and as an ablation.
         if config.full_attention_gate:
@@ -375,6 +214,11 @@ class HydraHeadFullAttention(nn.Module):
         self.blocks = nn.ModuleList(HydraHeadFullAttentionBlock(config, layer_idx, size) for size, _ in layout.blocks)
         self.whole = HydraHeadFullAttentionBlock(config, layer_idx, 1)
 
+    def linears(self) -> list[nn.Linear]:
+        """What reads the layer's input."""
+        gate = [] if self.output_gate is None else [self.output_gate]
+        return [self.q_proj, self.k_proj, self.v_proj, *gate]
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -382,13 +226,18 @@ class HydraHeadFullAttention(nn.Module):
         query_scale: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
+        projected: Sequence[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[B, T, D]` to head outputs `[B, T, |F|, d]`, in the order of `HeadLayout.full_heads`, and weights."""
-        hidden_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(hidden_shape)).transpose(1, 2)  # [B, |F|, T, d]
-        key = self.k_norm(self.k_proj(hidden_states).view(hidden_shape)).transpose(1, 2)  # [B, |G_F|, T, d]
-        value = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        """
+        `[B, T, D]` to head outputs `[B, T, |F|, d]`, in the order of `HeadLayout.full_heads`, and weights.
+
+        Args:
+            projected: what the `linears` make of `hidden_states`, where that is known.
+        """
+        projected = projected or [linear(hidden_states) for linear in self.linears()]
+        query, key, value, *gate = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
+        query, key, value = (x.transpose(1, 2) for x in (self.q_norm(query), self.k_norm(key), value))
         if self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if query_scale is not None:
@@ -400,6 +249,34 @@ class HydraHeadFullAttention(nn.Module):
         elif cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one adds to kwargs
 
+        # CODEPATH: one token of generation, of which nobody wants attention weights or a gradient; else any call.
+        attend = self._attend_once if self._is_step(query, attention_mask) else self._attend
+        output, weights = attend(query, key, value, attention_mask, **kwargs)
+        if gate:
+            output = output * (2 * gate[0].sigmoid())
+        return output, weights
+
+    def _is_step(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+        is_usual = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+        is_one = query.shape[2] == 1 and self.whole.config._attn_implementation == "sdpa"
+        return is_one and is_usual and not torch.is_grad_enabled()
+
+    def _attend_once(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, None]:
+        """As `_attend` for one token, in one call: KV heads with fewer queries than others get empty ones beside."""
+        largest = max(block.num_key_value_groups for block in self.blocks)
+        parts = [
+            F.pad(part.view(len(query), count, -1, query.shape[-1]), (0, 0, 0, largest - block.num_key_value_groups))
+            for block, count, part in zip(self.blocks, self.key_splits, query.split(self.query_splits, dim=1))
+        ]
+        output = attend_to_cache(torch.cat(parts, dim=1), key, value, attention_mask)  # [B, |G_F|, n, d]
+        parts = [
+            part[:, :, : block.num_key_value_groups].flatten(1, 2)
+            for block, part in zip(self.blocks, output.split(self.key_splits, dim=1))
+        ]
+        return torch.cat(parts, dim=1).unsqueeze(1), None
+
+    def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[B, |F|, T, d]`, `[B, |G_F|, S, d]` to outputs `[B, T, |F|, d]` and weights, by the attention interface."""
         blocks, queries = self.blocks, query.split(self.query_splits, dim=1)
         keys, values = key.split(self.key_splits, dim=1), value.split(self.key_splits, dim=1)
         if len(blocks) > 1 and query.shape[2] > 1:
@@ -413,12 +290,9 @@ class HydraHeadFullAttention(nn.Module):
         outputs, weights = zip(
             *(block(q, k, v, attention_mask, **kwargs) for block, q, k, v in zip(blocks, queries, keys, values))
         )
-        output = torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
-        if self.output_gate is not None:
-            output = output * (2 * self.output_gate(hidden_states).sigmoid()).view(hidden_shape)
-        if len(weights) > 1:
-            return output, torch.cat(weights, dim=1) if weights[0] is not None else None
-        return output, weights[0]  # those that were used: they have a gradient
+        if len(outputs) == 1:
+            return outputs[0], weights[0]  # those that were used: they have a gradient
+        return torch.cat(outputs, dim=2), torch.cat(weights, dim=1) if weights[0] is not None else None
 
 
 class HydraHeadGates(nn.Module):
@@ -431,14 +305,19 @@ class HydraHeadGates(nn.Module):
         self.a_proj = nn.Linear(config.hidden_size, num_heads, bias=False)
         self.A_log = nn.Parameter(torch.zeros(num_heads))
         self.dt_bias = nn.Parameter(torch.zeros(num_heads))
+        self.projections = HydraHeadPackedLinear()
+
+    def linears(self) -> list[nn.Linear]:
+        """What reads the layer's input."""
+        return [self.b_proj, self.a_proj]
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, T, D]` to β in (0, 1) and log decay g < 0, both `[B, T, h]` fp32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = hidden_states.to(self.A_log.dtype)
-            beta = self.b_proj(hidden_states).float().sigmoid()
-            step = F.softplus(self.a_proj(hidden_states).float() + self.dt_bias.float())
-            return beta, -self.A_log.float().exp() * step
+            beta, step = self.projections(hidden_states, self.linears())
+            step = F.softplus(step.float() + self.dt_bias.float())
+            return beta.float().sigmoid(), -self.A_log.float().exp() * step
 
 
 class HydraHeadShortConvolution(nn.Module):
@@ -509,10 +388,14 @@ class HydraHeadGatedDeltaNet(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, dim, bias=config.attention_bias)
         self.short_conv = HydraHeadShortConvolution(3 * dim, config.short_conv_kernel_size)
         # CODEPATH: Qwen3 teachers normalise q and k; Llama, Mistral, Qwen2.5 and Phi-3 teachers do not.
-        self.q_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HydraHeadRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         # CODEPATH: as q_norm.
-        self.k_norm = Qwen3RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = HydraHeadRMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.gates = HydraHeadGates(config, layer_idx)
+
+    def linears(self) -> list[nn.Linear]:
+        """What reads the layer's input, beside the gates."""
+        return [self.q_proj, self.k_proj, self.v_proj]
 
     def forward(
         self,
@@ -521,18 +404,21 @@ class HydraHeadGatedDeltaNet(nn.Module):
         padding: Padding | None = None,
         packing: Packing | None = None,
         cache: Cache | None = None,
+        projected: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """
         `[B, T, D]` to head outputs `[B, T, h, d]`, in the order of `HeadLayout.linear_heads`.
+
+        Args:
+            projected: what the `linears` make of `hidden_states`, where that is known.
 
         A token that is padding writes nothing into the convolution or the state and does not decay it, whatever stands
         in it.
         """
         batch_size, seq_len, _ = hidden_states.shape
         beta, g = self.gates(hidden_states)  # [B, T, h]
-        qkv = torch.cat(
-            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
-        )  # [B, T, 3 * h * d]
+        projected = projected or [linear(hidden_states) for linear in self.linears()]
+        qkv = torch.cat(projected, dim=-1)  # [B, T, 3 * h * d]
         if padding is not None:
             # Filled, not multiplied: 0 · inf in a padded position would be NaN. After the projection: it has a bias.
             qkv, beta, g = (x.masked_fill(padding.mask, 0) for x in (qkv, beta, g))
@@ -585,7 +471,7 @@ class HydraHeadFusion(nn.Module):
         dtype = heads.dtype
         if self.fusion != "concat":
             full, rest = heads.float().split([self.first_normalized, self.num_heads - self.first_normalized], dim=2)
-            rest = rest * torch.rsqrt(rest.pow(2).mean(-1, keepdim=True) + self.eps)
+            rest = F.rms_norm(rest, rest.shape[-1:], eps=self.eps)
             heads = torch.cat([full, rest], dim=2) if self.first_normalized else rest
         if not self.is_ordered:
             heads = heads.index_select(2, self.index)
@@ -608,9 +494,15 @@ class HydraHeadAttention(nn.Module):
         self.full_attention = HydraHeadFullAttention(config, layer_idx) if layout.full_heads else None
         self.linear_attention = HydraHeadGatedDeltaNet(config, layer_idx) if layout.linear_heads else None
         self.fusion = HydraHeadFusion(config, layer_idx)
+        self.projections = HydraHeadPackedLinear()
         self.o_proj = nn.Linear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.attention_output_bias
         )
+
+    def linears(self) -> list[nn.Linear]:
+        """What reads the layer's input, beside the gates: the full-attention branch's, then the linear one's."""
+        branches = (self.full_attention, self.linear_attention)
+        return [linear for branch in branches if branch is not None for linear in branch.linears()]
 
     def head_outputs(
         self,
@@ -624,14 +516,17 @@ class HydraHeadAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`[B, T, D]` to fused head outputs `[B, T, H, d]`, in the teacher's order: what `o_proj` reads."""
-        heads = []
+        heads, linears = [], self.linears()
+        projected = self.projections(hidden_states, linears)
         if self.full_attention is not None:
+            count = len(self.full_attention.linears())
             output, _ = self.full_attention(
-                hidden_states, position_embeddings, query_scale, attention_mask, cache, **kwargs
+                hidden_states, position_embeddings, query_scale, attention_mask, cache, projected[:count], **kwargs
             )
+            projected = projected[count:]
             heads.append(output)
         if self.linear_attention is not None:
-            heads.append(self.linear_attention(hidden_states, position_embeddings, padding, packing, cache))
+            heads.append(self.linear_attention(hidden_states, position_embeddings, padding, packing, cache, projected))
         return self.fusion(torch.cat(heads, dim=2) if len(heads) > 1 else heads[0], hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -644,8 +539,8 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.self_attn = HydraHeadAttention(config, layer_idx)
         self.mlp = Qwen3MLP(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = HydraHeadRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = HydraHeadRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -701,6 +596,17 @@ class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     # A recurrent state cannot be rolled back: assisted decoding refuses such models by this flag.
     _is_stateful = True
 
+    def pack_projections(self) -> None:
+        """
+        Have each layer's projections computed in one product where no gradient is wanted; `generate` does it.
+
+        Their weights become views of one matrix: memory and state dict stay as they are.
+        """
+        for module in self.modules():
+            is_packable = isinstance(module, (HydraHeadAttention, HydraHeadGates))
+            if is_packable and not module.projections.holds(module.linears()):
+                module.projections.pack(module.linears())
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -733,7 +639,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         self.layers = nn.ModuleList(
             HydraHeadDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = HydraHeadRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HydraHeadRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.has_full_attention = config.full_attention_share > 0
@@ -865,6 +771,10 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         return super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, cache, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def generate(self, *args, **kwargs):
+        self.pack_projections()
+        return super().generate(*args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         # Later, in its own thread, a failing forward would leave `generate_batch` with empty results.

@@ -25,7 +25,7 @@ def first(tuned: bool, backward: bool) -> dict:
     from triton.runtime.autotuner import Autotuner
 
     from hydrahead.kernels import use_tuned_kernels
-    from hydrahead.modeling_hydrahead import gated_delta_rule
+    from hydrahead.ops_hydrahead import gated_delta_rule
 
     use_tuned_kernels()
     timed, bench = [], Autotuner._bench
@@ -61,7 +61,7 @@ def rows() -> dict:
     from triton.testing import do_bench
 
     from hydrahead.kernels import use_tuned_kernels
-    from hydrahead.modeling_hydrahead import chunk_gated_delta_rule, gated_delta_rule
+    from hydrahead.ops_hydrahead import chunk_gated_delta_rule, gated_delta_rule
 
     use_tuned_kernels()
     leaves = inputs(4, 14, True)

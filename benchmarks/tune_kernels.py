@@ -1,10 +1,11 @@
 """Tune fla's kernels for linear heads on this GPU, and write what was found as the tables that fla reads.
 
-    python benchmarks/tune_kernels.py tune OUT.json --head-dim 128 --dtype bfloat16 [--packed]
+    python benchmarks/tune_kernels.py tune OUT.json --head-dim 128 --dtype bfloat16
     python benchmarks/tune_kernels.py merge OUT_1.json OUT_2.json … kernels/hopper
 
-All heads of all layers have one shape (`modeling_hydrahead.gated_delta_rule`): one run per head size and dtype serves
-every mask. Where entries are equally near to what is asked for, fla takes the first: merge the commonest size first.
+All rows and heads of all layers, packed or not, have one shape (`ops_hydrahead.gated_delta_rule`): one run per head
+size and dtype serves every mask. Where entries are equally near to what is asked for, fla takes the first: merge the
+commonest size first.
 """
 
 import argparse
@@ -16,31 +17,28 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-def tune(output: Path, head_dim: int, dtype: str, packed: bool) -> None:
+def tune(output: Path, head_dim: int, dtype: str) -> None:
     import torch
     import triton
     from fla.ops.utils.cache import AutotuneKey, CachedAutotuner
 
-    from hydrahead.modeling_hydrahead import Packing, gated_delta_rule
+    from hydrahead.ops_hydrahead import gated_delta_rule
 
     began = time.perf_counter()
     generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1 if packed else 4, 2048, 12)
+    shape = (4, 2048, 12)
 
     def leaf(kind: torch.dtype, *more: int) -> torch.Tensor:
         return torch.randn(*shape, *more, generator=generator, device="cuda", dtype=kind).requires_grad_()
 
     q, k, v = (leaf(getattr(torch, dtype), head_dim) for _ in range(3))
     g, beta = (leaf(torch.float32) for _ in range(2))
-    restarts = torch.zeros(shape[0], shape[1] - 1, dtype=torch.bool, device="cuda")
-    restarts[:, 700] = True
-    packing = Packing.of(restarts) if packed else None
-    gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), None, False, packing)[0].float().square().mean().backward()
-    if not packed:  # as generation does: the first tokens, and those that go on from a state
-        state = torch.zeros(shape[0], shape[2], head_dim, head_dim, device="cuda")
-        with torch.no_grad():
-            for start in (None, state):
-                gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), start, True)
+    gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), None, False)[0].float().square().mean().backward()
+    # As generation does: the first tokens, and those that go on from a state.
+    state = torch.zeros(shape[0], shape[2], head_dim, head_dim, device="cuda")
+    with torch.no_grad():
+        for start in (None, state):
+            gated_delta_rule(q, k, v, -g.exp(), beta.sigmoid(), start, True)
     torch.cuda.synchronize()
     tables = {}
     # fla keeps no list of its tuners: each is the module-level object that a kernel's name stands for.
@@ -94,7 +92,6 @@ if __name__ == "__main__":
     tuning.add_argument("output", type=Path)
     tuning.add_argument("--head-dim", type=int, default=128)
     tuning.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    tuning.add_argument("--packed", action="store_true")
     merging = commands.add_parser("merge")
     merging.add_argument("inputs", type=Path, nargs="+")
     merging.add_argument("folder", type=Path)

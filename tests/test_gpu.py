@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from transformers import CompileConfig
 
-from hydrahead import HydraHeadConfig, HydraHeadForCausalLM, modeling_hydrahead
+from hydrahead import HydraHeadConfig, HydraHeadForCausalLM, modeling_hydrahead, ops_hydrahead
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or modeling_hydrahead.chunk_gated_delta_rule is None,
+    not torch.cuda.is_available() or ops_hydrahead.chunk_gated_delta_rule is None,
     reason="needs a CUDA GPU and flash-linear-attention",
 )
 
@@ -208,19 +209,46 @@ def test_static_cache_generates_the_same(models, ids):
     assert dynamic.tolist() == static.tolist()
 
 
-def test_a_step_runs_on_one_shape_of_fla_whatever_the_heads(models, ids, monkeypatch):
-    """Layers of 5, 8, 0 and 6 linear heads: one head to the kernels, else each number is tuned anew, for minutes."""
+def test_a_compiled_step_generates_the_same(models, ids):
+    """What `generate` compiles by itself for a static cache: one graph, replayed for every token."""
     _, gpu = models
-    kernel, heads = modeling_hydrahead.chunk_gated_delta_rule, set()
+    prompt = ids[:, :50].cuda()
+    dynamic = gpu.generate(prompt, max_new_tokens=14, do_sample=False)
+    compiled = gpu.generate(
+        prompt,
+        max_new_tokens=14,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=CompileConfig(fullgraph=True),
+    )
+    assert dynamic.tolist() == compiled.tolist()
+
+
+@pytest.mark.parametrize("length", [4096, 4099])  # in pieces or not
+def test_a_step_of_attention_against_fp64(length):
+    generator = torch.Generator("cuda").manual_seed(0)
+    query = torch.randn(2, 3, 2, 128, generator=generator, device="cuda").bfloat16()
+    key, value = torch.randn(2, 2, 3, length, 128, generator=generator, device="cuda").bfloat16()
+    mask = torch.rand(2, 1, 1, length, generator=generator, device="cuda") < 0.7
+    exact = torch.nn.functional.scaled_dot_product_attention(query.double(), key.double(), value.double(), mask)
+    with torch.no_grad():
+        for attend in (ops_hydrahead.attend_to_cache, torch.compile(ops_hydrahead.attend_to_cache, fullgraph=True)):
+            assert relative_error(attend(query, key, value, mask), exact) < 1e-2
+
+
+def test_a_step_runs_on_one_shape_of_fla_whatever_the_heads(models, ids, monkeypatch):
+    """Layers of 5, 8, 0 and 6 linear heads: one row of one head to the kernels, else each number is tuned anew."""
+    _, gpu = models
+    kernel, shapes = ops_hydrahead.chunk_gated_delta_rule, set()
 
     def watched(query, *args, **kwargs):
-        heads.add(query.shape[2])
+        shapes.add((query.shape[0], query.shape[2]))
         return kernel(query, *args, **kwargs)
 
-    monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", watched)
+    monkeypatch.setattr(ops_hydrahead, "chunk_gated_delta_rule", watched)
     with torch.no_grad():
         gpu(ids.cuda(), use_cache=False)
-    assert heads == {1}
+    assert shapes == {(1, 1)}
 
 
 def test_compiled_forward_equals_eager(models, ids):

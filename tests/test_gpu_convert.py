@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hydrahead import modeling_hydrahead
+from hydrahead import ops_hydrahead
 from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import HeadForms
 from hydrahead.convert.options import student_config
@@ -30,16 +30,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 GPU = "cuda:0"
-FLA = {
-    name: getattr(modeling_hydrahead, name) for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")
-}
+FLA = {name: getattr(ops_hydrahead, name) for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule")}
 
 
 @pytest.fixture(autouse=True)
 def plain_arithmetic(monkeypatch):
     """fp32 on the reference kernels, so that numbers compare closely; a fresh choice of accelerate's device."""
     for name in FLA:
-        monkeypatch.setattr(modeling_hydrahead, name, None)
+        monkeypatch.setattr(ops_hydrahead, name, None)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
@@ -158,7 +156,7 @@ def test_the_benchmark_of_head_rankings_runs_on_the_gpu():
 def test_flas_kernels_run_on_the_gpu_of_the_layer_whose_heads_they_are(monkeypatch):
     """The same kernels on either GPU: 1e-3 of the largest effect."""
     for name, kernel in FLA.items():
-        monkeypatch.setattr(modeling_hydrahead, name, kernel)
+        monkeypatch.setattr(ops_hydrahead, name, kernel)
     plain, ids = make_teacher("qwen3-untied"), random_ids(1, 130)
     config = student_config(adapter_for(plain.config), ALL_LINEAR)
     tensors, found = head_forms_of(plain, ids, config), []

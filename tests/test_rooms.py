@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROOT_FILES = {"console", "files", "provenance"}
-MODEL = {"configuration_hydrahead", "modeling_hydrahead"}
+MODEL = {"configuration_hydrahead", "modeling_hydrahead", "ops_hydrahead"}
 # What each room may import beside itself. A file at the root is a room of its own.
 ROOMS = {
     "configuration_hydrahead": set(),
-    "modeling_hydrahead": {"configuration_hydrahead"},
+    "ops_hydrahead": set(),
+    "modeling_hydrahead": {"configuration_hydrahead", "ops_hydrahead"},
     "auto": MODEL,
     "console": set(),
     "files": set(),

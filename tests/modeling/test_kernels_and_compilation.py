@@ -1,12 +1,13 @@
 """Which kernels run where; torch.compile and torch.export."""
 
+import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from hydrahead import modeling_hydrahead
+from hydrahead import modeling_hydrahead, ops_hydrahead
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, HEADS, MIXED, make_student, random_ids
 from hydrahead.tests.modeling.checks import (
     NO_END,
@@ -26,7 +27,7 @@ def test_tensors_on_the_cpu_use_the_reference_even_where_fla_is_installed(monkey
         raise RuntimeError("0 active drivers")
 
     for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
-        monkeypatch.setattr(modeling_hydrahead, name, cannot_run)
+        monkeypatch.setattr(ops_hydrahead, name, cannot_run)
     student = make_student()
     ids, positions = packed_rows()
     assert student.generate(random_ids(2, 5), max_new_tokens=3, **NO_END).shape == (2, 8)
@@ -41,75 +42,107 @@ def test_a_broken_installation_of_the_kernels_is_named_on_a_gpu(monkeypatch, cap
         "    def find_spec(self, name, *_):\n"
         "        if name == 'fla': raise OSError('libz3.so: cannot open shared object file')\n"
         "sys.meta_path.insert(0, Broken())\n"
-        "from hydrahead import modeling_hydrahead as m\n"
+        "from hydrahead import ops_hydrahead as m\n"
         "print(m.chunk_gated_delta_rule, m.fla_error)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.strip() == "None OSError: libz3.so: cannot open shared object file", done.stderr
 
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", None)
-    monkeypatch.setattr(modeling_hydrahead, "fla_error", "OSError: libz3.so")
-    monkeypatch.setattr(modeling_hydrahead.logger, "propagate", True)
+    monkeypatch.setattr(ops_hydrahead, "chunk_gated_delta_rule", None)
+    monkeypatch.setattr(ops_hydrahead, "fla_error", "OSError: libz3.so")
+    monkeypatch.setattr(ops_hydrahead.logger, "propagate", True)
     q, k, v = (x.as_subclass(OnGpu) for x in torch.ones(3, 1, 4, 2, 8))
     modeling_hydrahead.gated_delta_rule(q, k, v, -torch.ones(1, 4, 2), torch.ones(1, 4, 2), None, False)
     assert "cannot be imported (OSError: libz3.so)" in caplog.text and "slow on a GPU" in caplog.text
 
 
-@pytest.mark.parametrize("seq_len", [1, 9])
-def test_every_number_of_heads_is_one_shape_to_the_gpu_kernels(seq_len, monkeypatch):
-    """fla tunes for minutes where layers differ in their heads; stand-ins run the reference on what they are given."""
+class OnGpu(torch.Tensor):
+    """A tensor that says that it lies on a GPU: stand-ins for kernels compute on it what the kernels would."""
+
+    is_cuda = True
+
+
+def rule_inputs(batch_size: int, seq_len: int, heads: int, head_dim: int = 8) -> list[torch.Tensor]:
+    """q, k and v, g, β and a state."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, batch_size, seq_len, heads, head_dim, generator=generator)
+    g, beta = -torch.rand(batch_size, seq_len, heads, generator=generator), torch.rand(batch_size, seq_len, heads)
+    return [q, k, v, g, beta, torch.randn(batch_size, heads, head_dim, head_dim, generator=generator)]
+
+
+def stand_in_for_fla(q, k, v, g, beta, initial_state=None, cu_seqlens=None, cu_seqlens_cpu=None, **more):
+    """What fla gives for sequences behind each other in one row: each by the reference, from its own state."""
+    assert q.shape[0] == q.shape[2] == g.shape[2] == 1 and cu_seqlens.tolist() == cu_seqlens_cpu.tolist()
+    outputs, states = [], []
+    for index, (a, b) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        output, state = ops_hydrahead.reference_chunk_gated_delta_rule(
+            *(x[:, a:b].as_subclass(torch.Tensor) for x in (q, k, v)),
+            g=g[:, a:b],
+            beta=beta[:, a:b],
+            initial_state=None if initial_state is None else initial_state[index : index + 1],
+            **more,
+        )
+        outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.cat(states) if more["output_final_state"] else None
+
+
+@pytest.mark.parametrize("state", ["from a state", "from zero"])
+def test_a_prompt_is_one_shape_to_the_gpu_kernels_whatever_the_heads_and_rows(state, monkeypatch):
+    """fla tunes for minutes where layers differ in their heads, and batches in their rows."""
+    *inputs, initial = rule_inputs(2, 9, heads=5)
+    initial = initial if state == "from a state" else None
+    expected = ops_hydrahead.gated_delta_rule(*inputs, initial, True)
+    monkeypatch.setattr(ops_hydrahead, "chunk_gated_delta_rule", stand_in_for_fla)
+    found = ops_hydrahead.gated_delta_rule(*(x.as_subclass(OnGpu) for x in inputs[:3]), *inputs[3:], initial, True)
+    for one, other in zip(found, expected):
+        assert_close(one.as_subclass(torch.Tensor), other, 1e-5)
+
+
+def test_a_token_is_one_shape_to_the_gpu_kernel_whatever_the_heads(monkeypatch):
     shapes = []
 
-    def stand_in(reference):
-        def kernel(q, k, v, **more):
-            shapes.append((q.shape[2], v.shape[2], more["g"].shape[2], more["initial_state"].shape[1]))
-            return reference(q, k, v, **more)
+    def kernel(q, k, v, **more):
+        shapes.append((q.shape[1:3], v.shape[1:3], more["g"].shape[1:], more["initial_state"].shape[1]))
+        return ops_hydrahead.reference_recurrent_gated_delta_rule(q, k, v, **more)
 
-        return kernel
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"):
-        reference = getattr(modeling_hydrahead, "reference_" + name.removeprefix("fused_"))
-        monkeypatch.setattr(modeling_hydrahead, name, stand_in(reference))
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 2, seq_len, 5, 8, generator=generator)
-    g, beta = -torch.rand(2, seq_len, 5, generator=generator), torch.rand(2, seq_len, 5, generator=generator)
-    state = torch.randn(2, 5, 8, 8, generator=generator)
-    expected = modeling_hydrahead.gated_delta_rule(q, k, v, g, beta, state, True)
-    found = modeling_hydrahead.gated_delta_rule(*(x.as_subclass(OnGpu) for x in (q, k, v)), g, beta, state, True)
-    assert shapes == [(1, 1, 1, 1)]
+    *inputs, state = rule_inputs(2, 1, heads=5)
+    expected = ops_hydrahead.gated_delta_rule(*inputs, state, True)
+    monkeypatch.setattr(ops_hydrahead, "chunk_gated_delta_rule", kernel)  # is there
+    monkeypatch.setattr(ops_hydrahead, "fused_recurrent_gated_delta_rule", kernel)
+    found = ops_hydrahead.gated_delta_rule(*(x.as_subclass(OnGpu) for x in inputs[:3]), *inputs[3:], state, True)
+    assert shapes == [((1, 1), (1, 1), (1, 1), 1)]
     for one, other in zip(found, expected):
         assert_close(one.as_subclass(torch.Tensor), other, 1e-6)
 
 
-def test_packed_rows_reach_the_gpu_kernel_as_one_row_with_bounds(monkeypatch):
-    """fla's `cu_seqlens` path, with a stand-in that runs each sequence by the reference."""
-    reference, seen = modeling_hydrahead.reference_chunk_gated_delta_rule, []
-
-    def varlen(q, k, v, g, beta, use_qk_l2norm_in_kernel, cu_seqlens):
-        assert q.shape[0] == q.shape[2] == g.shape[0] == g.shape[2] == 1  # one row, one head
-        seen.append(cu_seqlens.tolist())
-        pieces = [
-            reference(*(x[:, a:b] for x in (q, k, v)), g=g[:, a:b], beta=beta[:, a:b], use_qk_l2norm_in_kernel=True)[0]
-            for a, b in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:])
-        ]
-        return torch.cat(pieces, dim=1), None
-
-    generator = torch.Generator().manual_seed(0)
+def test_packed_rows_are_one_shape_to_the_gpu_kernels(monkeypatch):
     _, positions = packed_rows()
-    q, k, v = torch.randn(3, 4, 17, HEADS, 8, generator=generator)
-    g, beta = -torch.rand(4, 17, HEADS, generator=generator), torch.rand(4, 17, HEADS, generator=generator)
+    *inputs, _ = rule_inputs(4, 17, HEADS)
     packing = modeling_hydrahead.find_packing(positions, None, None, is_declared=False)
-    slow = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, packing, use_fla=False)
-    monkeypatch.setattr(modeling_hydrahead, "chunk_gated_delta_rule", varlen)
-    fast = modeling_hydrahead._packed_gated_delta_rule(q, k, v, g, beta, packing, use_fla=True)
-    assert_close(fast, slow, 1e-5)
-    assert seen[0][:6] == [0, 5, 6, 15, 17, 34] and seen[0][-1] == HEADS * 4 * 17
+    slow, _ = ops_hydrahead.gated_delta_rule(*inputs, None, False, packing)
+    monkeypatch.setattr(ops_hydrahead, "chunk_gated_delta_rule", stand_in_for_fla)
+    fast, _ = ops_hydrahead.gated_delta_rule(
+        *(x.as_subclass(OnGpu) for x in inputs[:3]), *inputs[3:], None, False, packing
+    )
+    assert_close(fast.as_subclass(torch.Tensor), slow, 1e-5)
+    bounds = packing.bounds_of(HEADS)[0].tolist()
+    assert bounds[:6] == [0, 5, 6, 15, 17, 34] and bounds[-1] == HEADS * 4 * 17
+
+
+@pytest.mark.parametrize("length", [64, 40])  # pieces or none
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_of_attention_in_pieces_of_the_cache_equals_it_in_one(length, masked, monkeypatch):
+    """The arithmetic of a compiled step on a GPU; products are stood in for, as the CPU gives none out in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 3, 2, 8, generator=generator)
+    key, value = torch.randn(2, 2, 3, length, 8, generator=generator)
+    mask = torch.rand(2, 1, 1, length, generator=generator) < 0.4 if masked else None
+    expected = ops_hydrahead.attend_to_cache(query, key, value, mask)
+    monkeypatch.setattr(ops_hydrahead, "matmul_fp32", torch.matmul)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = ops_hydrahead.attend_to_cache(query.as_subclass(OnGpu), key, value, mask)
+    assert_close(found.as_subclass(torch.Tensor), expected, 1e-5)
 
 
 @pytest.fixture

@@ -59,5 +59,5 @@ def test_a_saved_configuration_says_where_its_code_is(tmp_path):
         "AutoModel": "modeling_hydrahead.HydraHeadModel",
         "AutoModelForCausalLM": "modeling_hydrahead.HydraHeadForCausalLM",
     }
-    for name in ("configuration_hydrahead.py", "modeling_hydrahead.py"):
+    for name in ("configuration_hydrahead.py", "modeling_hydrahead.py", "ops_hydrahead.py"):
         assert (tmp_path / name).is_file()
