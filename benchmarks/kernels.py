@@ -1,23 +1,22 @@
-"""How long fla's kernels take before they first run here, and what laying heads out as rows costs: needs a GPU.
+"""How long fla's kernels take before they first run here, and what one shape for all heads costs: needs a GPU.
 
-    python benchmarks/kernels.py first [--tuned] [--backward]     # in a fresh process; its own cache, removed before
+    python benchmarks/kernels.py first [--tuned] [--backward] [--cache DIR]     # in a fresh process
     python benchmarks/kernels.py rows
 
-Prints JSON. `first`: seconds of the first pass over 2,048 tokens, for two numbers of heads one after the other, and
-how many configurations were timed. `rows`: medians of forward and backward, a head as a head and as a row.
+Prints JSON. `first`: seconds of the first pass over 2,048 tokens, and of one with other heads, rows and a state after
+it, and how many configurations were timed; from an empty cache, or from what an earlier run left in DIR. `rows`:
+medians of forward and backward, a head as a head and all sequences of all heads in one row of one head.
 """
 
 import argparse
 import json
 import os
-import shutil
+import tempfile
 import time
 from importlib.metadata import version
 
 
-def first(tuned: bool, backward: bool) -> dict:
-    cache = f"/tmp/hydrahead-kernels-{os.getpid()}"
-    shutil.rmtree(cache, ignore_errors=True)
+def first(tuned: bool, backward: bool, cache: str) -> dict:
     os.environ["TRITON_CACHE_DIR"] = os.environ["TILELANG_CACHE_DIR"] = cache
     if not tuned:
         os.environ["FLA_CACHE_MODE"] = "disabled"
@@ -32,16 +31,17 @@ def first(tuned: bool, backward: bool) -> dict:
     Autotuner._bench = lambda *args, **kwargs: timed.append(1) or bench(*args, **kwargs)
     torch.zeros(1, device="cuda")
     result = {}
-    for heads in (14, 11):
+    for batch, heads in ((1, 14), (3, 11)):
+        state = None if backward or batch == 1 else torch.zeros(batch, heads, 128, 128, device="cuda")
         began = time.perf_counter()
         timed.clear()
         with torch.set_grad_enabled(backward):
-            output, _ = gated_delta_rule(*inputs(1, heads, backward), None, False)
+            output, _ = gated_delta_rule(*inputs(batch, heads, backward), state, not backward)
             if backward:
                 output.float().square().mean().backward()
         torch.cuda.synchronize()
-        result[f"{heads} heads"] = {"seconds": round(time.perf_counter() - began, 1), "configurations": len(timed)}
-    shutil.rmtree(cache, ignore_errors=True)
+        name = f"{batch} x {heads} heads" + ("" if state is None else ", from a state")
+        result[name] = {"seconds": round(time.perf_counter() - began, 1), "configurations": len(timed)}
     return result
 
 
@@ -87,11 +87,15 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["first", "rows"])
     parser.add_argument("--tuned", action="store_true", help="with the configurations that hydrahead brings")
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--cache", help="folder of compiled kernels, kept; a new one by default")
     arguments = parser.parse_args()
-    found = first(arguments.tuned, arguments.backward) if arguments.what == "first" else rows()
+    is_first = arguments.what == "first"
+    with tempfile.TemporaryDirectory() as new:
+        found = first(arguments.tuned, arguments.backward, arguments.cache or new) if is_first else rows()
     import torch
 
-    setting = {"tuned": arguments.tuned, "backward": arguments.backward} if arguments.what == "first" else {}
+    setting = {"tuned": arguments.tuned, "backward": arguments.backward, "kept_cache": bool(arguments.cache)}
+    setting = setting if is_first else {}
     hardware = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     versions = {name: version(name) for name in ("triton", "fla-core", "transformers")}
     print(json.dumps({"what": arguments.what} | setting | found | hardware | versions))
