@@ -141,10 +141,10 @@ def separator_of(data: DataSection, tokenizer) -> str:
 
 class TokenFile:
     """
-    The tokens of a source, in a folder: `tokens.bin`, and `tokens.json` that says whose they are and how many.
+    The tokens of a source, in a folder: `tokens.bin`, and `tokens.json` that says what they are of and how many.
 
-    A document is what the tokenizer makes of it, ended by the separator. Filling can be stopped at any
-    moment: what `tokens.json` does not count yet is cut off and done again.
+    A document is what the tokenizer makes of it, ended by the separator. Filling can be stopped at any moment: what
+    `tokens.json` does not count yet is cut off and done again.
     """
 
     def __init__(self, folder: Path, data: DataSection, tokenizer):
