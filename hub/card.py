@@ -51,7 +51,8 @@ def origin(made_from: Mapping) -> dict[str, str]:
         rows["Heads chosen by"] = words
     if "calibrated_on" in made_from:
         rows["Calibrated on"] = made_from["calibrated_on"]
-    rows |= {"Align": forms["summary"]} if "summary" in forms else {}
+    if "steps" in forms:
+        rows["Align"] = forms.get("summary") or f"{forms['steps']:,} steps, {forms['text']}"
     rows |= {stage["stage"].capitalize(): stage["summary"] for stage in stages}
     if all(stage["stage"] == "align" for stage in stages):
         rows["Trained"] = "heads aligned one by one, nothing end to end" if forms else "no"
