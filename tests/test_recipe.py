@@ -144,6 +144,18 @@ def test_a_student_that_the_recipe_does_not_make_is_refused_by_name(changes, lin
         assert f"{folder / 'student'}: " in said and line in said
 
 
+def test_a_student_of_version_0_1_keeps_what_it_says_it_was_trained_on(inputs):
+    folder, recipe = inputs
+    config = student_config(open_teacher(recipe["teacher"]["name"]).adapter, MIXED)
+    save_checkpoint(HydraHeadForCausalLM(config), None, folder / "student")
+    trained = [{"stage": "distill", "summary": "8 tokens", "recipe": {}}]
+    (folder / "student" / "training.json").write_text(json.dumps(trained))
+    path = write_recipe(folder, recipe)
+    stage = stage_module.Stage(load_recipe(path, [f"finetune.student={folder / 'student'}"]), "finetune")
+    made_from = stage.made_from(stage.check_student(folder / "student"))
+    assert (made_from["teacher"], made_from["stages"]) == ("teacher", trained)
+
+
 def test_heads_aligned_for_other_options_are_refused_by_name(inputs, capsys):
     """Under RoPE, heads that were aligned for NoPE would train in silence."""
     folder, recipe = inputs
