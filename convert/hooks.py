@@ -212,10 +212,10 @@ def each_head_replaced(
             patched = heads.expand(len(batch), -1, -1, -1).clone()
             for row, (kind, _, head) in enumerate(batch):
                 patched[row, :, head] = kinds[kind, :, head].to(heads.dtype)
-            values += measure(finish(patched)).tolist()
+            values += measure(finish(patched)).cpu().tolist()
         places += rows
     result = torch.full((1 + len(kinds), index + 1, heads.shape[1]), torch.nan)
-    result[0] = measure(finish(heads.unsqueeze(0))).item()
+    result[0] = measure(finish(heads.unsqueeze(0))).cpu().item()
     for (kind, *place), value in zip(places, values):
         result[(1 + kind, *place)] = value
     return result
