@@ -21,12 +21,12 @@ import torch
 
 from hydrahead.convert.calibration import HeadStatistics, initial_forms, measure_heads
 from hydrahead.convert.forms import Forms, HeadForms
-from hydrahead.convert.hooks import visited_heads
 from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
 from hydrahead.provenance import environment
+from hydrahead.training.align import teacher_heads
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import head_matching_loss
 
@@ -43,23 +43,11 @@ class Study:
         self.text = encode_corpus(self.tokenizer, load_corpus("train"))
         self.adapter = teacher.adapter
         self.layers, self.heads = self.adapter.num_layers, self.adapter.num_heads
-        self.config = student_config(self.adapter, [[0] * self.heads] * self.layers, fusion_norm="linear")
+        self.config = student_config(self.adapter, self.adapter.blank_masks, fusion_norm="linear")
 
     def batch(self, *seed: int) -> torch.Tensor:
         ids, _ = mixture_rows(self.tokenizer, self.text, LENGTH, self.rows, list(seed))
         return torch.from_numpy(ids)
-
-    def teacher_heads(self, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What each layer's attention reads, and its heads' outputs."""
-        seen = []
-
-        def keep(_, hidden_states, heads):
-            seen.append((hidden_states, heads))
-            return heads
-
-        with torch.no_grad(), visited_heads(self.teacher, keep):
-            self.teacher.model(ids, use_cache=False)
-        return seen
 
     def forms(self, variant: str, seed: int) -> Forms:
         """Untrained forms under an initialisation."""
@@ -96,7 +84,7 @@ class Study:
     def fit_scales(self, forms: Forms, ids: torch.Tensor) -> None:
         """γ of every linear head that brings it nearest to its teacher head."""
         running = HeadForms(self.config, forms)
-        for layer, (states, target) in enumerate(self.teacher_heads(ids)):
+        for layer, (states, target) in enumerate(teacher_heads(self.teacher, ids)):
             (output,) = running.outputs(layer, states, ("linear",))
             scale = (output * target).sum((0, 1, 3)) / output.square().sum((0, 1, 3))
             forms[f"{layer}.linear.gamma"] = forms[f"{layer}.linear.gamma"] * scale
@@ -106,7 +94,7 @@ class Study:
         """Mean over heads and layers, on rows that are the same for all."""
         losses = []
         for seed in range(4):
-            for layer, (states, target) in enumerate(self.teacher_heads(self.batch(999_983, seed))):
+            for layer, (states, target) in enumerate(teacher_heads(self.teacher, self.batch(999_983, seed))):
                 (output,) = running.outputs(layer, states, ("linear",))
                 losses.append(head_matching_loss(output, target).mean())
         return torch.stack(losses).mean().item()
@@ -126,7 +114,7 @@ class Study:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
-            for layer, (states, target) in enumerate(self.teacher_heads(self.batch(seed, 1, step))):
+            for layer, (states, target) in enumerate(teacher_heads(self.teacher, self.batch(seed, 1, step))):
                 (output,) = running.outputs(layer, states, ("linear",))
                 head_matching_loss(output, target).sum().backward()
             optimizer.step()

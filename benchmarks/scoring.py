@@ -200,7 +200,7 @@ def measure(model: PreTrainedModel, pairs: list[Pair], device: str, repeats: int
         exact = receiver_effects(model, pairs[0]).drops
         times["naive receivers, difference"] = [((naive_receivers(model, pairs[0]) - exact).abs().max().item(), 0.0)]
     if swaps:
-        config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, fusion_norm="linear")
+        config = student_config(adapter, adapter.blank_masks, fusion_norm="linear")
         ids = torch.tensor([pairs[0].clean[:512], pairs[1].clean[:512]])
         forms = HeadForms(config, head_forms_of(model, ids, config)).to(device).requires_grad_(False)
         wanted = {(layer, 0) for layer in range(0, adapter.num_layers, max(1, adapter.num_layers // swaps))}
@@ -222,7 +222,7 @@ def shortlist_errors(model: PreTrainedModel, pairs: list[Pair], tokenizer, text:
     adapter = adapter_for(model.config)
     options = {"fusion_norm": "linear", "logit_scale_base": 1024}
     tensors = quick_forms(model, tokenizer, text, options, steps)
-    config = student_config(adapter, [[0] * adapter.num_heads] * adapter.num_layers, **options)
+    config = student_config(adapter, adapter.blank_masks, **options)
     forms = HeadForms(config, tensors).to(model.device).requires_grad_(False)
     probe, rows = (
         [Probe("needles", "retrieval", tuple(pairs))],
