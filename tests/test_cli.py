@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from hydrahead import __version__
 from hydrahead.cli import app
+from hydrahead.convert import teachers
 from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import save_forms
 from hydrahead.convert.masks import read_masks
@@ -410,6 +412,26 @@ def test_an_interrupted_score_goes_on_where_the_last_probe_was_finished(tmp_path
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     one, two = (json.loads((folder / "head_scores.json").read_text()) for folder in (plain, output))
     assert one | {"seconds": 0} == two | {"seconds": 0}
+
+
+def test_a_method_that_needs_forms_is_refused_without_before_anything_is_written(tmp_path):
+    settings = ScoreSettings("demo", ("replacement",), length=200, pairs=1, only=("copy.value",))
+    with pytest.raises(ValueError, match=r"^replacement: needs aligned forms of the heads; pass those of [^\n]*$"):
+        score_to_folder(settings, tmp_path / "scores")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_a_teacher_from_the_hub_are_named_by_its_id(tmp_path, monkeypatch):
+    """Not by the folder in which its files are kept here, so that masks made of them are known to be its own."""
+    kept = shutil.copytree(EMBEDDED_TEACHER, tmp_path / "snapshots" / "0123abcd")
+    monkeypatch.setattr(teachers, "snapshot_download", lambda *_, **__: str(kept))
+    opened = teachers.Teacher("org/model", "v1", "org/model", teachers.open_teacher(str(kept)).config)
+    opened.fetch()
+    monkeypatch.setattr("hydrahead.convert.scoring.command.open_teacher", lambda *_: opened)
+    settings = ScoreSettings("org/model", ("receiver",), length=200, pairs=1, only=("copy.value",), revision="v1")
+    scores = score_to_folder(replace(settings, evidence=False, device="cpu"), tmp_path / "scores")
+    assert {"teacher": scores.teacher, "revision": scores.revision} == opened.identity
+    assert scores.teacher == "org/model"
 
 
 @pytest.mark.slow
