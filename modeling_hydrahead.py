@@ -344,28 +344,30 @@ class HydraHeadShortConvolution(nn.Module):
             outputs `[B, T, C]` in the dtype of `x`, of no meaning where a token is padding, and the last inputs
             `[B, C, kernel_size]`.
         """
-        kernel_size, seq_len = self.kernel_size, x.shape[1]
-        weight = self.weight.to(x.dtype)
         if context is None:
-            inputs = F.pad(x, (0, 0, kernel_size, 0))
+            inputs = F.pad(x, (0, 0, self.kernel_size, 0))
         else:
             inputs = torch.cat([context.transpose(1, 2), x], dim=1)
         if padding is not None:
             inputs = inputs.gather(1, padding.order.unsqueeze(-1).expand_as(inputs))
-
-        if seq_len == 1:
-            output = (inputs[:, 1:] * weight.t()).sum(1, keepdim=True)
-        else:
-            output = inputs[:, kernel_size:] * weight[:, -1]
-            for tap in range(kernel_size - 1):
-                earlier = inputs[:, tap + 1 : tap + 1 + seq_len]
-                if packing is not None:
-                    earlier = earlier.masked_fill((packing.offset < kernel_size - 1 - tap).unsqueeze(-1), 0)
-                output = output + earlier * weight[:, tap]
-
+        output = self._sum_of_taps(inputs, packing)
         if padding is not None:
             output = output.gather(1, padding.place.unsqueeze(-1).expand_as(output))
-        return output, inputs[:, -kernel_size:].transpose(1, 2)
+        return output, inputs[:, -self.kernel_size :].transpose(1, 2)
+
+    def _sum_of_taps(self, inputs: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+        """Inputs `[B, kernel_size + T, C]` to outputs `[B, T, C]`; no tap reaches back over a sequence's beginning."""
+        kernel_size, seq_len = self.kernel_size, inputs.shape[1] - self.kernel_size
+        weight = self.weight.to(inputs.dtype)
+        if seq_len == 1:
+            return (inputs[:, 1:] * weight.t()).sum(1, keepdim=True)
+        output = inputs[:, kernel_size:] * weight[:, -1]
+        for tap in range(kernel_size - 1):
+            earlier = inputs[:, tap + 1 : tap + 1 + seq_len]
+            if packing is not None:
+                earlier = earlier.masked_fill((packing.offset < kernel_size - 1 - tap).unsqueeze(-1), 0)
+            output = output + earlier * weight[:, tap]
+        return output
 
 
 class HydraHeadGatedDeltaNet(nn.Module):
