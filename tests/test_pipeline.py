@@ -233,6 +233,26 @@ def test_a_finished_evaluation_goes_on_with_further_lengths(recipe, finished, tm
     assert "| 300 | " in (student / "README.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_finished_road_goes_on_where_a_stage_grew(recipe, finished, tmp_path):
+    """The last one at once; an earlier one where what was made of it has been removed, and not before."""
+    output = finished_copy(finished, tmp_path)
+    records = {stage: (output / stage / "metrics.jsonl").read_text() for stage in ("align", "finetune")}
+    student = walk(str(recipe), [f"output={output}", "finetune.tokens=512"]).student
+    after = (output / "finetune" / "metrics.jsonl").read_text()
+    assert after.startswith(records["finetune"]) and len(after.splitlines()) == 4
+    assert (student / "report.json").is_file() and "512 tokens" in (student / "README.md").read_text()
+    grown = [f"output={output}", "align.tokens=512"]
+    with pytest.raises(ValueError, match=r"distill: made with another text_begins .* begin the stage anew$"):
+        walk(str(recipe), grown)
+    for made in ("distill", "finetune", "scores"):
+        shutil.rmtree(output / made)
+    (output / "head_masks.json").unlink()
+    walk(str(recipe), grown)
+    after = (output / "align" / "metrics.jsonl").read_text()
+    assert after.startswith(records["align"]) and len(after.splitlines()) == 4
+
+
 def test_stages_of_several_processes_go_through_accelerate(recipe, tmp_path, monkeypatch):
     """With the configuration that the recipe names; what stops them stops the road."""
     started = []
