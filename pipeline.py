@@ -57,23 +57,17 @@ ANEW = "choose another output, or have it made anew: remove"
 @dataclass
 class Step:
     """
-    One step of the road.
-
-    Attributes:
-        name: as in a recipe.
-        command: what a person could type instead.
-        output: the file or folder that it leaves.
-        check: raises a one-line `ValueError` where it cannot work, or where what is there was made otherwise.
-        do: does it, or goes on with it.
-        is_done: whether the output is there and whole.
+    One step of the road: its name in a recipe, the command that a person could type instead, and the file or folder
+    that it leaves; `check` raises a one-line `ValueError` where it cannot work or was done otherwise, and `do` goes on
+    with what was interrupted.
     """
 
     name: str
     command: list[str]
     output: Path
-    check: Callable[[], object]
     do: Callable[[], object]
     is_done: Callable[[], bool]
+    check: Callable[[], object] = lambda: None
 
 
 def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Road":
@@ -99,7 +93,8 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
     for step in steps:
         print(f"\n{step.name}: {shlex.join(step.command)}", flush=True)
         if dry_run and step.name in STAGES:
-            road.print_cost(step.name)
+            stage = Stage(road.recipe, step.name)
+            print_cost(road.recipe, step.name, stage.adapter, road.config(stage))
         elif step.is_done():
             print(f"{step.output} is there already")
         elif not dry_run:
@@ -178,20 +173,19 @@ class Road:
             if "forms" in stage.sources and not recipe.align:
                 check_forms(recipe.forms, self.teacher, options_of(config))
 
-        do = partial(launch_stage, arguments) if launch else partial(stages[name], recipe)
-        output = self.output / name / ("head_forms.safetensors" if name == "align" else "student")
-        command = ["accelerate", "launch", *arguments]
-        return Step(name, command, output, check, do, lambda: Stage(recipe, name).is_done)
+        return Step(
+            name,
+            ["accelerate", "launch", *arguments],
+            self.output / name / ("head_forms.safetensors" if name == "align" else "student"),
+            partial(launch_stage, arguments) if launch else partial(stages[name], recipe),
+            lambda: Stage(recipe, name).is_done,
+            check,
+        )
 
-    def config(self, stage: Stage):
+    def config(self, stage: Stage) -> HydraHeadConfig:
         """Configuration of the student that a stage trains."""
         needs_masks = stage.name != "align" or stage.section.mode == "layers"
         return stage.config(self.masks() if needs_masks else None)
-
-    def print_cost(self, name: str) -> None:
-        """Print what a stage costs."""
-        stage = Stage(self.recipe, name)
-        print_cost(self.recipe, name, stage.adapter, self.config(stage))
 
     def score(self) -> Step:
         """What keeping each head is worth."""
@@ -225,8 +219,7 @@ class Road:
                 if changed := first_difference({key: made.get(key, now[key]) for key in now}, now):
                     raise ValueError(f"{self.scores}: made with another {changed}; {ANEW} {self.scores}")
 
-        do = partial(score_to_folder, settings, self.scores)
-        return Step("score", command, output, check, do, output.is_file)
+        return Step("score", command, output, partial(score_to_folder, settings, self.scores), output.is_file, check)
 
     def select(self) -> Step:
         """Which heads stay full attention."""
@@ -247,9 +240,8 @@ class Road:
         command += [*flags(section), *flags_of(more)]
 
         def do() -> None:
-            settings = asdict(section) | {"weights": section.weight, "exchange": exchange}
-            settings.pop("weight")
-            _, lines = select_to_file([scores], recipe.chosen_masks, seed=recipe.run.seed, **settings)
+            settings = asdict(section) | {"seed": recipe.run.seed, "exchange": exchange}
+            _, lines = select_to_file([scores], recipe.chosen_masks, weights=settings.pop("weight"), **settings)
             print(*lines, sep="\n")
 
         def check() -> None:
@@ -257,7 +249,7 @@ class Road:
             Record(recipe.chosen_masks).check(made | {"seed": recipe.run.seed}, f"{ANEW} {recipe.chosen_masks}")
             self.masks()
 
-        return Step("select", command, recipe.chosen_masks, check, do, recipe.chosen_masks.is_file)
+        return Step("select", command, recipe.chosen_masks, do, recipe.chosen_masks.is_file, check)
 
     def evaluate(self) -> Step:
         """The student against its teacher on held-out text."""
@@ -288,7 +280,7 @@ class Road:
 
         command = ["hydrahead", "evaluate", str(self.student), *flags_of(settings)]
         do = partial(evaluate_student, self.student, **settings)
-        return Step("evaluate", command, self.student / "report.json", check, do, is_done)
+        return Step("evaluate", command, self.student / "report.json", do, is_done, check)
 
     def card(self) -> Step:
         """The README of the student's folder, with what was measured."""
@@ -299,14 +291,10 @@ class Road:
                 shutil.copyfile(picture, self.student / "head_map.png")
             write_card(self.student)
 
-        return Step(
-            "card",
-            ["hydrahead", "card", str(self.student)],
-            file,
-            lambda: None,
-            do,
-            lambda: file.is_file() and file.read_text() == card_of(self.student),
-        )
+        def is_done() -> bool:
+            return file.is_file() and file.read_text() == card_of(self.student)
+
+        return Step("card", ["hydrahead", "card", str(self.student)], file, do, is_done)
 
 
 def flags(section) -> list[str]:
@@ -361,7 +349,7 @@ def heldout_ids(tokenizer, text: Path | None, tokens: int | None = None) -> np.n
 
 def report_settings(teacher: Teacher, prompts: int, text_tokens: int, text: Path | None) -> dict:
     """What decides the numbers of a report."""
-    text_name = "the standard library's held-out part" if text is None else text.name
+    text_name = "the standard library" if text is None else "the training text" if text.is_dir() else text.name
     return {**teacher.identity, "text": text_name, "prompts": prompts, "text_tokens": text_tokens}
 
 
@@ -456,13 +444,18 @@ def card_of(folder: Path) -> str:
         raise ValueError(f"{folder}: no student that says what it was made from (made_from.json)")
     if report:
         columns, *rows = report_rows(report)
-        table = "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---:"] * len(columns), *rows))
+        lines = [f"| {' | '.join(row)} |" for row in (columns, ["---:"] * len(columns), *rows)]
         practised = any(stage["recipe"]["retrieval_share"] for stage in made_from["stages"])
-        pictures = [name for name in ("accuracy.png", "head_map.png") if (folder / name).is_file()]
-        results = (
-            f"Teacher / student; {report['prompts']} prompts a cell, greedy, in {report['text']}, which the student "
-            f"has not read.{' It practised what is asked here: see the rows above.' if practised else ''}\n\n{table}"
-            f"\n\n{' '.join(f'![{name}]({name})' for name in pictures)}\n\n{report['hardware']}, {report['date']}."
+        results = "\n".join(
+            [
+                f"Teacher / student; {report['prompts']} prompts a cell, greedy, in {report['text']}, held out; "
+                f"{report['hardware']}, {report['date']}."
+                + (" The student practised what is asked here: see the rows above." if practised else ""),
+                "",
+                *lines,
+                "",
+                *(f"![{file.stem}]({file.name})" for file in sorted(folder.glob("*.png"))),
+            ]
         )
     return model_card(HydraHeadConfig.from_pretrained(folder), made_from, results)
 
@@ -473,8 +466,8 @@ def write_card(folder: Path) -> None:
     if report := Record(folder / "report.json").read():
         native = HydraHeadConfig.from_pretrained(folder).max_position_embeddings
         draw_report(report, native, folder / "accuracy.png")
-    with atomic_file(folder / "README.md") as partial:
-        partial.write_text(card_of(folder))
+    with atomic_file(folder / "README.md") as partial_file:
+        partial_file.write_text(card_of(folder))
 
 
 def ask(road: Road) -> None:
