@@ -16,7 +16,6 @@ from hydrahead import pipeline
 from hydrahead.cli import app
 from hydrahead.convert.scoring.command import Unfinished
 from hydrahead.convert.teachers import Teacher
-from hydrahead.hub.checkpoint import read_made_from
 from hydrahead.pipeline import walk
 from hydrahead.provenance import Record
 from hydrahead.tests.training_runs import MAINS
