@@ -117,11 +117,6 @@ def measure_heads(
     return HeadStatistics(*(torch.stack(each).cpu() for each in (rms, distance, entropy)))
 
 
-def repeat_heads(kv: torch.Tensor, group_size: int) -> torch.Tensor:
-    """`[G, ...]` to `[G * group_size, ...]`: query head `h` gets the rows of KV head `h // group_size`."""
-    return kv.repeat_interleave(group_size, dim=0)
-
-
 def full_forms(attention: TeacherAttention) -> Forms:
     """The teacher's heads as they are, in the names of the full-attention branch."""
     forms = {
@@ -150,7 +145,8 @@ def initial_forms(
     dtype, group_size = attention.q.dtype, heads // config.num_key_value_heads
     full = full_forms(attention)
     per_kv_head = ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias")
-    linear = {name: repeat_heads(t, group_size) if name in per_kv_head else t.clone() for name, t in full.items()}
+    # Query head h gets the rows of KV head h // group_size.
+    linear = {n: t.repeat_interleave(group_size, 0) if n in per_kv_head else t.clone() for n, t in full.items()}
 
     conv = torch.zeros(3, heads, dim, config.short_conv_kernel_size, dtype=dtype)
     conv[..., -1] = 1

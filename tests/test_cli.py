@@ -20,7 +20,7 @@ from hydrahead import __version__
 from hydrahead.cli import app
 from hydrahead.convert import teachers
 from hydrahead.convert.calibration import head_forms_of
-from hydrahead.convert.forms import save_forms
+from hydrahead.convert.forms import forms_made_from, save_forms
 from hydrahead.convert.masks import read_masks
 from hydrahead.convert.options import options_of, student_config
 from hydrahead.convert.scoring.command import score_to_folder
@@ -29,6 +29,7 @@ from hydrahead.convert.scoring.settings import ScoreSettings
 from hydrahead.convert.teachers import EMBEDDED_TEACHER, adapter_for
 from hydrahead.files import atomic_folder
 from hydrahead.hub.checkpoint import answer_in_clean_process
+from hydrahead.provenance import digest
 from hydrahead.tests.families import make_teacher
 
 COMMAND = [sys.executable, "-m", "hydrahead"]
@@ -348,7 +349,8 @@ def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
     assert "the same cache, budgeted in kv_groups: " in done.stdout
     file = json.loads((tmp_path / "masks.json").read_text())
     masks = read_masks(tmp_path / "masks.json")
-    assert masks == file["masks"] and file["method"] == "receiver" and list(file["scores"]) == ["head_scores.json"]
+    assert masks == file["masks"] and file["method"] == "receiver" and file["teacher"] == "demo"
+    assert file["scores"] == {"head_scores.json": digest(tmp_path / "scores" / "head_scores.json")}
     scores = json.loads((tmp_path / "scores" / "head_scores.json").read_text())["scores"]
     kept = [score for row, mask in zip(scores, masks) for score, full in zip(row, mask) if full]
     assert file["kept"] == 12 and file["without_evidence"] == sum(score <= 0 for score in kept)
@@ -451,6 +453,9 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "head_scores.json").read_text()) for name in ("one", "two"))
     assert one["method"] == two["method"] == "replacement" and one["scores"] == two["scores"]
+    assert one["made_from"]["forms"] == two["made_from"]["forms"] == digest(forms[1])
+    aligned = forms_made_from(forms[1])
+    assert (aligned["teacher"], aligned["steps"], aligned["dtype"]) == ("demo", 2, "auto")
 
     chosen = ["--output", tmp_path / "masks.json", "--weight", "language=0.5", "--strategy", "global"]
     exchange = ["--exchange", 1, "--teacher", EMBEDDED_TEACHER, "--forms", forms[1], "--length", 200]

@@ -82,7 +82,11 @@ def score_heads(
             on_probe([*results, result])
         results.append(result)
     if not any(result.used for result in results):
-        raise ValueError(_nothing_usable(probes))
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(probe.name for probe in probes))}: the teacher answers or tells apart none of "
+            f"the {sum(len(probe.pairs) for probe in probes)} pairs; it lacks this capability at this length, use a "
+            "shorter or easier probe"
+        )
     if len(text_rows):
         results += measuring.text(methods, text_rows)
 
@@ -128,15 +132,6 @@ def score_steps(probes: Sequence[Probe], names: Sequence[str], text_rows: int) -
         steps += len(probe.pairs) * (1 + len(methods_on(probe, names, probe.name in seen, text_rows > 0)))
         seen.add(probe.name)
     return steps + text_rows * sum(bool(method.measure_text) for method in measured_by(names))
-
-
-def _nothing_usable(probes: Sequence[Probe]) -> str:
-    names = ", ".join(dict.fromkeys(probe.name for probe in probes))
-    count = sum(len(probe.pairs) for probe in probes)
-    return (
-        f"{names}: the teacher answers or tells apart none of the {count} pairs; it lacks this capability at this "
-        "length, use a shorter or easier probe"
-    )
 
 
 def probe_warnings(results: Sequence[ProbeResult]) -> list[str]:

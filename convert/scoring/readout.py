@@ -21,8 +21,7 @@ def answer_positions(pair: Pair) -> slice:
 
 def first_change(pair: Pair) -> int:
     """The first position at which the two texts differ; that of the first answer if they are equal."""
-    differing = (i for i, (one, other) in enumerate(zip(pair.clean, pair.corrupt)) if one != other)
-    return min(next(differing, len(pair.clean)), pair.answer_start - 1)
+    return min([*needle_positions(pair).tolist(), pair.answer_start - 1])
 
 
 def needle_positions(pair: Pair) -> torch.Tensor:

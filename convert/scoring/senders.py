@@ -7,7 +7,7 @@ import torch
 from ..hooks import TOKENS_AT_ONCE, Head, Recording, record
 from .methods import Bench, UsedPairs
 from .probes import Pair
-from .readout import answer_positions, first_change, readout, readout_direction
+from .readout import answer_positions, first_change, readout_direction
 from .receivers import Changes, carry, direct_effects, each_head_changed, output_change
 from .recompute import HeadReader
 from .scores import THRESHOLD
@@ -40,17 +40,9 @@ class PathPatching:
         self.corrupt = record(model, pair.corrupt, self.changed)
         positions = answer_positions(pair)
         self.answer = slice(positions.start - self.first, positions.stop - self.first)
-        self.answer_in_text = positions
         self.direction = readout_direction(model, pair)
         self.reader = reader.for_length(self.length)
         self.residual = self.clean.residual[:, self.changed]  # [L, P, D]
-
-    def readouts(self) -> tuple[float, float]:
-        """Clean and corrupt readout."""
-        clean, corrupt = (
-            readout(recording.states[self.answer], self.direction) for recording in (self.clean, self.corrupt)
-        )
-        return clean.item(), corrupt.item()
 
     def _reread(self, layer: int, heads: list[int], rows: torch.Tensor, reference: torch.Tensor, queries: slice):
         """
