@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -293,9 +294,17 @@ def run(
     ] = False,
 ) -> None:
     """Walk a recipe from teacher to card: align, score, select, distil, finetune, evaluate; goes on where it was."""
+    _walk(recipe, overrides or (), dry_run)
+
+
+def _walk(recipe: str, overrides: Sequence[str], dry_run: bool = False):
+    """Read a recipe, which is quick, and then walk it."""
+    from .training.recipe import load_recipe
+
+    load_recipe(recipe, overrides)
     from .pipeline import walk
 
-    walk(recipe, overrides or (), dry_run)
+    return walk(recipe, overrides, dry_run)
 
 
 NOW_KEYS = {  # of the recipe: what options of `demo` are called
@@ -321,9 +330,10 @@ def demo(
             raise ValueError(f"{word}: a key of the recipe now, {key}")
     if teacher:
         overrides = [f"teacher.name={teacher}", f"output=runs/{config}-{Path(teacher).name}", *overrides]
-    from .pipeline import ask, walk
+    road = _walk(config, overrides)
+    from .pipeline import ask
 
-    ask(walk(config, overrides))
+    ask(road)
 
 
 @app.command()
@@ -341,6 +351,7 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Revision of a teacher on the Hub.")] = None,
 ) -> None:
     """Compare a student with its teacher: needles found, loss on text, bytes of cache; writes STUDENT/report.json."""
+    _check_student(student)
     from .pipeline import evaluate_student, show_report
 
     evaluate_student(student, teacher, revision, dtype.value, lengths, prompts, text, text_tokens, heldout_tokens)
@@ -350,10 +361,16 @@ def evaluate(
 @app.command()
 def card(student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")]) -> None:
     """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
+    _check_student(student)
     from .pipeline import write_card
 
     write_card(student)
     typer.echo(student / "README.md")
+
+
+def _check_student(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no student there (no config.json)")
 
 
 def main() -> None:

@@ -117,8 +117,11 @@ def imported(*arguments) -> tuple[int, set[str], str]:
         ["score", EMBEDDED_TEACHER, "out", "--forms", "none.safetensors"],
         ["convert", EMBEDDED_TEACHER, "out", "--masks", "none.json"],
         ["demo", "--text", "none.txt"],
+        ["demo", "--config", "nosuch"],
+        ["run", "demo", "distill.token=1"],
+        ["evaluate", "none"],
+        ["card", "none"],
     ],
-    ids=lambda arguments: f"{arguments[0]} {arguments[-2]}",
 )
 def test_a_typo_does_not_wait_for_pytorch(tmp_path, arguments):
     scores = write_scores(tmp_path / "scores.json")
