@@ -199,3 +199,9 @@ def test_an_empty_or_missing_file_is_refused(tokenizer, tmp_path):
         jsonl_probes(tmp_path / "mine.jsonl", tokenizer)
     with pytest.raises(ValueError, match="cannot be read"):
         jsonl_probes(tmp_path / "none.jsonl", tokenizer)
+
+
+def test_the_name_that_the_readme_used_to_give_still_works():
+    from hydrahead.convert import probes as older
+
+    assert older.niah_probe is niah_probe and older.jsonl_probes is jsonl_probes
