@@ -211,7 +211,8 @@ class Road:
         output = self.scores / "head_scores.json"
 
         def check() -> None:
-            check_settings(replace(settings, forms=None, options=options_of(Stage(recipe, "align").config())))
+            options = {key: value for key, value in asdict(recipe.student).items() if value is not None}
+            check_settings(replace(settings, forms=None if recipe.align else recipe.forms, options=options))
             if output.is_file() and recipe.forms.is_file():
                 made, now = json.loads(output.read_text()).get("made_from") or {}, {"forms": digest(recipe.forms)}
                 now |= {key: getattr(section, key) for key in ("pairs", "built_in", "only", "shortlist")}

@@ -182,6 +182,7 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
         ("evaluate.prompts=2", "student: made with another prompts (1, now 2); choose another output"),
         ("score.pairs=3", "out/scores: made with another pairs (2, now 3); choose another output"),
         ("output=nowhere select.ratio=0.01", "keeps 0 of 48 heads"),
+        ("output=nowhere align=null", "align/head_forms.safetensors: no such file"),
         ("score=null", "the recipe has a section select and no section score"),
         ("score.length=100", "length 100 is too short"),
         ("evaluate.lengths=[4096]", "data.heldout_tokens: 1,024, evaluate.lengths needs 8,193"),
