@@ -161,7 +161,11 @@ class Batches:
             rows = Rows(tokens, first, used, heldout, length, place)
             long_rows = None
             if long_tokens is not None:
-                long_rows = Rows(long_tokens, 0, len(long_tokens) - 1, 0, length, [*place, 1])
+                # Never all that is there by now: the file grows with extensions, and with others that share it.
+                own, end = (
+                    max(length, int(count * batch_tokens * self.mix.long_share)) for count in (steps, step + steps)
+                )
+                long_rows = Rows(long_tokens, end - own, own, 0, length, [*place, 1])
             self.phases.append(Phase(step, sample, rows, long_rows, place))
             first, step, sample = first + used, step + steps, sample + used // length
 

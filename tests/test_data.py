@@ -301,6 +301,20 @@ def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, to
     assert not any("magic number" in text or "zebra" in text for text in tokenizer.batch_decode(batch.token_ids))
 
 
+def test_rows_of_long_documents_stay_where_they_are_when_their_file_grows(tmp_path, tokenizer, monkeypatch):
+    """An extension, or another run on the same file, tokenises more: what was begun reads on as it began."""
+    monkeypatch.setattr(tokens_module, "DOCUMENTS_AT_A_TIME", 2)
+    values = make_inputs(tmp_path)
+    values["long_data"] = values["data"] | {"heldout_tokens": 0}
+    values["distill"] |= {"long_share": 0.5}
+    found = []
+    for tokens, parts in ((2048, [8]), (6144, [8, 16]), (2048, [8])):
+        values["distill"]["tokens"] = tokens
+        batches = stage_batches(load_recipe(write_recipe(tmp_path, values)), "distill", tokenizer, parts)
+        found.append([batch.token_ids for step in range(8) for batch in batches.micro_batches(step)])
+    assert all(torch.equal(*each) for later in found[1:] for each in zip(found[0], later))
+
+
 # The libraries need these two on Linux: only hydrahead does not find them.
 WITHOUT_LOCKS = """
 import builtins, sys

@@ -82,7 +82,8 @@ def stage_batches(
     """
     section, data, long_data = recipe.stage(stage), recipe.data, recipe.long_data
     first = tokens_before(recipe, stage)
-    needed, long_needed = first + section.tokens + 1, int(section.tokens * section.long_share) + 1
+    longest = max(length for length, _ in stage_phases(section))
+    needed, long_needed = first + section.tokens + 1, max(longest, int(section.tokens * section.long_share)) + 1
     text, long_text = ready_tokens(token_folder(recipe, data, "tokens"), data, tokenizer, needed), None
     if section.long_share:
         long_text = ready_tokens(token_folder(recipe, long_data, "long_tokens"), long_data, tokenizer, long_needed)
