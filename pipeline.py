@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 
 from .configuration_hydrahead import HydraHeadConfig
 from .console import progress
@@ -41,6 +41,7 @@ from .evaluation.report import draw_report, evaluate_at, report_rows, text_neede
 from .files import atomic_file, read_utf8
 from .hub.card import model_card
 from .hub.checkpoint import answer_in_clean_process, read_made_from
+from .kernels import use_tuned_kernels
 from .modeling_hydrahead import HydraHeadForCausalLM
 from .provenance import Record, digest, environment, first_difference
 from .training.align import run_align
@@ -402,9 +403,11 @@ def evaluate_student(
         device = "auto" if torch.cuda.is_available() else "cpu"
         return HydraHeadForCausalLM.from_pretrained(folder, dtype="auto", device_map=device).eval()
 
+    use_tuned_kernels()
     configs = {"teacher": teacher_config(opened.adapter), "student": HydraHeadConfig.from_pretrained(folder)}
     for name, load in (("teacher", lambda: opened.load(dtype)), ("student", load_student)):
         todo = [length for length in lengths if str(length) not in results[name]]
+        model = None  # the one before it leaves the GPU first
         model = load() if todo else None
         with progress(f"evaluate the {name}", len(todo) * len(TASKS)) as advance:
             for length in todo:
@@ -422,10 +425,8 @@ def evaluate_student(
 def show_report(folder: Path) -> None:
     """Print the table of a student's report."""
     report = Record(folder / "report.json").read()
-    table = Table(title=f"{report['teacher']} / {folder}")
     columns, *rows = report_rows(report)
-    for column in columns:
-        table.add_column(column, justify="right")
+    table = Table(*(Column(name, justify="right") for name in columns), title=f"{report['teacher']} / {folder}")
     for row in rows:
         table.add_row(*row)
     Console().print(table)

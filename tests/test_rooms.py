@@ -23,7 +23,7 @@ ROOMS = {
     "evaluation": {*ROOT_FILES, "data"},
     "convert": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", *MODEL},
     "training": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", *MODEL},
-    "pipeline": {*ROOT_FILES, "data", "evaluation", "hub", "convert", "training", *MODEL},
+    "pipeline": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", "training", *MODEL},
 }
 FILES = [
     path
