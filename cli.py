@@ -73,7 +73,8 @@ class Fusion(StrEnum):
 
 
 POSITION = Annotated[
-    Position | None, typer.Option(help="Position signal of full-attention heads; else nope, or as the forms say.")
+    Position | None,
+    typer.Option(help="Full-attention heads without position or with RoPE; else nope, or as the forms say."),
 ]
 FUSION_NORM = Annotated[
     FusionNorm | None, typer.Option(help="Which heads the fusion normalises; else all, or as the forms say.")
@@ -92,7 +93,7 @@ def _given(**options) -> dict:
 @app.command()
 def score(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder: Qwen3, Qwen2.5, Llama, Mistral, Phi-3.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write: head_scores.json and pictures.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write: head_scores.json, forms, pictures.")],
     method: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(METHODS)}; repeat to compare, the first decides. Default: {DEFAULT_METHOD}."),
@@ -109,7 +110,7 @@ def score(
     ] = None,
     built_in: Annotated[bool, typer.Option(help="Needles, copying and text as probes.")] = True,
     only: Annotated[
-        list[str] | None, typer.Option(help="Of those, NAME or NAME.COUNTERFACTUAL only; repeatable.")
+        list[str] | None, typer.Option(help="Only this built-in probe: NAME or NAME.COUNTERFACTUAL; repeatable.")
     ] = None,
     forms: Annotated[
         Path | None, typer.Option(help="head_forms.safetensors of hydrahead.training.align; else a quick alignment.")
@@ -231,7 +232,7 @@ def select(
 def convert(
     teacher: Annotated[str, typer.Argument(help="Hub id or folder: Qwen3, Qwen2.5, Llama, Mistral, Phi-3.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, a valid Hub repository.")],
-    masks: Annotated[Path, typer.Option(help="JSON file of head masks [layers][heads], 1 for full attention.")],
+    masks: Annotated[Path, typer.Option(help="JSON file of head masks, as select writes it; 1 for full attention.")],
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; else Python's standard library.")] = None,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens of text to calibrate on.", min=2)] = 2048,
     position: POSITION = None,
@@ -239,7 +240,7 @@ def convert(
         float | None, typer.Option(help="Base of the length scale with nope; else the teacher's native length.")
     ] = None,
     gate: Annotated[
-        bool | None, typer.Option("--gate/--no-gate", help="Output gate on full-attention heads; else one.")
+        bool | None, typer.Option("--gate/--no-gate", help="Output gate on full-attention heads; else with it.")
     ] = None,
     fusion: Annotated[
         Fusion | None, typer.Option(help="How the two kinds of heads meet; else scale, or as the forms say.")
