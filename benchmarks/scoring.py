@@ -53,7 +53,7 @@ SHAPES = {
     "Qwen3-32B": (64, 5120, 25600, 64, 8, 128),
 }
 PAIRS, ANSWER, SHORTLIST, ROUNDS = 8, 8, 32, 2
-RECEIVER_SHARE = 0.065  # of all heads (METHOD §4), where random weights have no receivers of their own
+RECEIVER_SHARE = 0.065  # of all heads, as the paper reports, where random weights have no receivers of their own
 
 
 def forward_flops(layers, hidden, inner, heads, kv_heads, dim, tokens) -> float:

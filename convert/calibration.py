@@ -1,4 +1,4 @@
-"""What a teacher's heads do on a text, and the forms that they start from: before any training (METHOD §1, §3)."""
+"""What a teacher's heads do on a text, and the forms that they start from: before any training (docs/method.md §3)."""
 
 import math
 from dataclasses import dataclass
@@ -136,7 +136,7 @@ def initial_forms(
     attention: TeacherAttention, statistics: HeadStatistics, layer: int, config: HydraHeadConfig
 ) -> Forms:
     """
-    Both forms of every head of a layer before any training (METHOD §1, §3).
+    Both forms of every head of a layer before any training (docs/method.md §1, §3).
 
     The Gated DeltaNet head forgets with a half-life of the teacher head's mean attention distance and writes the more
     strongly the more focused that head's attention is (arXiv 2606.16429); its gates do not look at the token yet.

@@ -141,7 +141,7 @@ def select_heads(
     tensor_parallel: int = 1,
 ) -> Masks:
     """
-    Choose the heads that stay full attention (METHOD §2). `scores.tie_break` orders heads of equal score.
+    Choose the heads that stay full attention (docs/method.md §2). `scores.tie_break` orders heads of equal score.
 
     Args:
         ratio: share of query heads (or KV groups) that stay full attention, in (0, 1].
@@ -287,7 +287,7 @@ class SelectionCost:
 
 def selection_cost(scores: "HeadScores", masks: Masks, head_dim: int | None = None) -> SelectionCost:
     """
-    What a choice keeps and costs (METHOD §1).
+    What a choice keeps and costs (docs/method.md §1).
 
     Raises:
         ValueError: the score file does not say the head size, and none is given.

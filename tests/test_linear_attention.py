@@ -1,4 +1,4 @@
-"""Both branches and their fusion against the equations of METHOD §1, computed head by head and token by token."""
+"""Both branches and their fusion against the equations of docs/method.md §1, head by head and token by token."""
 
 import math
 
@@ -61,7 +61,7 @@ def project(params: dict, name: str, x: torch.Tensor, row: int) -> torch.Tensor:
 
 def naive_gated_delta_net(params: dict, x: torch.Tensor, num_heads: int, eps: float) -> torch.Tensor:
     """
-    METHOD §1's linear branch for `x` `[B, T, D]` from position 0, as a loop over heads and tokens: `[B, T, h, d]`.
+    The linear branch of docs/method.md §1 for `x` `[B, T, D]` from position 0, head by head: `[B, T, h, d]`.
 
     q, k, v -> causal depthwise convolution -> q/k norm -> rotary embedding -> L2 norm ->
     S_t = e^g (I - β k kᵀ) S_{t-1} + β k vᵀ, o_t = S_tᵀ q / √d.
@@ -98,7 +98,7 @@ def naive_gated_delta_net(params: dict, x: torch.Tensor, num_heads: int, eps: fl
 def naive_full_attention(
     params: dict, x: torch.Tensor, config: HydraHeadConfig, layer: int
 ) -> dict[int, torch.Tensor]:
-    """METHOD §1's full-attention branch, by teacher head: outputs `[B, T, d]` after the gate."""
+    """docs/method.md §1's full-attention branch, by teacher head: outputs `[B, T, d]` after the gate."""
     layout, length = config.head_layout(layer), x.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     outputs = {}
@@ -123,7 +123,7 @@ def naive_full_attention(
 def naive_fusion(
     params: dict, heads: dict[int, torch.Tensor], x: torch.Tensor, config: HydraHeadConfig, layer: int
 ) -> torch.Tensor:
-    """METHOD §1's three fusions of head outputs, by teacher head: `[B, T, H, d]` in the teacher's order."""
+    """docs/method.md §1's three fusions of head outputs, by teacher head: `[B, T, H, d]` in the teacher's order."""
     gamma = params.get("weight")
     if config.fusion == "gate":
         share = torch.softmax(x @ params["proj.weight"].T + gamma.log(), dim=-1)

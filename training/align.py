@@ -1,4 +1,4 @@
-"""Stage 1: fit every head, or every layer's attention, to the teacher's, from the teacher's own input (METHOD §2-3).
+"""Stage 1: fit every head, or every layer's attention, to the teacher's, from its own input (docs/method.md §3).
 
     accelerate launch -m hydrahead.training.align --config demo
     accelerate launch -m hydrahead.training.align --config RECIPE.yaml align.learning_rate=2e-3

@@ -1,4 +1,4 @@
-"""Stage 2: train the whole student on the teacher's logits and on the text (METHOD §3).
+"""Stage 2: train the whole student on the teacher's logits and on the text (docs/method.md §3).
 
     accelerate launch -m hydrahead.training.distill --config demo
     accelerate launch -m hydrahead.training.distill --config RECIPE.yaml distill.temperature=2 distill.lora.r=16

@@ -1,4 +1,4 @@
-"""Stage 3: next-token prediction at long length, on rows packed with text (METHOD §3).
+"""Stage 3: next-token prediction at long length, on rows packed with text (docs/method.md §3).
 
     accelerate launch -m hydrahead.training.finetune --config demo
     accelerate launch -m hydrahead.training.finetune --config RECIPE.yaml finetune.learning_rate=2e-5

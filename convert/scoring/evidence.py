@@ -1,4 +1,4 @@
-"""Is a ranking true? Split-half stability, and what happens when its heads are knocked out (METHOD §2)."""
+"""Is a ranking true? Split-half stability, and what happens when its heads are knocked out (docs/method.md §2)."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -40,7 +40,7 @@ def score_heads(
     on_probe: Callable[[Sequence[ProbeResult]], None] = lambda results: None,
 ) -> HeadScores:
     """
-    Score every query head of a teacher by one or several methods (METHOD §2).
+    Score every query head of a teacher by one or several methods (docs/method.md §2).
 
     Args:
         teacher: a model of a supported family, in eval mode, where it should run; off-loaded by accelerate or not.

@@ -122,7 +122,7 @@ class ReceiverEffects(NamedTuple):
 def receiver_effects(model: PreTrainedModel, pair: Pair) -> ReceiverEffects:
     """
     Direct effect of every head on the readout: its output is replaced, where the answer is predicted, by its output on
-    the corrupt text, and every later attention output is held at its clean value (METHOD §2).
+    the corrupt text, and every later attention output is held at its clean value (docs/method.md §2).
 
     Equals one frozen-attention forward per head; exactly 0 for a head that the corruption does not change. Cost:
     two forwards over `T` tokens, and each layer's MLP once for the `A` positions of all heads below it; each layer is

@@ -1,4 +1,4 @@
-"""What a head's full-attention slot is worth: each form of each head put into the intact teacher (METHOD §2)."""
+"""What a full-attention slot is worth: each form of each head put into the intact teacher (docs/method.md §2)."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -92,7 +92,7 @@ def fuse(
     pairs: Callable[[ProbeResult], Sequence[int] | None] = lambda probe: None,
 ) -> Fused:
     """
-    From effects to one score (METHOD §2).
+    From effects to one score (docs/method.md §2).
 
     A variant's effect is the larger of its two counterfactuals'; a capability's is the mean over its variants times κ,
     the share of variants in which a head passes 0.01; it is scaled to a maximum of 1 and, unless it has negative

@@ -15,7 +15,7 @@ from .scores import THRESHOLD
 
 class PathPatching:
     """
-    Indirect effects of heads on a pair's readout, through given heads that read them (METHOD §2).
+    Indirect effects of heads on a pair's readout, through given heads that read them (docs/method.md §2).
 
     A path is `hops[0] → hops[1] → … → hops[-1] → readout`: each hop a set of heads. A sender's output is that of the
     corrupt text, at all positions; the change is carried through norms and MLPs, all attention held clean, to the
@@ -152,7 +152,7 @@ def sender_effects(
     rounds: int = 3,
 ) -> torch.Tensor:
     """
-    What every head does to the readout through the receivers, exactly, over several rounds (METHOD §2).
+    What every head does to the readout through the receivers, exactly, over several rounds (docs/method.md §2).
 
     In the first round heads send to the receivers; those that pass the threshold on average are what the next round's
     heads send to, until nothing new appears. A head's effect is the largest of its rounds. Where a round has more than
