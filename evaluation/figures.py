@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from ..files import atomic_file
 
 STRONG = {"replacement": "#d1495b", "receiver+sender": "#1f6f9f"}  # methods that stand out where many are compared
+LAYER_TITLES = {"linear_layers": "linear forms", "full_layers": "full-attention forms", "layers": "whole layers"}
 
 TRAINING_COLORS = {
     **{"linear_loss": "#1f6f9f", "full_loss": "#d1495b", "layer_loss": "#1f6f9f", "kl": "#1f6f9f", "ce": "#d1495b"},
@@ -333,7 +334,7 @@ def draw_training(metrics_file: Path, folder: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.25)
     save_picture(figure, folder / "training.png")
-    layers = [name for name in ("linear_layers", "full_layers", "layers") if name in lines[0]]
+    layers = [name for name in LAYER_TITLES if name in lines[0]]
     if layers:
         _draw_layers(lines, layers, folder / "layers.png")
 
@@ -377,7 +378,7 @@ def _draw_layers(lines: list[dict], names: list[str], path: Path) -> None:
         colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, values.shape[1]))
         for layer, color in enumerate(colors):
             _draw_smooth(axes, [line["step"] for line in lines], values[:, layer].tolist(), f"layer {layer}", color)
-        axes.set_title(_words(name), fontsize=10)
+        axes.set_title(LAYER_TITLES[name], fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
     _use_log(panels[0][0])
