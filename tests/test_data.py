@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data import tokens as tokens_module
-from hydrahead.data.batches import Rows, document_positions
+from hydrahead.data.batches import Batch, Rows, document_positions
 from hydrahead.data.mixture import mixture_rows
 from hydrahead.data.tokens import DataSection, TokenFile, open_source, read_documents
 from hydrahead.tests.training_runs import make_inputs, write_recipe
@@ -278,6 +278,13 @@ def test_positions_restart_at_the_separator_of_the_text_that_a_row_is_from(recip
         assert torch.equal(batch.weights[:, 1:] == 0, ends)
         seen |= set(inputs[ends].tolist())
     assert seen == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+
+def test_the_numbers_of_rows_stay_where_reading_them_waits_for_no_device():
+    """The cache of the teacher's likeliest tokens asks for them in every forward pass."""
+    batch = Batch(torch.ones(2, 3).long(), torch.ones(2, 3), samples=torch.arange(2)).to(torch.device("meta"))
+    assert batch.token_ids.is_meta and batch.weights.is_meta and batch.position_ids is None
+    assert batch.samples.tolist() == [0, 1]
 
 
 def test_shares_of_retrieval_and_long_rows_are_what_the_recipe_says(tmp_path, tokenizer):

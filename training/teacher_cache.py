@@ -60,7 +60,7 @@ class TeacherCache:
 
     def chunks(self, batch: Batch, compute: Callable[[], TeacherChunk]) -> TeacherChunk:
         """The teacher's view of a batch, read from the files; computed and written first where a row is missing."""
-        samples = batch.samples.cpu().numpy()
+        samples = batch.samples.numpy()
         if not self.done[samples].all():
             self._fill(samples, compute(), batch.token_ids.shape[1] - 1)
         device = batch.token_ids.device
