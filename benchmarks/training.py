@@ -111,7 +111,8 @@ def make_student(machine: Machine, teacher: Qwen3ForCausalLM, checkpointing: boo
     heads = teacher.config.num_attention_heads
     masks = [[int(head % 4 == 0) for head in range(heads)]] * teacher.config.num_hidden_layers
     student = convert_model(teacher, masks, dtype=torch.float32, calibration_ids=torch.arange(64).view(1, -1))
-    return prepare_student(student.to(machine.device), None, checkpointing).student
+    prepare_student(student.to(machine.device), None, checkpointing)
+    return student
 
 
 def make_batch(machine: Machine, vocabulary: int, rows: int, length: int) -> Batch:

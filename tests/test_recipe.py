@@ -93,6 +93,7 @@ def test_a_recipe_that_cannot_work_is_refused_in_one_line_before_weights_are_rea
         ("distill.length=128", "distill: rows of 128 tokens"),
         ("distill.student=./nowhere", "nowhere: no student there"),
         ("seed=1", "seed: Key 'seed' not in 'Recipe'"),
+        ("distill.lora={target_modules: [nowhere]}", r"lora.target_modules \['nowhere'\]: No modules were targeted"),
     ],
 )
 def test_distillation_refuses_masks_and_students_that_do_not_fit(override, line, inputs, capsys):
@@ -142,6 +143,16 @@ def test_a_student_that_the_recipe_does_not_make_is_refused_by_name(changes, lin
     for stage in ("distill", "finetune"):
         said = refusal(stage, folder, recipe, capsys, f"{stage}.student={folder / 'student'}")
         assert f"{folder / 'student'}: " in said and line in said
+
+
+def test_a_teacher_cache_that_does_not_fit_is_refused_before_anything_is_written(inputs, capsys):
+    folder, recipe = inputs
+    config = student_config(open_teacher(recipe["teacher"]["name"]).adapter, MIXED)
+    save_checkpoint(HydraHeadForCausalLM(config), None, folder / "student")
+    cache = f"distill.teacher_cache={{folder: {folder / 'logits'}, top_k: 4096}}"
+    said = refusal("distill", folder, recipe, capsys, f"distill.student={folder / 'student'}", cache)
+    assert "distill.teacher_cache.top_k must be 1 … 2048, got 4096" in said
+    assert not (folder / "logits").exists() and not (folder / "out").exists()
 
 
 def test_a_student_of_version_0_1_keeps_what_it_says_it_was_trained_on(inputs):

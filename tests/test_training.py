@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hydrahead.convert.calibration import head_forms_of
+from hydrahead.convert.calibration import calibrated_forms, head_forms_of
 from hydrahead.convert.hooks import visit_heads
 from hydrahead.convert.migration import convert_model
 from hydrahead.convert.options import student_config
@@ -19,7 +20,7 @@ from hydrahead.convert.teachers import adapter_for
 from hydrahead.data.batches import Batch
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
 from hydrahead.training import teacher_cache
-from hydrahead.training.align import FittedHeads, FittedLayers, align, align_heads, teacher_heads
+from hydrahead.training.align import FittedHeads, FittedLayers, align, align_heads, starting_forms, teacher_heads
 from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import distillation_loss, teacher_chunks
@@ -159,6 +160,20 @@ def test_alignment_brings_both_forms_of_all_heads_closer_and_moves_every_paramet
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
 
 
+def test_heads_are_measured_on_as_much_text_as_is_held_out(tmp_path):
+    """Be it shorter than a row."""
+    teacher = make_teacher("qwen3-tied")
+    config, heldout = student_config(adapter_for(teacher.config), ALL_LINEAR), random_ids(1, 24)
+    job = SimpleNamespace(
+        accelerator=Accelerator(cpu=True),
+        folder=tmp_path,
+        section=SimpleNamespace(calibration_tokens=128, length=32),
+        data=SimpleNamespace(heldout=heldout[0].numpy()),
+    )
+    found, expected = starting_forms(job, teacher, config), calibrated_forms(teacher, heldout, config)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_aligned_layers_read_what_the_student_of_one_kind_reads():
     """The loss compares what a student with these forms computes: same heads, same input, same positions."""
     teacher = make_teacher("qwen3-tied")
@@ -276,7 +291,7 @@ def test_after_twenty_steps_all_that_is_trained_has_moved_and_nothing_else():
     frozen_teacher = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     for lora in (None, LoraSection(r=2, target_modules=["q_proj", "v_proj"])):
         student = convert_model(teacher, MIXED, calibration_ids=random_ids(2, 24))
-        trainee = prepare_student(student, lora, checkpointing=True)
+        merge = prepare_student(student, lora, checkpointing=True)
         before = {name: tensor.detach().clone() for name, tensor in student.named_parameters()}
         trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         distill(Accelerator(cpu=True), teacher, student, Schedule(20, 1e-2, 1e-2, warmup_steps=1))
@@ -289,7 +304,7 @@ def test_after_twenty_steps_all_that_is_trained_has_moved_and_nothing_else():
         else:
             assert all("lora_" in name or "fusion" in name for name in moved)
             assert any("fusion" in name for name in moved)
-            merged = trainee.merge()
+            merged = merge()
             assert set(merged.state_dict()) == set(convert_model(teacher, MIXED).state_dict())
     assert all(torch.equal(tensor, frozen_teacher[name]) for name, tensor in teacher.state_dict().items())
 

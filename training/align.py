@@ -206,8 +206,8 @@ def starting_forms(job: Job, teacher: PreTrainedModel, config: HydraHeadConfig) 
     """Forms before training, measured once on held-out text and kept beside the run."""
     file = job.folder / "initial_forms.safetensors"
     if job.accelerator.is_main_process and not file.is_file():
-        row = min(512, job.section.length)
         ids = torch.from_numpy(job.data.heldout[: job.section.calibration_tokens].astype("int64"))
+        row = min(512, job.section.length, len(ids))
         forms = calibrated_forms(teacher, ids[: len(ids) // row * row].view(-1, row), config)
         with atomic_file(file) as partial:
             save_file(forms, partial)

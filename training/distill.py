@@ -7,7 +7,7 @@ Starts from the teacher, the recipe's masks and the aligned heads, or from a stu
 `OUTPUT/distill/student`, a folder for the Hub.
 """
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments
-from .stage import Job, Stage
-from .student import train_and_save
+from .stage import Stage
+from .student import check_adapters, train_and_save
 from .teacher_cache import TeacherCache
 
 WEIGHTS = ("kl_weight", "ce_weight", "temperature")  # of the loss, in the recipe
@@ -42,6 +42,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     stage = Stage(recipe, "distill")
     student, forms = map(stage.sources.get, ("student", "forms"))
     config = stage.check_student(student) if student else stage.config(stage.masks)
+    check_adapters(config, stage.section.lora)
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, config)
     if forms:
@@ -56,21 +57,26 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
             stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
         )
 
-    job, weights = stage.start(), {key: getattr(stage.section, key) for key in WEIGHTS}
-    train_and_save(job, config, load, teacher_reader(job, job.load_teacher()), **weights)
+    cache, job = open_cache(stage), stage.start()
+    teacher, weights = job.load_teacher(), {key: getattr(stage.section, key) for key in WEIGHTS}
+
+    def teacher_of(batch: Batch) -> TeacherChunk:
+        read = partial(read_teacher, teacher, batch, stage.section.temperature)
+        return cache.chunks(batch, read) if cache else read()
+
+    train_and_save(job, config, load, teacher_of, **weights)
 
 
-def teacher_reader(job: Job, teacher: PreTrainedModel) -> Callable[[Batch], TeacherChunk]:
-    """What gives the teacher's view of a batch: the teacher, or its cache where the recipe has one."""
-    section, cache = job.section, job.section.teacher_cache
+def open_cache(stage: Stage) -> TeacherCache | None:
+    """The teacher's likeliest tokens on disk, where the recipe has a place for them; raises as `TeacherCache`."""
+    section, cache = stage.section, stage.section.teacher_cache
     if cache is None:
-        return lambda batch: read_teacher(teacher, batch, section.temperature)
-    settings = job.stage.record() | {"distill": {key: getattr(section, key) for key in TeacherCache.DECIDES}}
+        return None
+    settings = stage.record() | {"distill": {key: getattr(section, key) for key in TeacherCache.DECIDES}}
     settings = {key: settings[key] for key in ("teacher", "data", "long_data", "distill", "text_begins")}
-    settings |= {"seed": job.recipe.run.seed, "parts": job.stage.parts}
-    rows = section.tokens // section.length
-    kept = TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, teacher.config.vocab_size, settings)
-    return lambda batch: kept.chunks(batch, lambda: read_teacher(teacher, batch, section.temperature))
+    settings |= {"seed": stage.recipe.run.seed, "parts": stage.parts}
+    rows, vocab_size = section.tokens // section.length, stage.teacher.config.vocab_size
+    return TeacherCache(Path(cache.folder), rows, section.length, cache.top_k, vocab_size, settings)
 
 
 def main(arguments: list[str] | None = None) -> None:

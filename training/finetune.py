@@ -16,7 +16,7 @@ from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .recipe import Recipe, read_arguments
 from .stage import Stage
-from .student import train_and_save
+from .student import check_adapters, train_and_save
 
 
 def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
@@ -26,6 +26,7 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
     if dry_run:
         return print_cost(recipe, stage.name, stage.adapter, stage.config(stage.masks))
     config = stage.check_student(folder)
+    check_adapters(config, stage.section.lora)
     if stage.is_done:
         return print(f"{stage.output} is there already")
 

@@ -3,7 +3,6 @@
 import contextlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -104,23 +103,14 @@ def train_student(
     return train(accelerator, model, predicted, backward, schedule, run, on_step)
 
 
-@dataclass
-class Trainee:
+def prepare_student(
+    student: HydraHeadForCausalLM, lora: LoraSection | None, checkpointing: bool
+) -> Callable[[], HydraHeadForCausalLM]:
     """
-    A student that is to be trained, and how to save it.
+    Decide what is trained: everything, or low-rank adapters, put into the student, and the modules that are named.
 
-    Attributes:
-        student: in fp32, with gradients where it is trained.
-        merge: gives the plain student: adapters become part of its weights.
-    """
-
-    student: HydraHeadForCausalLM
-    merge: Callable[[], HydraHeadForCausalLM]
-
-
-def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, checkpointing: bool) -> Trainee:
-    """
-    Decide what is trained: everything, or low-rank adapters and the modules that are named.
+    Returns:
+        what gives the plain student after training: adapters become part of its weights.
 
     Raises:
         ValueError: PEFT does not find the modules.
@@ -131,7 +121,7 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
     if checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if lora is None:
-        return Trainee(student, lambda: student)
+        return lambda: student
     settings = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -139,8 +129,18 @@ def prepare_student(student: HydraHeadForCausalLM, lora: LoraSection | None, che
         modules_to_save=lora.modules_to_save,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(student, settings)  # puts adapters into the student itself
-    return Trainee(student, lambda: adapted.merge_and_unload())
+    return get_peft_model(student, settings).merge_and_unload
+
+
+def check_adapters(config: HydraHeadConfig, lora: LoraSection | None) -> None:
+    """Raise what `prepare_student` would, before weights are read and anything is written."""
+    if lora is None:
+        return
+    try:
+        with torch.device("meta"):
+            prepare_student(HydraHeadForCausalLM(config), lora, checkpointing=False)
+    except ValueError as error:
+        raise ValueError(f"lora.target_modules {lora.target_modules}: {error}") from None
 
 
 def train_and_save(
@@ -160,17 +160,18 @@ def train_and_save(
     """
     made_from = job.stage.made_from(config)
 
-    def build() -> Trainee:
-        return prepare_student(load(), job.section.lora, job.section.gradient_checkpointing)
+    def build() -> tuple[HydraHeadForCausalLM, Callable[[], HydraHeadForCausalLM]]:
+        student = load()
+        return student, prepare_student(student, job.section.lora, job.section.gradient_checkpointing)
 
-    trainee = build()
-    model, run = StudentLoss(trainee.student, **weights), job.run(lambda: job.evaluate_student(trainee.student))
+    student, _ = build()
+    model, run = StudentLoss(student, **weights), job.run(lambda: job.evaluate_student(student))
     trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast)
     state = job.accelerator.get_state_dict(trained)
 
     def save() -> None:
-        trainee = build()
-        trainee.student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
-        job.save_student(trainee.merge().eval(), made_from)
+        student, merge = build()
+        student.load_state_dict({name.removeprefix("student."): tensor for name, tensor in state.items()})
+        job.save_student(merge().eval(), made_from)
 
     job.end(save)
