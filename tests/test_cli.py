@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -417,6 +417,35 @@ def test_an_interrupted_score_goes_on_where_the_last_probe_was_finished(tmp_path
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     one, two = (json.loads((folder / "head_scores.json").read_text()) for folder in (plain, output))
     assert one | {"seconds": 0} == two | {"seconds": 0}
+
+
+def test_probes_are_measured_again_where_only_their_names_or_the_teachers_name_are_the_same(tmp_path, monkeypatch):
+    """A user's file may call its probe as a built-in one; a teacher's folder may hold other weights than before."""
+    teacher, mine = shutil.copytree(EMBEDDED_TEACHER, tmp_path / "teacher"), tmp_path / "mine.jsonl"
+    line = {"clean": "import os", "corrupt": "import re", "answer": ".p", "wrong": ".s"}
+    mine.write_text(json.dumps(line | {"probe": "copy", "capability": "imports"}))
+    settings = ScoreSettings(
+        str(teacher), ("receiver",), length=200, pairs=2, probe_files=(mine,), only=("copy.value",), evidence=False
+    )
+    measure, measured = _Measuring.probe, []
+
+    def stopping(self, probe, methods):
+        if len(measured) == 1:
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append(probe.capability)
+        return measure(self, probe, methods)
+
+    monkeypatch.setattr(_Measuring, "probe", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        score_to_folder(settings, tmp_path / "scores")
+    shutil.copytree(tmp_path / ".scores.unfinished", tmp_path / ".other.unfinished")
+    score_to_folder(settings, tmp_path / "scores")
+    assert measured == ["copying", "stopped", "imports"]
+    weights = load_file(teacher / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, teacher / "model.safetensors")
+    score_to_folder(settings, tmp_path / "other")
+    assert measured[3:] == ["copying", "imports"]
 
 
 def test_a_method_that_needs_forms_is_refused_without_before_anything_is_written(tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,9 +197,15 @@ def test_nonsense_is_refused_in_one_line(teacher, pairs, tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
             score_heads(teacher, None, **{"probes": [probe]} | arguments)
-    (tmp_path / "scores.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a head score file"):
-        HeadScores.load(tmp_path / "scores.json")
+    for content in (b"{}", b"\xff\xfe"):
+        (tmp_path / "scores.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"scores\.json: not a head score file"):
+            HeadScores.load(tmp_path / "scores.json")
+    scores = scores_of(torch.rand(1, LAYERS, HEADS))
+    with pytest.raises(ValueError, match=r"^method must be one of [^\n]*'best'$"):
+        scores.using("best")
+    with pytest.raises(ValueError, match=r"^receiver: measured only on capabilities whose weight is 0[^\n]*$"):
+        replace(scores, weights={"retrieval": 0}).using("receiver")
     with pytest.raises(ValueError, match="cannot be read"):
         HeadScores.load(tmp_path / "none.json")
 

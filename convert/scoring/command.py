@@ -15,7 +15,7 @@ from ...data.corpus import encode_corpus, load_corpus
 from ...evaluation.figures import plot_head_maps, plot_knockout, plot_stability
 from ...files import atomic_file, atomic_folder, check_free, read_utf8
 from ...kernels import use_tuned_kernels
-from ...provenance import Record, digest
+from ...provenance import Record, digest, environment
 from ..forms import HeadForms, check_forms, load_forms
 from ..migration import student_config
 from ..teachers import Teacher, open_teacher
@@ -82,8 +82,9 @@ class Unfinished:
 
     def __init__(self, output: Path, settings: ScoreSettings):
         self.folder = output.absolute().parent / f".{output.name}.unfinished"
-        read = [file for file in (settings.text, settings.forms, *settings.probe_files) if file]
-        self.settings = {"settings": asdict(settings), "files": [digest(file) for file in read]}
+        paths = (Path(settings.teacher), settings.text, settings.forms, *settings.probe_files)
+        files = [digest(path) for path in paths if path and path.exists()]
+        self.settings = {"settings": asdict(settings), "files": files, "versions": environment()["versions"]}
         self.record = Record(self.folder / "settings.json")
         self.forms, self.probes = self.folder / "head_forms.safetensors", self.folder / "probes.json"
 
@@ -170,9 +171,7 @@ def _score(
 ) -> HeadScores:
     """Measure what was not finished."""
     rows, done = ([] if forms is None else text_rows(text_ids)), unfinished.finished()
-    known = {(result.name, result.counterfactual) for result in done}
-    left = [probe for probe in probes if (probe.name, probe.counterfactual) not in known]
-    with progress("score heads", score_steps(left, settings.methods, len(rows))) as advance:
+    with progress("score heads", score_steps(probes[len(done) :], settings.methods, len(rows))) as advance:
         return score_heads(
             teacher,
             tokenizer,

@@ -56,7 +56,7 @@ def score_heads(
         sender_shortlist: see `senders.sender_effects`.
         weights: of capabilities in the fused score, 1 for those not named, 0 leaves one out.
         revision, seed: recorded.
-        done: what an earlier call with the same arguments has measured, which is not measured again.
+        done: of the first probes, what an earlier call with the same arguments has measured.
         on_probe: told all that has been measured so far, after each probe.
 
     Raises:
@@ -72,15 +72,11 @@ def score_heads(
     adapter = adapter_for(teacher.config)
     bench = Bench(teacher, HeadReader(teacher), head_forms, shortlist, sender_shortlist)
     measuring = _Measuring(bench, on_pair or (lambda: None))
-    finished = {(result.name, result.counterfactual): result for result in done}
-    results: list[ProbeResult] = []
-    for probe in probes:
-        result = finished.get((probe.name, probe.counterfactual))
-        if result is None:
-            seen = any(result.name == probe.name and result.used for result in results)
-            result = measuring.probe(probe, methods_on(probe, methods, seen, len(text_rows) > 0))
-            on_probe([*results, result])
-        results.append(result)
+    results = list(done)
+    for probe in probes[len(done) :]:
+        seen = any(result.name == probe.name and result.used for result in results)
+        results.append(measuring.probe(probe, methods_on(probe, methods, seen, len(text_rows) > 0)))
+        on_probe(results)
     if not any(result.used for result in results):
         raise ValueError(
             f"{', '.join(dict.fromkeys(probe.name for probe in probes))}: the teacher answers or tells apart none of "

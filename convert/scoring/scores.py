@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...files import atomic_file
-from .methods import METHODS
+from .methods import METHODS, check_methods
 
 TEXT = "plain-text"  # the probe of the capability `language` that the KL on text stands for
 THRESHOLD = 0.01  # effect above which a head counts as active
@@ -100,8 +100,9 @@ def fuse(
     a finite effect in some variant has the score NaN, and leaves the others theirs.
 
     Raises:
-        ValueError: the method was measured on none of the probes.
+        ValueError: no such method, or it was measured on none of the probes that count.
     """
+    check_methods([method])
     variants: dict[str, dict[str, list[np.ndarray]]] = {}
     for probe in probes:
         counts = probe.used and (weights or {}).get(probe.capability, 1.0) > 0
@@ -109,7 +110,10 @@ def fuse(
         if effect is not None:
             variants.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
     if not variants:
-        raise ValueError(f"{method} was not measured on these probes; measured: {', '.join(measured_methods(probes))}")
+        measured = measured_methods(probes)
+        if method in measured:
+            raise ValueError(f"{method}: measured only on capabilities whose weight is 0; give one of them another")
+        raise ValueError(f"{method} was not measured on these probes; measured: {', '.join(measured)}")
     capabilities, kappas, largest = {}, {}, []
     for capability, by_name in variants.items():
         means = np.stack([np.max(effects, axis=0) for effects in by_name.values()])  # [variants, L, H]
@@ -239,13 +243,13 @@ class HeadScores:
             ValueError: the file is missing, or is not a score file.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
             data["probes"] = [ProbeResult(**probe) for probe in data["probes"]]
             measured = {"scores", "tie_break", "capabilities", "kappa"} & data.keys()
             return cls(**data | {name: _numbers(data[name]) for name in measured})
         except OSError as error:
             raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: not a head score file ({error})") from None
 
 
