@@ -16,13 +16,11 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from ..files import atomic_file
 
-STRONG = {"replacement": "#d1495b", "receiver+sender": "#1f6f9f"}  # methods that stand out where many are compared
+RED, BLUE, GREEN, GREY = "#d1495b", "#1f6f9f", "#3a7d44", "#6c757d"
+STRONG = {"replacement": RED, "receiver+sender": BLUE}  # methods that stand out where many are compared
 LAYER_TITLES = {"linear_layers": "linear forms", "full_layers": "full-attention forms", "layers": "whole layers"}
-
-TRAINING_COLORS = {
-    **{"linear_loss": "#1f6f9f", "full_loss": "#d1495b", "layer_loss": "#1f6f9f", "kl": "#1f6f9f", "ce": "#d1495b"},
-    **{"niah_single": "#3a7d44", "niah_four": "#b8860b"},
-}
+NEEDLE_COLORS = {"niah_single": GREEN, "niah_four": "#b8860b"}
+TRAINING_COLORS = {"linear_loss": BLUE, "full_loss": RED, "layer_loss": BLUE, "kl": BLUE, "ce": RED}
 HELD_OUT = {f"heldout_{name}": name for name in TRAINING_COLORS} | {"heldout_loss": "ce"}
 
 
@@ -97,12 +95,8 @@ def _draw_heads(axes, scores: Sequence[Sequence[float]], masks: Sequence[Sequenc
     layers, heads = np.nonzero(values < 0)
     axes.scatter(heads, layers, marker="_", s=30 * line_width, linewidth=line_width, color="black", path_effects=seam)
     for layer, head in np.argwhere(np.array(masks)):
-        place = (head - 0.44, layer - 0.44)
-        axes.add_patch(
-            Rectangle(
-                place, 0.88, 0.88, fill=False, edgecolor="black", linewidth=line_width, path_effects=seam, zorder=3
-            )
-        )
+        look = {"fill": False, "edgecolor": "black", "linewidth": line_width, "path_effects": seam, "zorder": 3}
+        axes.add_patch(Rectangle((head - 0.44, layer - 0.44), 0.88, 0.88, **look))
     return image
 
 
@@ -120,20 +114,15 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
     """
     methods = list(next(iter(curves.values()))["methods"])
     size = (max(4, 1.9 * len(methods) + 1), 1.9 * len(curves) + 1)
-    figure, grid = plt.subplots(
-        len(curves), len(methods), figsize=size, squeeze=False, sharey=True, layout="constrained"
-    )
+    shape = {"figsize": size, "squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, grid = plt.subplots(len(curves), len(methods), **shape)
     for row, (probe, found) in zip(grid, curves.items()):
         places = range(len(found["sizes"]))
-        low, high = (list(map(pick, zip(*found["random"]))) for pick in (min, max))
-        mean = [sum(values) / len(values) for values in zip(*found["random"])]
         for axes, method in zip(row, methods):
-            axes.fill_between(places, low, high, color="#6c757d", alpha=0.25, linewidth=0)
-            axes.plot(places, mean, color="#6c757d", linewidth=1, label="random: mean, range")
-            axes.plot(places, found["methods"][method]["top"], "o-", color="#d1495b", markersize=3, label="its best")
-            axes.plot(
-                places, found["methods"][method]["bottom"], "s-", color="#1f6f9f", markersize=3, label="its worst"
-            )
+            ends = found["methods"][method]
+            _draw_random(axes, found["random"])
+            axes.plot(places, ends["top"], "o-", color=RED, markersize=3, label="its best")
+            axes.plot(places, ends["bottom"], "s-", color=BLUE, markersize=3, label="its worst")
             axes.axhline(found["intact"], color="black", linewidth=0.6, linestyle=":")
             axes.set_xticks(places, found["sizes"], fontsize=6)
             axes.set_ylim(-0.05, 1.05)
@@ -144,10 +133,22 @@ def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:
         axes.set_title(method, fontsize=8)
     for axes in grid[-1]:
         axes.set_xlabel("heads replaced", fontsize=7)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    _legend_below(figure, grid[0][0], columns=3)
     figure.suptitle(_wrapped(title, size[0]), fontsize=9)
     save_picture(figure, path)
+
+
+def _draw_random(axes, runs: Sequence[Sequence[float]]) -> None:
+    """Mean and range of random choices `[runs][places]`."""
+    values = np.array(runs)
+    axes.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=GREY, alpha=0.2, linewidth=0)
+    axes.plot(values.mean(0), color=GREY, linewidth=1, label="random: mean, range")
+
+
+def _legend_below(figure, axes, columns: int) -> None:
+    """What the lines of one panel are, once for all panels."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
 
 
 def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path: Path) -> None:
@@ -165,15 +166,10 @@ def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path
             axes.plot([], [], "o", color=f"C{index}", label=f"{method}: fewer than three heads take part")
             continue
         places = [place + 0.06 * (index - len(stability) / 2) for place, _ in points]
-        values = [entry["rho"] for _, entry in points]
-        spread = [
-            [entry["rho"] - entry["rho_low"] for _, entry in points],
-            [entry["rho_high"] - entry["rho"] for _, entry in points],
-        ]
-        heads = points[-1][1]["heads"]
-        axes.errorbar(
-            places, values, yerr=spread, fmt="o-", capsize=2, color=f"C{index}", label=f"{method}, {heads} heads"
-        )
+        values, low, high = ([entry[key] for _, entry in points] for key in ("rho", "rho_low", "rho_high"))
+        label = f"{method}, {points[-1][1]['heads']} heads"
+        spread = np.subtract([values, high], [low, values])
+        axes.errorbar(places, values, yerr=spread, fmt="o-", capsize=2, color=f"C{index}", label=label)
     axes.set_xticks(range(len(counts)), counts)
     axes.set_xlabel("pairs of each probe, split in halves")
     axes.set_ylabel("Spearman, heads that take part")
@@ -200,31 +196,19 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
         others = [name for name in dict.fromkeys(name.split(",")[0] for name in methods) if name not in STRONG]
         colors = STRONG | dict(zip(others, ("C1", "C2", "C4", "C5", "C6", "C8", "C9")))  # no other red, blue or grey
         for axes, key in zip(grid[:, column], ("accuracy", "text")):
-            values = [[row[name][key] for row in table["random"]] for name in columns]
-            axes.fill_between(places, list(map(min, values)), list(map(max, values)), color="#6c757d", alpha=0.2)
-            means = [sum(each) / len(each) for each in values]
-            axes.plot(places, means, color="#6c757d", linewidth=1, label="random: mean, range")
+            _draw_random(axes, [[row[name][key] for name in columns] for row in table["random"]])
             for method in methods:
-                strong = method in STRONG
-                axes.plot(
-                    places,
-                    [table[method][name][key] for name in columns],
-                    "o-" if strong else ".--",
-                    linewidth=2 if strong else 0.8,
-                    color=colors[method.split(",")[0]],
-                    label=method,
-                )
+                style, width = ("o-", 2) if method in STRONG else (".--", 0.8)
+                values, color = [table[method][name][key] for name in columns], colors[method.split(",")[0]]
+                axes.plot(places, values, style, linewidth=width, color=color, label=method)
             axes.set_xticks(places, columns, fontsize=7)
             axes.grid(alpha=0.2)
         grid[0][column].set_title(condition, fontsize=9)
         grid[0][column].set_ylim(-0.05, 1.05)
     grid[0][0].set_ylabel("needles found", fontsize=8)
     grid[1][0].set_ylabel("text loss beyond the teacher's, nats", fontsize=8)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
-    title = (
-        "Heads aligned one by one on text with needles or plain, without position (nope) or with RoPE; nothing more"
-    )
+    _legend_below(figure, grid[0][0], columns=5)
+    title = "Heads aligned one by one on text with needles or plain, without position (nope) or with RoPE; no more"
     figure.suptitle(title, fontsize=10)
     save_picture(figure, path)
 
@@ -246,22 +230,12 @@ def plot_accuracy_over_length(
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     count = sum(map(len, accuracies.values()))
     shifts = iter(1 + 0.02 * (index - (count - 1) / 2) for index in range(count))  # equal values stay visible
-    for (model, tasks), color in zip(accuracies.items(), ("#6c757d", "#d1495b", "#1f6f9f", "#3a7d44")):
+    for (model, tasks), color in zip(accuracies.items(), (GREY, RED, BLUE, GREEN)):
         for (task, values), style in zip(tasks.items(), ("-", "--", ":")):
-            places = [length * shift for length, shift in zip(lengths, [next(shifts)] * len(lengths))]
             low, high = zip(*(wilson_interval(value, samples) for value in values))
-            spread = [[value - a for value, a in zip(values, low)], [b - value for value, b in zip(values, high)]]
-            axes.errorbar(
-                places,
-                values,
-                yerr=spread,
-                linestyle=style,
-                marker="o",
-                color=color,
-                elinewidth=0.8,
-                capsize=2,
-                label=f"{model}, {task}",
-            )
+            look = {"linestyle": style, "marker": "o", "color": color, "elinewidth": 0.8, "capsize": 2}
+            spread = np.subtract([values, high], [low, values])
+            axes.errorbar(np.multiply(lengths, next(shifts)), values, spread, label=f"{model}, {task}", **look)
     axes.axvline(native_length, color="black", linewidth=0.8, linestyle=":", label="the teacher's native length")
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
@@ -301,41 +275,31 @@ def draw_training(metrics_file: Path, folder: Path) -> None:
         return
     has_needles = any("niah_single" in line for line in lines)
     heights = [3, 1.2, 1] if has_needles else [3, 1]
-    figure, panels = plt.subplots(
-        len(heights),
-        1,
-        figsize=(7, 1.4 * sum(heights)),
-        sharex=True,
-        gridspec_kw={"height_ratios": heights},
-        layout="constrained",
-    )
+    size, shape = (7, 1.4 * sum(heights)), {"sharex": True, "height_ratios": heights}
+    figure, panels = plt.subplots(len(heights), 1, figsize=size, layout="constrained", **shape)
+    steps = [line["step"] for line in lines]
     for name, color in TRAINING_COLORS.items():
         if name in lines[0]:
-            _draw_smooth(
-                panels[0], [line["step"] for line in lines], [line[name] for line in lines], _words(name), color
-            )
+            _draw_smooth(panels[0], steps, [line[name] for line in lines], _words(name), color)
     for name, of in HELD_OUT.items():
         _draw_points(panels[0], lines, name, TRAINING_COLORS[of])
     _use_log(panels[0])
     panels[0].set_ylabel("loss")
     panels[0].legend(fontsize=8)
     if has_needles:
-        for name in ("niah_single", "niah_four"):
-            _draw_points(panels[1], lines, name, TRAINING_COLORS[name])
+        for name, color in NEEDLE_COLORS.items():
+            _draw_points(panels[1], lines, name, color)
         panels[1].set_ylim(-0.05, 1.05)
         panels[1].set_ylabel("needles found")
         panels[1].legend(fontsize=8)
-    panels[-1].plot(
-        [line["step"] for line in lines], [line["grad_norm"] for line in lines], color="#6c757d", linewidth=0.8
-    )
+    panels[-1].plot(steps, [line["grad_norm"] for line in lines], color=GREY, linewidth=0.8)
     _use_log(panels[-1])
     panels[-1].set_ylabel("gradient norm")
     panels[-1].set_xlabel("step")
     for axes in panels:
         axes.grid(alpha=0.25)
     save_picture(figure, folder / "training.png")
-    layers = [name for name in LAYER_TITLES if name in lines[0]]
-    if layers:
+    if layers := [name for name in LAYER_TITLES if name in lines[0]]:
         _draw_layers(lines, layers, folder / "layers.png")
 
 
@@ -358,21 +322,19 @@ def _draw_points(axes, lines: list[dict], name: str, color: str) -> None:
 
 
 def _draw_smooth(axes, steps: list[int], values: list[float], label: str, color) -> None:
-    """Every step faintly, and a running mean over a twentieth of the run."""
-    width = max(1, len(values) // 20)
-    axes.plot(
-        steps, values, color=color, alpha=0.25 if width > 1 else 1.0, linewidth=0.8, label=None if width > 1 else label
-    )
-    if width > 1:
-        mean = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(steps[width - 1 :], mean, color=color, linewidth=1.6, label=label)
+    """Every step, faintly where there are enough for a running mean over a twentieth of the run."""
+    width = len(values) // 20
+    if width < 2:
+        return axes.plot(steps, values, color=color, linewidth=0.8, label=label)
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    mean = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps[width - 1 :], mean, color=color, linewidth=1.6, label=label)
 
 
 def _draw_layers(lines: list[dict], names: list[str], path: Path) -> None:
     """One panel for each kind of head, one line for each layer, from the first (dark) to the last."""
-    figure, panels = plt.subplots(
-        1, len(names), figsize=(1 + 4.2 * len(names), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
+    size = (1 + 4.2 * len(names), 3.6)
+    figure, panels = plt.subplots(1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, name in zip(panels[0], names):
         values = np.array([line[name] for line in lines])  # [steps, L]
         colors = plt.get_cmap("viridis")(np.linspace(0, 0.95, values.shape[1]))
