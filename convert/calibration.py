@@ -86,7 +86,7 @@ def measure_heads(
     """
     config = teacher_config(adapter)
     config._attn_implementation = "eager"
-    hidden_states = adapter.embedding_and_head(read)["model.embed_tokens.weight"][token_ids.cpu()].float().to(device)
+    hidden_states = read("model.embed_tokens.weight")[token_ids.cpu()].float().to(device)
     position_ids = torch.arange(token_ids.shape[1], device=device).unsqueeze(0)
     position_embeddings = HydraHeadRotaryEmbedding(config).to(device)(hidden_states, position_ids)
     causal_mask = create_causal_mask(config, hidden_states[:1], None, None)  # no padding, no cache

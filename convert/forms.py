@@ -19,7 +19,7 @@ from torch import nn
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import atomic_file
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
-from .hooks import Visit
+from .hooks import Visit, replaced_heads
 from .options import options_of, student_config
 from .selection import Masks
 from .teachers import Read, Teacher, TeacherAdapter, TeacherAttention
@@ -212,7 +212,7 @@ class HeadForms(nn.Module):
         return forms
 
 
-def converted_heads(forms: HeadForms, masks: Sequence[Sequence[int]]) -> Visit:
+def converted_heads(forms: HeadForms, masks: Masks) -> Visit:
     """The heads of the student that `masks` `[L][H]` make, in the teacher: conversion without building it."""
     full = torch.tensor(masks, dtype=torch.bool)
 
@@ -223,17 +223,9 @@ def converted_heads(forms: HeadForms, masks: Sequence[Sequence[int]]) -> Visit:
     return replace
 
 
-def linear_heads(forms: HeadForms, ablated: Sequence[Sequence[int]]) -> Visit:
-    """The linear forms in place of the heads that `ablated` `[L][H]` names, all others the teacher's own."""
-    masks = torch.tensor(ablated, dtype=torch.bool)
-
-    def replace(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-        if not masks[layer].any():
-            return heads
-        (linear,) = forms.outputs(layer, hidden_states, ("linear",))
-        return torch.where(masks[layer][:, None].to(heads.device), linear.to(heads.dtype), heads)
-
-    return replace
+def linear_heads(forms: HeadForms, masks: Masks) -> Visit:
+    """The linear forms in place of the heads that `masks` `[L][H]` names, all others the teacher's own."""
+    return replaced_heads(masks, lambda layer, states, _: forms.outputs(layer, states, ("linear",))[0])
 
 
 def save_forms(forms: Forms, options: dict, path: Path, made_from: Mapping = MappingProxyType({})) -> None:

@@ -9,10 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-TOKENS_AT_ONCE = 65_536  # of changed streams that exist at once
+from .selection import Head, Masks
 
-Head = tuple[int, int]
-"""Layer and query head."""
+TOKENS_AT_ONCE = 65_536  # of changed streams that exist at once
 
 Visit = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor | None]
 """Layer, what its attention reads `[B, T, D]`, its heads' outputs `[B, T, H, d]`; gives others to use, or None."""
@@ -65,6 +64,19 @@ def visit_heads(model: PreTrainedModel, token_ids: torch.Tensor | Sequence[Seque
     """Run a model on `[B, T]`, and `visit` its heads."""
     with visited_heads(model, visit):
         final_states(model, token_ids)
+
+
+def replaced_heads(masks: Masks, others: Visit) -> Visit:
+    """What `others` gives in place of the heads that `masks` `[L][H]` names; not asked for layers without any."""
+    chosen = torch.tensor(masks, dtype=torch.bool)
+
+    def replace(layer: int, hidden_states: torch.Tensor, heads: torch.Tensor) -> torch.Tensor | None:
+        if not chosen[layer].any():
+            return None
+        other = others(layer, hidden_states, heads).to(heads.device, heads.dtype)
+        return torch.where(chosen[layer][:, None].to(heads.device), other, heads)
+
+    return replace
 
 
 @dataclass

@@ -9,13 +9,13 @@ from transformers import PreTrainedModel
 
 from ..console import progress
 from .forms import HeadForms, converted_heads
-from .hooks import Head, final_states, head_slopes, input_device, visited_heads
+from .hooks import final_states, head_slopes, input_device, visited_heads
 from .scoring.command import check_settings, load_teacher, read_text, running_forms, text_rows
 from .scoring.probes import NIAH_KEYS, Pair, niah_probe
 from .scoring.readout import answer_positions, divergence_measure, is_answer
 from .scoring.scores import HeadScores
 from .scoring.settings import Exchange
-from .selection import Masks, Unit
+from .selection import Head, Masks, Unit
 
 CANDIDATES = 4  # exchanges tried in a round
 
@@ -66,38 +66,36 @@ def search_masks(
     *,
     unit_size: int = 1,
     fixed: set[Head] = frozenset(),
-    candidates: int = CANDIDATES,
     max_exchanges: int = 16,
-    on_trial: Callable[[dict], None] = lambda record: None,
+    on_trial: Callable[[], None] = lambda: None,
 ) -> tuple[Masks, list[dict]]:
     """
     Improve a choice of heads by greedy exchange, at one conversion and no training per trial.
 
     What is made smaller is the loss of the answers plus the divergence on text, both in nats per token. In each round
     the units (heads, or whole KV groups) are ordered by what exchanging them should change to first order at the
-    present hybrid; the `candidates` most promising exchanges are tried, and the best is taken if it is an improvement.
+    present hybrid; the four most promising exchanges are tried, and the best is taken if it is an improvement.
     The budget stays what it was.
 
     Args:
         masks: where to start, such as `select_heads` gives.
         unit_size: query heads of a unit: 1, or `H / G` for KV groups.
         fixed: heads that keep the kind they have.
-        on_trial: told each trial's record.
+        on_trial: called after each trial.
 
     Returns:
         the masks, and a record of what was accepted: `trials` so far and the measures of `conversion_loss`.
     """
-
     measured = conversion_loss(model, forms, masks, pairs, rows)
     trials, history = 1, [{"trials": 1, **measured}]
     for _ in range(max_exchanges):
         better = []
         gains = _exchange_gains(model, forms, masks, pairs).unflatten(1, (-1, unit_size)).sum(2)
-        for give, take in _promising(gains, masks, unit_size, fixed)[:candidates]:
+        for give, take in _promising(gains, masks, unit_size, fixed)[:CANDIDATES]:
             trial = _exchanged(masks, give, take, unit_size)
             found = conversion_loss(model, forms, trial, pairs, rows)
             trials += 1
-            on_trial({"trials": trials, **found})
+            on_trial()
             if _loss(found) < _loss(measured):
                 better.append((found, trial))
         if not better:
@@ -190,7 +188,6 @@ def exchange_heads(
         for pair in niah_probe(tokenizer, text_ids, length, num_keys=keys, num_pairs=4, seed=seed + 1).pairs
     ]
     size = adapter.num_heads // adapter.num_kv_heads if budget_unit == "kv_groups" else 1
-    shared = {"unit_size": size, "fixed": fixed, "candidates": CANDIDATES, "max_exchanges": exchange.rounds}
+    inputs, options = (teacher, forms, masks, pairs, text_rows(text_ids)), {"unit_size": size, "fixed": fixed}
     with progress("exchange heads", CANDIDATES * exchange.rounds) as advance:
-        rows = text_rows(text_ids)
-        return search_masks(teacher, forms, masks, pairs, rows, **shared, on_trial=lambda _: advance())
+        return search_masks(*inputs, **options, max_exchanges=exchange.rounds, on_trial=advance)

@@ -15,6 +15,7 @@ CONVOLUTION = 4  # tokens: the default of `HydraHeadConfig.short_conv_kernel_siz
 
 Masks = list[list[int]]
 Head = tuple[int, int]
+"""Layer and query head."""
 Unit = tuple[int, int]
 """Layer, and a head of it or a KV group."""
 

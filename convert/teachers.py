@@ -58,6 +58,8 @@ class TeacherAdapter:
 
     model_type: ClassVar[str]
     qk_norm: ClassVar[bool] = False
+    biases: ClassVar[tuple[bool, bool] | None] = None
+    """Whether q, k and v have biases, and whether o has; `None`: both or neither, as the config says."""
 
     def __init__(self, config: PreTrainedConfig):
         self.config = config
@@ -65,6 +67,7 @@ class TeacherAdapter:
         self.num_kv_heads = config.num_key_value_heads or config.num_attention_heads
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.num_layers = config.num_hidden_layers
+        self.bias, self.output_bias = self.biases or 2 * (bool(getattr(config, "attention_bias", False)),)
         self.check()
 
     def check(self) -> None:
@@ -90,34 +93,27 @@ class TeacherAdapter:
         """Whether a `sliding_window` in the config is in use."""
         return True
 
-    def attention_biases(self) -> tuple[bool, bool]:
-        """Whether q, k and v have a bias, and whether o has."""
-        bias = bool(getattr(self.config, "attention_bias", False))
-        return bias, bias
-
     def student_fields(self) -> dict:
         """The fields of a `HydraHeadConfig` that the teacher decides."""
         config = self.config
-        bias, output_bias = self.attention_biases()
         return {name: getattr(config, name) for name in SHARED_FIELDS} | {
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
             "rope_parameters": dict(config.rope_parameters),
             "qk_norm": self.qk_norm,
-            "attention_bias": bias,
-            "attention_output_bias": output_bias,
+            "attention_bias": self.bias,
+            "attention_output_bias": self.output_bias,
         }
 
     def attention(self, read: Read, layer: int) -> TeacherAttention:
         """Attention weights of layer `layer`."""
         prefix = f"model.layers.{layer}.self_attn."
-        bias, output_bias = self.attention_biases()
         rows = {}
         for name in ("q", "k", "v"):
             rows[name] = read(f"{prefix}{name}_proj.weight").unflatten(0, (-1, self.head_dim))
-            if bias:
+            if self.bias:
                 rows[f"{name}_bias"] = read(f"{prefix}{name}_proj.bias").unflatten(0, (-1, self.head_dim))
-        if output_bias:
+        if self.output_bias:
             rows["o_bias"] = read(f"{prefix}o_proj.bias")
         if self.qk_norm:
             rows |= {name: read(f"{prefix}{name}.weight") for name in ("q_norm", "k_norm")}
@@ -145,21 +141,17 @@ class LlamaTeacher(TeacherAdapter):
 
 class MistralTeacher(TeacherAdapter):
     model_type = "mistral"
-
-    def attention_biases(self) -> tuple[bool, bool]:
-        return False, False
+    biases = (False, False)
 
 
 class Qwen2Teacher(TeacherAdapter):
     """Qwen2 and Qwen2.5: a bias on q, k and v."""
 
     model_type = "qwen2"
+    biases = (True, False)
 
     def uses_sliding_window(self) -> bool:
         return "sliding_attention" in self.config.layer_types
-
-    def attention_biases(self) -> tuple[bool, bool]:
-        return True, False
 
 
 class Qwen3Teacher(TeacherAdapter):
@@ -176,9 +168,7 @@ class Phi3Teacher(TeacherAdapter):
     """Phi-3 and Phi-3.5: q, k and v in one matrix, gate and up in another."""
 
     model_type = "phi3"
-
-    def attention_biases(self) -> tuple[bool, bool]:
-        return False, False
+    biases = (False, False)
 
     def attention(self, read: Read, layer: int) -> TeacherAttention:
         prefix = f"model.layers.{layer}.self_attn."

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from ..hooks import Visit, each_head_replaced, input_device, visit_heads
+from ..hooks import Visit, each_head_replaced, input_device, replaced_heads, visit_heads
+from ..selection import Masks
 from .methods import Bench, UsedPairs
 from .readout import answer_measure
 
@@ -25,21 +26,9 @@ def mean_heads(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.T
     return torch.stack([sums[layer] for layer in range(len(sums))]) / sum(map(len, rows))
 
 
-def constant_heads(values: torch.Tensor, ablated: Sequence[Sequence[int]]) -> Visit:
-    """
-    Heads that write a constant.
-
-    Args:
-        values: `[L, H, d]`.
-        ablated: `[L][H]`, 1 for the heads to replace.
-    """
-    masks = torch.tensor(ablated, dtype=torch.bool, device=values.device)
-
-    def replace(layer: int, _, heads: torch.Tensor) -> torch.Tensor:
-        mask = masks[layer][:, None].to(heads.device)
-        return torch.where(mask, values[layer].to(heads.device, heads.dtype), heads)
-
-    return replace
+def constant_heads(values: torch.Tensor, masks: Masks) -> Visit:
+    """Constants `[L, H, d]` in place of what the heads that `masks` `[L][H]` names write."""
+    return replaced_heads(masks, lambda layer, *_: values[layer])
 
 
 def mean_ablation(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:

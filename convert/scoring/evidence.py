@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..forms import HeadForms, linear_heads
-from ..hooks import Head, Visit, visited_heads
-from ..selection import Masks
+from ..hooks import Visit, visited_heads
+from ..selection import Head, Masks
 from .ablation import MEAN_TEXTS, constant_heads, mean_heads
 from .methods import METHODS
 from .probes import Pair

@@ -65,7 +65,7 @@ def carry(
     layers = model.model.layers
     last = len(layers) if last is None else last
     start = min(changes, default=last)
-    reference, rows = residual[min(start, len(layers) - 1)].float(), None
+    reference = residual[min(start, len(layers) - 1)].float()
     rows = reference.new_empty(0, *reference.shape)
     for index in range(start, last):
         yield index, rows, reference

@@ -62,14 +62,10 @@ class HeadReader:
             output = scale * output * torch.rsqrt(variance + self.model.config.rms_norm_eps)
         return output * self.cos[positions] + rotate_half(output) * self.sin[positions]
 
-    def groups(self, heads: list[int]) -> tuple[list[int], list[int]]:
-        """The KV heads that some query heads read, and for each query head its place among them."""
-        kv_heads = sorted({head // self.group_size for head in heads})
-        return kv_heads, [kv_heads.index(head // self.group_size) for head in heads]
-
     def keys_values(self, layer: int, heads: list[int], states: torch.Tensor, positions: slice):
         """Keys and values `[B, heads, P, d]` as these query heads read them."""
-        kv_heads, places = self.groups(heads)
+        kv_heads = sorted({head // self.group_size for head in heads})
+        places = [kv_heads.index(head // self.group_size) for head in heads]
         return [self.project(layer, kind, kv_heads, states, positions)[:, places] for kind in ("k", "v")]
 
     def scores(self, query: torch.Tensor, key: torch.Tensor, queries: slice) -> torch.Tensor:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..forms import HeadForms
-from ..hooks import Head, each_head_replaced, final_states, head_slopes, input_device, visit_heads
+from ..hooks import each_head_replaced, final_states, head_slopes, input_device, visit_heads
+from ..selection import Head
 from .attribution import readout_slopes
 from .methods import Bench, UsedPairs
 from .probes import Pair

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..hooks import TOKENS_AT_ONCE, Head, Recording, record
+from ..hooks import TOKENS_AT_ONCE, Recording, record
+from ..selection import Head
 from .methods import Bench, UsedPairs
 from .probes import Pair
 from .readout import answer_positions, first_change, readout_direction
