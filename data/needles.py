@@ -26,7 +26,7 @@ class NiahSample:
     One prompt with needles and what it should be answered with.
 
     Spans are token positions `[start, end)` in `input_ids`, one for each needle in the order of the text; the tokens
-    of a value's or key's span decode to that value or key, up to surrounding spaces.
+    of a value's span decode to that value, up to surrounding spaces.
 
     Attributes:
         input_ids: The prompt, up to and including RULER's answer prefix.
@@ -37,7 +37,6 @@ class NiahSample:
         query_index: Indices into `keys` of the first needle of each queried key.
         needle_spans: Where each needle sentence stands.
         value_spans: Where each value stands.
-        key_spans: Where each key stands inside its needle.
     """
 
     input_ids: list[int]
@@ -48,19 +47,14 @@ class NiahSample:
     query_index: list[int]
     needle_spans: list[tuple[int, int]]
     value_spans: list[tuple[int, int]]
-    key_spans: list[tuple[int, int]]
 
 
 def header_text(plural: bool) -> str:
     """RULER's opening line; `plural` if more than one value is asked for."""
-    if plural:
-        return (
-            "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
-            "I will quiz you about the numbers afterwards.\n"
-        )
+    what, number = ("Some special magic numbers are", "numbers") if plural else ("A special magic number is", "number")
     return (
-        "A special magic number is hidden within the following text. Make sure to memorize it. "
-        "I will quiz you about the number afterwards.\n"
+        f"{what} hidden within the following text. Make sure to memorize it. "
+        f"I will quiz you about the {number} afterwards.\n"
     )
 
 
@@ -72,15 +66,8 @@ def needle_text(key: str, value: str) -> str:
 def question_text(queries: Sequence[str], plural: bool) -> str:
     """RULER's question and the prefix of its answer, on a line of their own."""
     query = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
-    if plural:
-        return (
-            f"\nWhat are all the special magic numbers for {query} mentioned in the provided text?"
-            f" The special magic numbers for {query} mentioned in the provided text are"
-        )
-    return (
-        f"\nWhat is the special magic number for {query} mentioned in the provided text?"
-        f" The special magic number for {query} mentioned in the provided text is"
-    )
+    number = f"special magic number{'s' if plural else ''} for {query} mentioned in the provided text"
+    return f"\nWhat {'are all' if plural else 'is'} the {number}? The {number} {'are' if plural else 'is'}"
 
 
 def answer_text(values: Sequence[str]) -> str:
@@ -111,7 +98,7 @@ def hide_needles(
     needles: Sequence[tuple[str, str]],
     rng: np.random.Generator,
     header: str = "",
-) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]], list[tuple[int, int]]]:
+) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
     """
     Put needles, in the given order and at random depths, between the lines of a random stretch of the haystack.
 
@@ -124,7 +111,7 @@ def hide_needles(
         header: Text put first; with it come the tokens that the tokenizer starts a text with.
 
     Returns:
-        Exactly `length` ids; the needles' spans; their values' spans; their keys' spans (see `NiahSample`).
+        Exactly `length` ids; the needles' spans; their values' spans (see `NiahSample`).
 
     Raises:
         ValueError: `length` is too short for header and needles, or the haystack too short for `length`.
@@ -142,7 +129,7 @@ def hide_needles(
         depths = np.arange(len(window) + 1)
     cuts = np.sort(rng.choice(depths, size=len(pieces), replace=len(depths) < len(pieces)))
 
-    ids, spans, start = list(head), ([], [], []), 0
+    ids, spans, start = list(head), ([], []), 0
     for cut, (piece, *offsets) in zip(cuts, pieces):
         ids += window[start:cut].tolist() + line_end
         for found, (first, last) in zip(spans, offsets):
@@ -189,8 +176,8 @@ def make_niah(
     rng = np.random.default_rng(seed)
     keys = draw_keys(rng, num_keys)
     queries = keys[:num_queries]
-    needles = [(key, None) for key in keys for _ in range(num_values if key in queries else 1)]
-    needles = [(key, value) for (key, _), value in zip(needles, draw_values(rng, len(needles)))]
+    each = [key for key in keys for _ in range(num_values if key in queries else 1)]
+    needles = list(zip(each, draw_values(rng, len(each))))
     needles = [needles[i] for i in rng.permutation(len(needles))]
     answers = [value for query in queries for key, value in needles if key == query]
 
@@ -198,21 +185,9 @@ def make_niah(
     question = tokenizer(question_text(queries, plural), add_special_tokens=False).input_ids
     answer = tokenizer(answer_text(answers), add_special_tokens=False).input_ids
     room = length - len(question) - len(answer)
-    ids, needle_spans, value_spans, key_spans = hide_needles(
-        tokenizer, haystack_ids, room, needles, rng, header_text(plural)
-    )
-    keys, values = [key for key, _ in needles], [value for _, value in needles]
-    return NiahSample(
-        input_ids=ids + question,
-        answer_ids=answer,
-        answers=answers,
-        keys=keys,
-        values=values,
-        query_index=[keys.index(query) for query in queries],
-        needle_spans=needle_spans,
-        value_spans=value_spans,
-        key_spans=key_spans,
-    )
+    ids, *spans = hide_needles(tokenizer, haystack_ids, room, needles, rng, header_text(plural))
+    keys, values = map(list, zip(*needles))
+    return NiahSample(ids + question, answer, answers, keys, values, [keys.index(query) for query in queries], *spans)
 
 
 def least_length(tokenizer, num_keys: int) -> int:
@@ -239,20 +214,18 @@ def _haystack_window(haystack_ids: Sequence[int], room: int, length: int, rng: n
 
 
 def encode_needle(tokenizer, key: str, value: str):
-    """Ids of a needle's line, and the spans in it of the sentence, the value and the key."""
+    """Ids of a needle's line, and the spans in it of the sentence and of the value."""
     if not tokenizer.is_fast:
         raise ValueError("a fast tokenizer is needed, which knows where each token stands in the text")
     text = needle_text(key, value)
     encoded = tokenizer(text + "\n", add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded.input_ids, encoded.offset_mapping
-    key_start, value_start = text.index(key), text.rindex(value)
-    spans = []
-    for start, end in ((0, len(text)), (value_start, value_start + len(value)), (key_start, key_start + len(key))):
+    value_start, spans = text.rindex(value), []
+    for start, end in ((0, len(text)), (value_start, value_start + len(value))):
         inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > start]
         spans.append((inside[0], inside[-1] + 1))
-    for (start, end), expected in zip(spans[1:], (value, key)):
-        if tokenizer.decode(ids[start:end]).strip() != expected:
-            raise ValueError(f"this tokenizer joins {expected!r} with its neighbours: it has no tokens of its own")
+    if tokenizer.decode(ids[slice(*spans[1])]).strip() != value:
+        raise ValueError(f"this tokenizer joins {value!r} with its neighbours: it has no tokens of its own")
     return ids, *spans
 
 

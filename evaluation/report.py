@@ -39,7 +39,7 @@ def evaluate_at(
     """
     found = {}
     for cell in niah_cells(tokenizer, text_ids, [length], prompts):
-        found[cell.task] = answer_cell(model, tokenizer, cell)["found"]
+        found[cell.task] = answer_cell(model, tokenizer, cell)
         on_cell()
     return found | {"text_loss": text_loss(model, text_ids, length, max(LEAST_WINDOWS, text_tokens // length))}
 

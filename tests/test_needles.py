@@ -56,15 +56,13 @@ class StubModel:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_length_is_exact_and_spans_hold_keys_and_values(tokenizer, haystack, form):
+def test_length_is_exact_and_spans_hold_needles_and_values(tokenizer, haystack, form):
     for length in (400, 777):
         sample = make_niah(tokenizer, haystack, length, seed=length, **form)
         assert len(sample.input_ids) + len(sample.answer_ids) == length
         for i, (key, value) in enumerate(zip(sample.keys, sample.values)):
             start, end = sample.value_spans[i]
             assert tokenizer.decode(sample.input_ids[start:end]).strip() == value
-            start, end = sample.key_spans[i]
-            assert tokenizer.decode(sample.input_ids[start:end]).strip() == key
             start, end = sample.needle_spans[i]
             needle = f"One of the special magic numbers for {key} is: {value}."
             assert tokenizer.decode(sample.input_ids[start:end]).strip() == needle
@@ -127,8 +125,7 @@ def test_a_cell_counts_its_answers_and_asks_every_model_the_same(tokenizer, hays
         assert all(len(s.input_ids) + len(s.answer_ids) == cell.length for s in cell.samples)
         values = [sample.answers[0] for sample in cell.samples]
         model = StubModel(tokenizer, [f" {values[0]}.", " none", f" {values[2]}"])
-        record = {"task": cell.task, "length": cell.length, "prompts": 3, "found": 2}
-        assert answer_cell(model, tokenizer, cell, batch_tokens=1) == record
+        assert answer_cell(model, tokenizer, cell, batch_tokens=1) == 2
 
 
 def test_a_padded_batch_answers_like_single_prompts(tokenizer, haystack, random_model):

@@ -279,8 +279,7 @@ class Job:
         with self.autocast():
             result = {"heldout_loss": text_loss(student, self.data.heldout.astype("int64"), length, windows)}
             for cell in self.prompts:
-                found = answer_cell(student, self.tokenizer, cell, 4 * length)
-                result[cell.task] = found["found"] / found["prompts"]
+                result[cell.task] = answer_cell(student, self.tokenizer, cell, 4 * length) / len(cell.samples)
         return result
 
     def save_student(self, student: HydraHeadForCausalLM, made_from: dict) -> None:
