@@ -265,12 +265,12 @@ def save_picture(figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_training(metrics_file: Path, folder: Path) -> None:
+def draw_training(folder: Path) -> None:
     """
-    Draw what `metrics.jsonl` holds: `training.png`, losses, needles found and gradient norm over the steps; and, of an
-    alignment, `layers.png`, the loss of each layer.
+    Draw what a run's `metrics.jsonl` holds: `training.png`, losses, needles found and gradient norm over the steps;
+    and, of an alignment, `layers.png`, the loss of each layer.
     """
-    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not lines:
         return
     has_needles = any("niah_single" in line for line in lines)

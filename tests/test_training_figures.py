@@ -41,7 +41,7 @@ def draw(lines: list[dict], folder) -> dict[str, np.ndarray]:
     """Pictures of a record by their names."""
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    draw_training(folder / "metrics.jsonl", folder)
+    draw_training(folder)
     return {file.name: matplotlib.image.imread(file) for file in folder.glob("*.png")}
 
 

@@ -227,7 +227,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
     if stage.is_done:
         return print(f"{stage.output} is there already")
 
-    job = stage.start()
+    job = Job(stage)
     teacher = job.load_teacher()
     forms = starting_forms(job, teacher, config)
 

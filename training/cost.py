@@ -6,6 +6,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.options import teacher_config
 from ..convert.teachers import TeacherAdapter
 from .data import stage_phases
+from .losses import CHUNK_TOKENS
 from .recipe import Recipe, StageSection
 
 PEAK_FLOPS = 989e12  # of one H100 SXM in dense bf16
@@ -13,7 +14,6 @@ PEAK_FLOPS = 989e12  # of one H100 SXM in dense bf16
 # of 4,096 tokens) times the operations below. Alignment computes its losses and small products in fp32.
 MFU = {"align": 0.11, "distill": 0.18, "finetune": 0.16}
 CHUNK = 64  # of the chunked gated delta rule
-LOGITS_CHUNK = 1024
 LOGITS_COPIES = 5
 # Of a value that is kept, bf16 or, around norms, fp32: the peaks of benchmarks/training-cuda.json within a tenth.
 VALUE_BYTES = 5
@@ -34,7 +34,6 @@ class Cost:
     """
 
     stage: str
-
     tokens: int
     steps: int
     trained: int
@@ -97,15 +96,10 @@ def estimate(
     ends = embedding * (1 if config.tie_word_embeddings else 2)
     tokens = section.tokens // section.batch_tokens * section.batch_tokens
     if stage == "align":
-        heads = [[0], [1]]
-        forms = [
-            HydraHeadConfig(
-                **config.to_dict() | {"head_masks": [each * config.num_attention_heads] * config.num_hidden_layers}
-            )
-            for each in heads
-        ]
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        forms = [HydraHeadConfig(**config.to_dict() | {"head_masks": [[kind] * heads] * layers}) for kind in (0, 1)]
         kinds = [config] if section.mode == "layers" else forms
-        trained = sum(branch_parameters(kind, layer) for kind in kinds for layer in range(config.num_hidden_layers))
+        trained = sum(branch_parameters(kind, layer) for kind in kinds for layer in range(layers))
         mixing = sum(mixing_flops(kind, section.length) for kind in kinds)
         forward = 2 * body_parameters(teacher) + mixing_flops(teacher, section.length)
         flops = tokens * (forward + 4 * trained + 3 * mixing)  # projections need no gradient of their input
@@ -141,7 +135,7 @@ def activation_bytes(stage: str, section: StageSection, config: HydraHeadConfig,
         return micro_tokens * attention * (1 if section.mode == "layers" else 2)
     kept = 4 * hidden * config.num_hidden_layers + layer  # the residual stream is fp32
     per_token = kept if section.gradient_checkpointing else layer * config.num_hidden_layers
-    return micro_tokens * per_token + LOGITS_COPIES * 4 * config.vocab_size * min(LOGITS_CHUNK, micro_tokens)
+    return micro_tokens * per_token + LOGITS_COPIES * 4 * config.vocab_size * min(CHUNK_TOKENS, micro_tokens)
 
 
 def print_cost(recipe: Recipe, stage: str, adapter: TeacherAdapter, config: HydraHeadConfig) -> None:

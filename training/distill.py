@@ -23,7 +23,7 @@ from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .losses import TeacherChunk, teacher_chunks
 from .recipe import Recipe, read_arguments
-from .stage import Stage
+from .stage import Job, Stage
 from .student import check_adapters, train_and_save
 from .teacher_cache import TeacherCache
 
@@ -57,7 +57,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
             stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
         )
 
-    cache, job = open_cache(stage), stage.start()
+    cache, job = open_cache(stage), Job(stage)
     teacher, weights = job.load_teacher(), {key: getattr(stage.section, key) for key in WEIGHTS}
 
     def teacher_of(batch: Batch) -> TeacherChunk:

@@ -15,7 +15,7 @@ from ..console import one_line_errors
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .cost import print_cost
 from .recipe import Recipe, read_arguments
-from .stage import Stage
+from .stage import Job, Stage
 from .student import check_adapters, train_and_save
 
 
@@ -31,7 +31,7 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
         return print(f"{stage.output} is there already")
 
     load = partial(HydraHeadForCausalLM.from_pretrained, folder, dtype=torch.float32)
-    train_and_save(stage.start(), config, load)
+    train_and_save(Job(stage), config, load)
 
 
 def main(arguments: list[str] | None = None) -> None:

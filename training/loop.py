@@ -58,7 +58,7 @@ class Run:
     A training run that can be left alone: where it keeps itself, and how it is watched.
 
     Attributes:
-        folder: of the checkpoints and of `metrics.jsonl`.
+        folder: of the checkpoints and of `metrics.jsonl`, which has a line for each step.
         save_every, keep: steps between checkpoints, and how many of them stay.
         spike_factor: a loss of so many times the median of the last 50 steps stops the run.
         name: of the stage, shown with its progress.
@@ -72,11 +72,6 @@ class Run:
     name: str
     evaluate: Callable[[], dict[str, float]] | None = None
     evaluate_every: int = 0
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON line for each step."""
-        return self.folder / "metrics.jsonl"
 
 
 def train(
@@ -119,7 +114,8 @@ def train(
     first, losses = resumed["step"], resumed.get("losses", [])
     records = run is not None and accelerator.is_main_process
     if records:
-        keep_metrics_before(run.metrics_file, first)
+        metrics_file = run.folder / "metrics.jsonl"
+        keep_metrics_before(metrics_file, first)
     model.train()
     shown = progress(run.name if run else "", schedule.steps, first, active=records)
     with _stop_signals(run is not None) as received, shown as advance:
@@ -134,20 +130,16 @@ def train(
             optimizer.zero_grad()
             losses = [*losses, metrics["loss"]][-SPIKE_WINDOW:]
             seconds = time.perf_counter() - started
-            metrics |= {
-                "grad_norm": grad_norm,
-                "learning_rate": schedule.learning_rate_at(step),
-                "seconds": seconds,
-                "tokens_per_second": tokens / seconds,
-                "memory_gb": _memory_gb(accelerator),
-            }
+            metrics |= {"grad_norm": grad_norm, "learning_rate": schedule.learning_rate_at(step), "seconds": seconds}
+            metrics |= {"tokens_per_second": tokens / seconds, "memory_gb": _memory_gb(accelerator)}
             if run and run.evaluate_every and ((step + 1) % run.evaluate_every == 0 or step + 1 == schedule.steps):
                 metrics |= run.evaluate()
                 model.train()
             if records:
-                with run.metrics_file.open("a") as file:
+                with metrics_file.open("a") as file:
                     file.write(json.dumps({"step": step} | metrics) + "\n")
-            _track(accelerator, metrics, step)
+            if accelerator.trackers:
+                accelerator.log({name: each for name, each in metrics.items() if isinstance(each, float)}, step=step)
             advance(note=_note(metrics))
             if run and (stop or (step + 1) % run.save_every == 0 or step + 1 == schedule.steps):
                 checkpoints.save(accelerator, step + 1, {"losses": losses})
@@ -257,11 +249,6 @@ def _memory_gb(accelerator: Accelerator) -> float:
     except ImportError:  # Windows
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _track(accelerator: Accelerator, metrics: dict, step: int) -> None:
-    if accelerator.trackers:
-        accelerator.log({name: value for name, value in metrics.items() if isinstance(value, float)}, step=step)
 
 
 def _note(metrics: dict) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+CHUNK_TOKENS = 1024  # rows of logits that exist at once
+
 TeacherChunk = Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]
 """
 The teacher's log probabilities of some tokens, at the temperature of the loss: `[n, V]` fp32 and `None`, or those of
@@ -83,7 +85,7 @@ def distillation_loss(
     kl_weight: float = 1.0,
     ce_weight: float = 1.0,
     temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     `kl_weight · KL(teacher ‖ student) + ce_weight · CE`, summed over tokens, in fp32 and in chunks of tokens: no more

@@ -120,12 +120,11 @@ class Stage:
     @property
     def sources(self) -> dict[str, Path]:
         """What the stage starts from beside the teacher, by kind: a `student` or `forms`; alignment from neither."""
-        output = Path(self.recipe.output)
         if self.name == "align":
             return {}
         if self.name == "finetune" or self.section.student:
-            return {"student": Path(self.section.student or output / "distill" / "student")}
-        return {"forms": Path(self.section.head_forms or output / "align" / "head_forms.safetensors")}
+            return {"student": Path(self.section.student or Path(self.recipe.output) / "distill" / "student")}
+        return {"forms": self.recipe.forms}
 
     @cached_property
     def starts_from(self) -> dict[str, str]:
@@ -207,10 +206,6 @@ class Stage:
             made_from["forms"] |= Record(forms.parent / "facts.json").read() or {}
         return made_from
 
-    def start(self) -> "Job":
-        """Tokens, tokenizer and processes, when all checks are done."""
-        return Job(self)
-
 
 class Job:
     """A stage that is running: its data, its processes, and its way of ending."""
@@ -241,12 +236,8 @@ class Job:
             stage.earlier.write(stage.record() | {"parts": stage.parts})
         if recipe.run.report_to:
             self.accelerator.init_trackers(stage.name)
-        self.autocast: Callable[[], torch.autocast] = partial(
-            torch.autocast,
-            self.accelerator.device.type,
-            dtype=torch.bfloat16,
-            enabled=recipe.run.mixed_precision == "bf16",
-        )
+        device, in_bf16 = self.accelerator.device.type, recipe.run.mixed_precision == "bf16"
+        self.autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=in_bf16)
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher in the recipe's dtype, without gradients, on this process's device."""
@@ -318,7 +309,7 @@ class Job:
     def end(self, save: Callable[[], None]) -> None:
         """Draw the run, save its output from the main process, say that it is done, and leave the other processes."""
         if self.accelerator.is_main_process:
-            draw_training(self.folder / "metrics.jsonl", self.folder)
+            draw_training(self.folder)
             save()
             Record(self.folder / "facts.json").write(self.facts())  # last: it says that the stage is done
             print(f"written to {self.stage.output}")

@@ -13,7 +13,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from .loop import Run, Schedule, train
-from .losses import TeacherChunk, distillation_loss
+from .losses import CHUNK_TOKENS, TeacherChunk, distillation_loss
 from .recipe import LoraSection
 from .stage import Job
 
@@ -34,12 +34,10 @@ class StudentLoss(nn.Module):
         kl_weight: float = 0.0,
         ce_weight: float = 1.0,
         temperature: float = 1.0,
-        chunk_tokens: int = 1024,
+        chunk_tokens: int = CHUNK_TOKENS,
     ):
         super().__init__()
-        self.student = student
-        self.kl_weight, self.ce_weight = kl_weight, ce_weight
-        self.temperature, self.chunk_tokens = temperature, chunk_tokens
+        self.student, self.settings = student, (kl_weight, ce_weight, temperature, chunk_tokens)
 
     def forward(self, batch: Batch, teacher: TeacherChunk | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -53,16 +51,9 @@ class StudentLoss(nn.Module):
         states = self.student.model(
             batch.token_ids[:, :-1], position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
+        labels, weights = batch.token_ids[:, 1:].flatten(), batch.weights[:, 1:].flatten()
         return distillation_loss(
-            states.flatten(0, 1),
-            self.student.lm_head.weight,
-            labels=batch.token_ids[:, 1:].flatten(),
-            weights=batch.weights[:, 1:].flatten(),
-            teacher=teacher,
-            kl_weight=self.kl_weight,
-            ce_weight=self.ce_weight,
-            temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
+            states.flatten(0, 1), self.student.lm_head.weight, labels, weights, teacher, *self.settings
         )
 
 

@@ -11,9 +11,7 @@ import torch
 from ..data.batches import Batch
 from ..files import force_to_disk
 from ..provenance import Record
-from .losses import TeacherChunk
-
-CHUNK_TOKENS = 1024  # rows of logits that exist at once
+from .losses import CHUNK_TOKENS, TeacherChunk
 
 
 class TeacherCache:
