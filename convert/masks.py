@@ -48,18 +48,16 @@ def read_masks(path: Path, teacher: "Teacher | None" = None) -> Masks:
 
 def parse_heads(texts: Sequence[str]) -> list[tuple[int, int]]:
     """
-    Heads from `LAYER.HEAD` words, separated by commas: `3.5,3.7`.
+    Heads from `LAYER.HEAD` words, separated by commas or spaces: `3.5,3.7`.
 
     Raises:
         ValueError: one is not of this form.
     """
     heads = []
-    for word in ",".join(texts).split(","):
-        layer, _, head = word.strip().partition(".")
-        if not word.strip():
-            continue
+    for word in ",".join(texts).replace(",", " ").split():
+        layer, _, head = word.partition(".")
         if not (layer.isdigit() and head.isdigit()):
-            raise ValueError(f"{word.strip()!r}: expected LAYER.HEAD, such as 3.5")
+            raise ValueError(f"{word!r}: expected LAYER.HEAD, such as 3.5")
         heads.append((int(layer), int(head)))
     return heads
 

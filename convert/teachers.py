@@ -76,7 +76,8 @@ class TeacherAdapter:
         if rotary != 1.0:
             raise ValueError(f"{self.model_type}: partial rotary embedding ({rotary}) is not supported, only 1.0")
         window = getattr(self.config, "sliding_window", None)
-        if window is not None and self.uses_sliding_window() and window < self.config.max_position_embeddings:
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention"]  # without: every layer
+        if window is not None and "sliding_attention" in kinds and window < self.config.max_position_embeddings:
             raise ValueError(
                 f"{self.model_type}: sliding-window attention ({window} of "
                 f"{self.config.max_position_embeddings} positions) is not supported, only full attention"
@@ -88,10 +89,6 @@ class TeacherAdapter:
     def blank_masks(self) -> list[list[int]]:
         """Masks `[L][H]` that convert every head: for a config whose masks do not matter."""
         return [[0] * self.num_heads] * self.num_layers
-
-    def uses_sliding_window(self) -> bool:
-        """Whether a `sliding_window` in the config is in use."""
-        return True
 
     def student_fields(self) -> dict:
         """The fields of a `HydraHeadConfig` that the teacher decides."""
@@ -150,18 +147,12 @@ class Qwen2Teacher(TeacherAdapter):
     model_type = "qwen2"
     biases = (True, False)
 
-    def uses_sliding_window(self) -> bool:
-        return "sliding_attention" in self.config.layer_types
-
 
 class Qwen3Teacher(TeacherAdapter):
     """Qwen3, dense: q and k normalised per head."""
 
     model_type = "qwen3"
     qk_norm = True
-
-    def uses_sliding_window(self) -> bool:
-        return "sliding_attention" in self.config.layer_types
 
 
 class Phi3Teacher(TeacherAdapter):

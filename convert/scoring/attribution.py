@@ -116,14 +116,12 @@ def logit_contribution(reader: HeadReader, pair: Pair) -> torch.Tensor:
 
 def attribution(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
     """The method of this name."""
-    for pair, scale in zip(used.pairs, used.scales):
-        yield attribution_effects(bench.teacher, pair) / scale
+    return (attribution_effects(bench.teacher, pair) / scale for pair, scale in zip(used.pairs, used.scales))
 
 
 def attribution_qk(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:
     """The method `attribution-qk`."""
-    for pair, scale in zip(used.pairs, used.scales):
-        yield query_key_effects(bench.reader, pair) / scale
+    return (query_key_effects(bench.reader, pair) / scale for pair, scale in zip(used.pairs, used.scales))
 
 
 def attention(bench: Bench, used: UsedPairs) -> Iterator[torch.Tensor]:

@@ -17,7 +17,7 @@ from ...files import atomic_file, atomic_folder, check_free, read_utf8
 from ...kernels import use_tuned_kernels
 from ...provenance import Record, digest, environment
 from ..forms import HeadForms, check_forms, load_forms
-from ..migration import student_config
+from ..options import student_config
 from ..teachers import Teacher, open_teacher
 from .evidence import TOP_SHARE, as_masks, knockout_points, ranking, with_evidence
 from .measure import score_heads, score_steps
@@ -136,43 +136,9 @@ def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = Fal
     unfinished.begin()
     teacher = load_teacher(opened, settings)
     forms = None if forms_file is None else running_forms(opened, forms_file)
-    scores = _score(settings, unfinished, teacher, tokenizer, probes, text_ids, forms)
-    if settings.evidence:
-        pairs = knockout_pairs(probes, scores)
-        points = knockout_points(len(settings.methods), opened.adapter.num_layers * opened.adapter.num_heads)
-        points *= len(pairs) * (1 if forms is None else 2)
-        with progress("replace many heads", points) as advance:
-            scores = with_evidence(teacher, scores, settings.methods, pairs, forms, advance)
-    scores.teacher = opened.public_name  # a model from the Hub calls itself by the folder that it is kept in
-    scores.made_from = {
-        **{key: getattr(settings, key) for key in ("pairs", "built_in", "only", "options", "shortlist", "dtype")},
-        "length": length,
-        "text": text_name(settings),
-        "probes": {file.name: digest(file) for file in settings.probe_files},
-        "forms": None if forms_file is None else digest(forms_file),
-    }
-    with atomic_folder(output, overwrite) as partial:
-        scores.save(partial / "head_scores.json")
-        draw_scores(scores, partial)
-        if unfinished.forms.is_file():
-            shutil.copyfile(unfinished.forms, partial / unfinished.forms.name)
-    unfinished.close()
-    return scores
-
-
-def _score(
-    settings: ScoreSettings,
-    unfinished: Unfinished,
-    teacher: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    probes: Sequence[Probe],
-    text_ids: np.ndarray,
-    forms: HeadForms | None,
-) -> HeadScores:
-    """Measure what was not finished."""
     rows, done = ([] if forms is None else text_rows(text_ids)), unfinished.finished()
     with progress("score heads", score_steps(probes[len(done) :], settings.methods, len(rows))) as advance:
-        return score_heads(
+        scores = score_heads(
             teacher,
             tokenizer,
             probes,
@@ -186,6 +152,32 @@ def _score(
             done=done,
             on_probe=unfinished.keep,
         )
+    if settings.evidence:
+        pairs = knockout_pairs(probes, scores)
+        points = knockout_points(len(settings.methods), opened.adapter.num_layers * opened.adapter.num_heads)
+        points *= len(pairs) * (1 if forms is None else 2)
+        with progress("replace many heads", points) as advance:
+            scores = with_evidence(teacher, scores, settings.methods, pairs, forms, advance)
+    scores.teacher = opened.public_name  # a model from the Hub calls itself by the folder that it is kept in
+    scores.made_from = scores_made_from(settings, length, forms_file)
+    with atomic_folder(output, overwrite) as partial:
+        scores.save(partial / "head_scores.json")
+        draw_scores(scores, partial)
+        if unfinished.forms.is_file():
+            shutil.copyfile(unfinished.forms, partial / unfinished.forms.name)
+    unfinished.close()
+    return scores
+
+
+def scores_made_from(settings: ScoreSettings, length: int, forms_file: Path | None) -> dict:
+    """What a score file says of what decided it beside the teacher."""
+    return {
+        **{key: getattr(settings, key) for key in ("pairs", "built_in", "only", "options", "shortlist", "dtype")},
+        "length": length,
+        "text": text_name(settings),
+        "probes": {file.name: digest(file) for file in settings.probe_files},
+        "forms": None if forms_file is None else digest(forms_file),
+    }
 
 
 def load_teacher(teacher: Teacher, settings: ScoreSettings) -> PreTrainedModel:

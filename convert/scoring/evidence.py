@@ -35,10 +35,10 @@ def ranking(scores: Sequence[Sequence[float]], tie_break: Sequence[Sequence[floa
     return sorted(places, key=rank, reverse=True)
 
 
-def random_orders(scores: Sequence[Sequence[float]], count: int, seed: int = 0) -> list[Order]:
-    """`count` seeded random orders of all heads."""
+def random_orders(scores: Sequence[Sequence[float]], count: int) -> list[Order]:
+    """`count` random orders of all heads, the same in every call."""
     places = [(layer, head) for layer, row in enumerate(scores) for head in range(len(row))]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return [[places[i] for i in torch.randperm(len(places), generator=generator).tolist()] for _ in range(count)]
 
 
@@ -61,7 +61,7 @@ def spearman(one: torch.Tensor, other: torch.Tensor) -> float | None:
     return float(torch.corrcoef(torch.stack([average_ranks(one), average_ranks(other)]).double())[0, 1])
 
 
-def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]:
+def stability(scores: HeadScores, method: str) -> dict[str, dict]:
     """
     Split-half stability of a method's fused ranking, at 4, 8 and 16 pairs as far as there are so many.
 
@@ -77,7 +77,7 @@ def stability(scores: HeadScores, method: str, seed: int = 0) -> dict[str, dict]
     active = torch.from_numpy(scores.active())
     probes = [probe for probe in scores.probes if probe.used and probe.measured(method)]
     available = max((probe.used for probe in probes if probe.name != TEXT), default=0)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     top = max(1, round(TOP_SHARE * active.numel()))
     found = {}
     for count in STABILITY_PAIRS:
@@ -132,7 +132,6 @@ def knockout(
     pairs: Sequence[Pair],
     replace_heads: Callable[[Masks], Visit] | None = None,
     sizes: Sequence[int] | None = None,
-    seed: int = 0,
     on_point: Callable[[], None] = lambda: None,
 ) -> dict:
     """
@@ -168,7 +167,7 @@ def knockout(
             "top": [accuracy(order[:size]) for size in sizes],
             "bottom": [accuracy(order[-size:]) for size in sizes],
         }
-    orders = random_orders(scores.scores, RANDOM_ORDERS, seed)
+    orders = random_orders(scores.scores, RANDOM_ORDERS)
     intact = answers_found(teacher, pairs)
     return {
         "pairs": len(pairs),

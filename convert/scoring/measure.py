@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ...provenance import environment
+from ..calibration import measure_heads
 from ..forms import HeadForms
 from ..hooks import input_device
-from ..migration import measure_heads
 from ..teachers import TeacherAdapter, adapter_for, public_name, read_model
 from .methods import METHODS, Bench, Method, UsedPairs, check_methods, measured_by
 from .probes import Probe
@@ -26,7 +26,7 @@ def score_heads(
     teacher: PreTrainedModel,
     tokenizer,
     probes: Sequence[Probe],
-    on_pair: Callable[[], None] | None = None,
+    on_pair: Callable[[], None] = lambda: None,
     *,
     methods: Sequence[str] | None = None,
     head_forms: HeadForms | None = None,
@@ -71,7 +71,7 @@ def score_heads(
             raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
     adapter = adapter_for(teacher.config)
     bench = Bench(teacher, HeadReader(teacher), head_forms, shortlist, sender_shortlist)
-    measuring = _Measuring(bench, on_pair or (lambda: None))
+    measuring = _Measuring(bench, on_pair)
     results = list(done)
     for probe in probes[len(done) :]:
         seen = any(result.name == probe.name and result.used for result in results)

@@ -268,7 +268,7 @@ def text_probe(
     tokens, counts = np.unique(haystack, return_counts=True)
     frequent = set(tokens[np.argsort(counts)[-len(tokens) // 10 :]].tolist())
 
-    def draw(rng: np.random.Generator, _: int) -> Pair | None:
+    def draw() -> Pair | None:
         first, second = (int(start) for start in rng.integers(len(haystack) - room, size=2))
         if abs(first - second) < length:
             return None
@@ -287,18 +287,17 @@ def text_probe(
         return Pair([*header, *here], [*header, *corrupt, answer], length - 1, [answer], [wrong])
 
     # Rare tokens that recur are one in some dozens: draw more often than where only token counts can differ.
-    pairs, resampled, attempt = [], 0, 0
     rng = np.random.default_rng([seed, COUNTERFACTUALS.index(counterfactual)])
-    while len(pairs) < num_pairs:
-        attempt += 1
-        if attempt > _DRAWS * 10 * num_pairs:
-            raise ValueError(f"text at {length} tokens: too few tokens recur in this text; give a longer one")
-        pair = draw(rng, 0)
+    pairs, resampled = [], 0
+    for _ in range(_DRAWS * 10 * num_pairs):
+        pair = draw()
         if pair is None:
             resampled += 1
-        else:
-            pairs.append(pair)
-    return Probe("text", "language", tuple(pairs), counterfactual, resampled, generated=False)
+            continue
+        pairs.append(pair)
+        if len(pairs) == num_pairs:
+            return Probe("text", "language", tuple(pairs), counterfactual, resampled, generated=False)
+    raise ValueError(f"text at {length} tokens: too few tokens recur in this text; give a longer one")
 
 
 def _ordinary(tokenizer, haystack_ids: Sequence[int]) -> np.ndarray:

@@ -70,10 +70,8 @@ def check_options(settings: ScoreSettings) -> None:
         ValueError: an unknown method, a missing file, or no probes; one line.
     """
     check_methods(settings.methods)
-    for file in (settings.text, *settings.probe_files):
+    for file in (settings.text, settings.forms, *settings.probe_files):
         if file is not None and not file.is_file():
             raise ValueError(f"{file}: no such file")
-    if settings.forms is not None and not settings.forms.is_file():
-        raise ValueError(f"{settings.forms}: no such file; hydrahead score and hydrahead.training.align write one")
     if settings.methods and not settings.built_in and not settings.probe_files:
         raise ValueError("no probes: pass a JSONL file, or leave the built-in ones on")
