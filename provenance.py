@@ -12,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 
+from . import __version__
 from .files import atomic_file
 
-PACKAGES = ("hydrahead", "torch", "transformers", "flash-linear-attention", "triton")
+PACKAGES = ("torch", "transformers", "flash-linear-attention", "triton")
 
 
 def environment(device: str | None = None) -> dict:
@@ -30,7 +31,7 @@ def environment(device: str | None = None) -> dict:
         hardware += f", {torch.get_num_threads()} threads"
         if str(device or "cuda").startswith("cuda") and torch.cuda.is_available():
             hardware = torch.cuda.get_device_name(device)
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), "hydrahead": __version__}  # it may run uninstalled
     for name in PACKAGES:
         try:
             versions[name] = version(name)

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from ..files import atomic_file
-from ..provenance import digest, environment
+from ..provenance import digest
 from .scoring.scores import HeadScores
 from .scoring.settings import Exchange
 from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
@@ -168,7 +169,7 @@ def select_to_file(
         "kept": cost.full_attention_heads,
         "without_evidence": cost.without_evidence,
         "improved_by": None if exchange is None else {"exchanges": exchange.rounds, "forms": digest(exchange.forms)},
-        "version": environment()["versions"]["hydrahead"],
+        "version": __version__,
     }
     from ..evaluation.figures import plot_head_map
 

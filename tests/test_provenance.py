@@ -4,10 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
+import hydrahead
+from hydrahead import provenance
 from hydrahead.provenance import Record, digest, environment
 
 SETTINGS = {"teacher": {"name": "a", "revision": None}, "tokens": 10, "file": Path("text.txt"), "shape": (2, 3)}
@@ -71,3 +74,11 @@ def test_the_environment_is_told_without_importing_pytorch():
     subprocess.run([sys.executable, "-c", code], check=True)
     found = environment("cpu")
     assert {"python", "torch", "transformers"} <= found["versions"].keys() and "threads" in found["hardware"]
+
+
+def test_the_version_is_known_where_the_package_is_only_on_the_path(monkeypatch):
+    def not_installed(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(provenance, "version", not_installed)
+    assert environment("cpu")["versions"]["hydrahead"] == hydrahead.__version__
