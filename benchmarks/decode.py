@@ -78,6 +78,7 @@ def attention_in_pieces(module, query, key, value, attention_mask, **kwargs):
     return attend_to_cache(grouped, key, value, attention_mask).flatten(1, 2).unsqueeze(1), None
 
 
+BEST_TEACHER = "teacher, in pieces"
 AttentionInterface.register(IN_PIECES := "in_pieces", attention_in_pieces)
 AttentionMaskInterface.register(IN_PIECES, sdpa_mask)
 
@@ -85,13 +86,13 @@ AttentionMaskInterface.register(IN_PIECES, sdpa_mask)
 def build_models(device: str, shape: dict, dtype: torch.dtype, names: list[str]) -> dict[str, torch.nn.Module]:
     """Teacher and hybrids of one shape, in the dtypes that loading gives; heads are drawn at random."""
     torch.manual_seed(0)
-    config = Qwen3Config(**shape)
     models = {}
-    for name, attention in (("teacher", "sdpa"), ("teacher, in pieces", IN_PIECES)):
+    for name, attention in (("teacher", "sdpa"), (BEST_TEACHER, IN_PIECES)):
         with torch.device(device):
             if name in names:
+                config = Qwen3Config(**shape)  # the attention is set in it: one for each model
                 models[name] = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention).eval()
-    adapter = adapter_for(config)
+    adapter = adapter_for(Qwen3Config(**shape))
     layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
     scores = HeadScores(
         scores=torch.rand(layers, heads).tolist(),
@@ -225,7 +226,7 @@ class CompiledRun(Run):
 @torch.no_grad()
 def measure(models: dict[str, torch.nn.Module], length: int, prefills: int, steps: int) -> dict[str, dict]:
     """Medians of every model at one length; models take turns, so that a slow moment of the machine hits all alike."""
-    runs = {name: Run(model, length) for name, model in models.items()}
+    runs = {name: Run(model, length) for name, model in models.items() if name != BEST_TEACHER}
     for _ in range(prefills):
         for run in runs.values():
             run.prefill()
@@ -247,16 +248,20 @@ def measure_compiled(models: dict[str, torch.nn.Module], length: int, bandwidth:
 
 
 def show(length: int, results: dict[str, dict], compiled: dict[str, dict]) -> None:
+    """Print a line for each model, and add its ratios to the results."""
     teacher = results.get("teacher")
-    for name, result in results.items():
+    for name in results | compiled:
         line = f"{length:>7}  {name:<18}"
-        if teacher:
-            result["decode_speed_over_teacher"] = teacher["decode_ms_per_token"] / result["decode_ms_per_token"]
-            result["prefill_speed_over_teacher"] = teacher["prefill_seconds"] / result["prefill_seconds"]
-            result["cache_share_of_teacher"] = result["cache_bytes"] / teacher["cache_bytes"]
-        line += f" prefill {result['prefill_seconds']:>7.3f} s ×{result.get('prefill_speed_over_teacher', 1):.2f}"
-        line += f"  decode {result['decode_ms_per_token']:>7.2f} ms ×{result.get('decode_speed_over_teacher', 1):.2f}"
-        line += f"  cache {result['cache_bytes'] / 2**20:>9.2f} MB"
+        if result := results.get(name):
+            if teacher:
+                result["decode_speed_over_teacher"] = teacher["decode_ms_per_token"] / result["decode_ms_per_token"]
+                result["prefill_speed_over_teacher"] = teacher["prefill_seconds"] / result["prefill_seconds"]
+                result["cache_share_of_teacher"] = result["cache_bytes"] / teacher["cache_bytes"]
+            line += f" prefill {result['prefill_seconds']:>7.3f} s ×{result.get('prefill_speed_over_teacher', 1):.2f}"
+            line += (
+                f"  decode {result['decode_ms_per_token']:>7.2f} ms ×{result.get('decode_speed_over_teacher', 1):.2f}"
+            )
+            line += f"  cache {result['cache_bytes'] / 2**20:>9.2f} MB"
         if found := compiled.get(name):
             if "teacher" in compiled:
                 found["speed_over_teacher"] = compiled["teacher"]["ms_per_token"] / found["ms_per_token"]
@@ -280,7 +285,7 @@ def main() -> None:
     is_gpu = options.device == "cuda"
     use_tuned_kernels()
     shape, dtype = (QWEN3_1_7B, torch.bfloat16) if is_gpu else (SMALL, torch.float32)
-    teachers = ["teacher", "teacher, in pieces"] if is_gpu else ["teacher"]
+    teachers = ["teacher", BEST_TEACHER] if is_gpu else ["teacher"]
     names = options.models or [*teachers, *(name for name, *_ in BUDGETS[options.device])]
     models = build_models(options.device, shape, dtype, names)
     bandwidth = BYTES_PER_SECOND.get(torch.cuda.get_device_name()) if is_gpu else None
@@ -301,7 +306,7 @@ def main() -> None:
         compiled = measure_compiled(models, length, bandwidth) if is_gpu and not options.eager else {}
         show(length, results, compiled)
         for name, found in compiled.items():
-            results[name]["compiled"] = found
+            results.setdefault(name, {})["compiled"] = found
         report["results"][length] = results
         output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {output.name}")
