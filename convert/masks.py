@@ -11,7 +11,7 @@ from ..files import atomic_file
 from ..provenance import digest
 from .scoring.scores import HeadScores
 from .scoring.settings import Exchange
-from .selection import BY_SCORE, Masks, same_cache_in_other_unit, select_heads, selection_cost
+from .selection import BY_SCORE, STRATEGIES, Masks, same_cache_in_other_unit, select_heads, selection_cost
 
 if TYPE_CHECKING:  # choosing heads needs no PyTorch
     from .teachers import Teacher
@@ -132,13 +132,14 @@ def select_to_file(
         the masks, and what they keep and cost, line by line.
 
     Raises:
-        ValueError: see `read_scores` and `select_heads`.
+        ValueError: see `read_scores`, `select_heads` and `exchange_heads`.
     """
     if output.suffix != ".json":
         raise ValueError(f"{output}: expected a name that ends in .json")
-    if exchange is not None and tensor_parallel > 1:
+    if exchange is not None and (tensor_parallel > 1 or not strategy.startswith("global")):
         raise ValueError(
-            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism"
+            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
+            "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"
         )
     scores = read_scores(files, method, parse_weights(weights))
     kept, dropped = parse_heads(keep), parse_heads(drop)
@@ -149,7 +150,9 @@ def select_to_file(
     if exchange is not None:
         from .search import exchange_heads
 
-        masks, history = exchange_heads(scores, masks, exchange, budget_unit, {*kept, *dropped}, seed)
+        masks, history = exchange_heads(
+            scores, masks, exchange, budget_unit, {*kept, *dropped}, seed, STRATEGIES[strategy].every_layer
+        )
         lines = [
             f"after {record['trials']} conversions: needles {record['accuracy']:.2f}, answer loss "
             f"{record['answer_loss']:.3f}, text divergence {record['divergence']:.3f} (untrained)"

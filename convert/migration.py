@@ -85,13 +85,12 @@ def convert_model(
         has_file = (folder / "generation_config.json").is_file()
         generation_config = GenerationConfig.from_pretrained(folder) if has_file else None
 
-    needs_statistics = head_forms is None and (config.full_attention_share < 1 or config.fusion != "concat")
-    if needs_statistics:
+    if head_forms is None and (config.full_attention_share < 1 or config.fusion != "concat"):
         if calibration_ids is None:
             logger.warning("No calibration text given: the new heads are scaled on random tokens.")
             calibration_ids = random_calibration_ids(config.vocab_size)
         statistics = measure_heads(adapter, read, calibration_ids, device)
-    else:
+    else:  # which nothing reads
         statistics = HeadStatistics(*torch.ones(3, config.num_hidden_layers, config.num_attention_heads))
 
     outer = adapter.embedding_and_head(read)
@@ -163,8 +162,7 @@ def conversion_record(
     teacher: Teacher, config: HydraHeadConfig, masks_file: Path | None, forms_file: Path | None
 ) -> dict:
     """What a student is made from when it is converted, as in `hub.checkpoint.save_checkpoint`; no stage yet."""
-    files = {"masks": masks_file, "forms": forms_file}
-    found = {name: {"sha256": digest(file)} if file else {} for name, file in files.items()}
-    found["masks"] |= read_choice(masks_file)[1] if masks_file else {}
-    found["forms"] |= forms_made_from(forms_file) if forms_file else {}
-    return {**teacher.identity, "options": options_of(config), **found, "stages": [], **environment()}
+    masks = {"sha256": digest(masks_file), **read_choice(masks_file)[1]} if masks_file else {}
+    forms = {"sha256": digest(forms_file), **forms_made_from(forms_file)} if forms_file else {}
+    sources = {"options": options_of(config), "masks": masks, "forms": forms}
+    return {**teacher.identity, **sources, "stages": [], **environment()}

@@ -66,6 +66,7 @@ def search_masks(
     *,
     unit_size: int = 1,
     fixed: set[Head] = frozenset(),
+    every_layer: bool = False,
     max_exchanges: int = 16,
     on_trial: Callable[[], None] = lambda: None,
 ) -> tuple[Masks, list[dict]]:
@@ -81,6 +82,7 @@ def search_masks(
         masks: where to start, such as `select_heads` gives.
         unit_size: query heads of a unit: 1, or `H / G` for KV groups.
         fixed: heads that keep the kind they have.
+        every_layer: no layer gives its last full-attention unit to another.
         on_trial: called after each trial.
 
     Returns:
@@ -91,7 +93,7 @@ def search_masks(
     for _ in range(max_exchanges):
         better = []
         gains = _exchange_gains(model, forms, masks, pairs).unflatten(1, (-1, unit_size)).sum(2)
-        for give, take in _promising(gains, masks, unit_size, fixed)[:CANDIDATES]:
+        for give, take in _promising(gains, masks, unit_size, fixed, every_layer)[:CANDIDATES]:
             trial = _exchanged(masks, give, take, unit_size)
             found = conversion_loss(model, forms, trial, pairs, rows)
             trials += 1
@@ -117,7 +119,9 @@ def _exchanged(masks: Masks, give: Unit, take: Unit, unit_size: int) -> Masks:
     return trial
 
 
-def _promising(gains: torch.Tensor, masks: Masks, unit_size: int, fixed: set[Head]) -> list[tuple[Unit, Unit]]:
+def _promising(
+    gains: torch.Tensor, masks: Masks, unit_size: int, fixed: set[Head], every_layer: bool
+) -> list[tuple[Unit, Unit]]:
     """
     Exchanges (the unit to convert, the unit to keep), those that should gain most first, in which no unit takes part
     more than twice: the rest are much like them.
@@ -129,7 +133,12 @@ def _promising(gains: torch.Tensor, masks: Masks, unit_size: int, fixed: set[Hea
     free -= {(layer, head // unit_size) for layer, head in fixed}
     kept = [(layer, unit) for layer, unit in sorted(free) if masks[layer][unit * unit_size]]
     converted = sorted(free - set(kept))
-    sums = ((float(gains[one] + gains[other]), one, other) for one in kept for other in converted)
+    sums = (
+        (float(gains[one] + gains[other]), one, other)
+        for one in kept
+        for other in converted
+        if not every_layer or one[0] == other[0] or sum(masks[one[0]]) > unit_size
+    )
     chosen, used = [], Counter()
     for _, *units in sorted(sums, reverse=True):
         if all(used[unit] < 2 for unit in units):
@@ -163,7 +172,13 @@ def _exchange_gains(model: PreTrainedModel, forms: HeadForms, masks: Masks, pair
 
 
 def exchange_heads(
-    scores: HeadScores, masks: Masks, exchange: Exchange, budget_unit: str, fixed: set[Head], seed: int
+    scores: HeadScores,
+    masks: Masks,
+    exchange: Exchange,
+    budget_unit: str,
+    fixed: set[Head],
+    seed: int,
+    every_layer: bool,
 ) -> tuple[Masks, list[dict]]:
     """
     Improve a choice by greedy exchange on needles and plain text (`search_masks`).
@@ -188,6 +203,7 @@ def exchange_heads(
         for pair in niah_probe(tokenizer, text_ids, length, num_keys=keys, num_pairs=4, seed=seed + 1).pairs
     ]
     size = adapter.num_heads // adapter.num_kv_heads if budget_unit == "kv_groups" else 1
-    inputs, options = (teacher, forms, masks, pairs, text_rows(text_ids)), {"unit_size": size, "fixed": fixed}
+    inputs = teacher, forms, masks, pairs, text_rows(text_ids)
+    options = {"unit_size": size, "fixed": fixed, "every_layer": every_layer, "max_exchanges": exchange.rounds}
     with progress("exchange heads", CANDIDATES * exchange.rounds) as advance:
-        return search_masks(*inputs, **options, max_exchanges=exchange.rounds, on_trial=advance)
+        return search_masks(*inputs, **options, on_trial=advance)

@@ -330,13 +330,11 @@ def same_cache_in_other_unit(scores: "HeadScores", masks: Masks, strategy: str, 
     scores = replace(scores, scores=known)
     if budget_unit == "heads":
         return "kv_groups", select_heads(scores, cost.kv_heads / cost.all_kv_heads, strategy, "kv_groups")
-    best = masks
     for budget in range(cost.full_attention_heads, 0, -1):
         try:
             trial = select_heads(scores, budget / cost.heads, strategy, "heads")
         except ValueError:
             break
         if selection_cost(scores, trial, head_dim=1).kv_heads <= cost.kv_heads:
-            best = trial
-            break
-    return "heads", best
+            return "heads", trial
+    return "heads", masks

@@ -191,6 +191,16 @@ def test_greedy_exchange_keeps_the_budget_and_what_is_fixed_and_never_gets_worse
     assert sum(map(sum, groups)) == 3 and all(len(set(row[i : i + 3])) == 1 for row in groups for i in (0, 3))
 
 
+def test_greedy_exchange_leaves_every_layer_a_head_where_that_was_asked_for():
+    teacher, start = make_teacher("qwen3-tied"), [[0, 0, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0]]
+    forms, _ = make_forms(teacher)
+    pairs, options = [make_pair(seed) for seed in (0, 10)], {"max_exchanges": 4}
+    free, _ = search_masks(teacher, forms, start, pairs, **options)
+    assert list(map(sum, free)) == [2, 0], "free to choose, it empties a layer"
+    masks, history = search_masks(teacher, forms, start, pairs, every_layer=True, **options)
+    assert list(map(sum, masks)) == [1, 1] and len(history) > 1
+
+
 def test_conversion_loss_is_nothing_where_nothing_changes():
     """With RoPE kept, all heads full attention."""
     teacher, pair = make_teacher("qwen3-tied"), make_pair()

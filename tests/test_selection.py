@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hydrahead import HydraHeadConfig
 from hydrahead.convert import HeadScores, select_heads
-from hydrahead.convert.masks import describe_choice
+from hydrahead.convert.masks import Exchange, describe_choice, select_to_file
 from hydrahead.convert.scoring.evidence import ranking
 from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
 from hydrahead.tests.families import student_fields
@@ -185,6 +185,19 @@ def test_tensor_parallel_layers_hold_equal_shares_within_the_budget(strategy, un
 def test_wishes_that_cannot_be_met_are_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
         select_heads(SCORES, **{"ratio": 0.5} | arguments)
+
+
+@pytest.mark.parametrize("asked", [{"strategy": "layer"}, {"strategy": "global", "tensor_parallel": 2}])
+def test_exchanges_that_would_undo_the_strategy_are_refused(asked, tmp_path):
+    with pytest.raises(ValueError, match=r"^greedy exchange moves heads between layers: it cannot keep [^\n]*$"):
+        select_to_file(
+            [tmp_path / "none.json"],
+            tmp_path / "masks.json",
+            0.25,
+            budget_unit="heads",
+            exchange=Exchange("demo", forms=tmp_path / "forms.safetensors"),
+            **asked,
+        )
 
 
 def test_the_cost_of_a_choice_is_what_the_models_config_says():

@@ -123,10 +123,7 @@ def niah_probe(
         else:
             other = int(rng.choice([index for index in range(len(sample.keys)) if index != asked]))
             value = sample.values[other]
-            changed = {
-                asked: (sample.keys[other], sample.values[asked]),
-                other: (sample.keys[asked], sample.values[other]),
-            }
+            changed = {asked: (sample.keys[other], sample.values[asked]), other: (sample.keys[asked], value)}
         corrupt = list(sample.input_ids)
         for index, needle in changed.items():
             start = sample.needle_spans[index][0]
