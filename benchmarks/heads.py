@@ -11,7 +11,6 @@ Writes `heads.json` and `../docs/heads.png`.
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from hydrahead.configuration_hydrahead import HydraHeadConfig
 from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import Forms, HeadForms, linear_heads
 from hydrahead.convert.hooks import visited_heads
@@ -29,7 +29,7 @@ from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
 from hydrahead.convert.scoring.evidence import Order, as_masks, random_orders, ranking, stability
 from hydrahead.convert.scoring.measure import score_heads
 from hydrahead.convert.scoring.methods import METHODS
-from hydrahead.convert.scoring.probes import built_in_probes, niah_probe
+from hydrahead.convert.scoring.probes import Pair, built_in_probes, niah_probe
 from hydrahead.convert.scoring.readout import answers_found
 from hydrahead.convert.scoring.scores import HeadScores
 from hydrahead.convert.search import search_masks
@@ -38,7 +38,7 @@ from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
 from hydrahead.evaluation.figures import plot_conditions, wilson_interval
 from hydrahead.evaluation.text import text_loss
-from hydrahead.provenance import environment
+from hydrahead.provenance import Record, environment
 from hydrahead.training.align import align_heads
 from hydrahead.training.loop import Schedule
 
@@ -55,8 +55,7 @@ RANDOM = 5
 class Bench:
     """The teacher, its texts, and the two ways to judge a ranking."""
 
-    def __init__(self, prompts: int, steps: int, threads: int):
-        torch.set_num_threads(threads)
+    def __init__(self, prompts: int, steps: int):
         self.steps = steps
         teacher = open_teacher("demo")
         self.teacher, self.tokenizer = teacher.load("float32", Accelerator().device), teacher.tokenizer()
@@ -64,19 +63,25 @@ class Bench:
         self.adapter = teacher.adapter
         self.layers, self.width = self.adapter.num_layers, self.adapter.num_heads
         self.heads = self.layers * self.width
-        self.pairs = [
-            pair
-            for keys in (1, 4)
-            for pair in niah_probe(
-                self.tokenizer, self.heldout, LENGTH, num_keys=keys, num_pairs=prompts // 2, seed=7
-            ).pairs
-        ]
+        self.pairs = self.needles(self.heldout, prompts // 2, seed=7)
         self.text_loss = text_loss(self.teacher, self.heldout, LENGTH, 8)
         self.means = mean_heads(self.teacher, [pair.clean for pair in self.pairs[:4]])
 
+    def needles(self, text: np.ndarray, count: int, seed: int) -> list[Pair]:
+        """Pairs with one key and as many with four."""
+        probes = (niah_probe(self.tokenizer, text, LENGTH, num_keys=k, num_pairs=count, seed=seed) for k in (1, 4))
+        return [pair for probe in probes for pair in probe.pairs]
+
+    def rows(self, first: int) -> list[list[int]]:
+        """Four rows of the training text."""
+        return self.train[first : first + 4 * LENGTH].reshape(4, LENGTH).tolist()
+
+    def config(self, position: str) -> HydraHeadConfig:
+        return student_config(self.adapter, self.adapter.blank_masks, **POSITIONS[position])
+
     def align(self, data: str) -> Forms:
         """Both forms of every head, without position in the full one."""
-        config = student_config(self.adapter, as_masks([], self.layers, self.width), **POSITIONS["nope"])
+        config = self.config("nope")
 
         def batch_at(step: int) -> list[torch.Tensor]:
             if data == "needles":
@@ -94,18 +99,16 @@ class Bench:
         """The same linear forms beside the full ones of a position: with rotary embedding the teacher's own heads."""
         if position == "nope":
             return forms
-        config = student_config(self.adapter, as_masks([], self.layers, self.width), **POSITIONS["rope"])
-        own = head_forms_of(self.teacher, torch.from_numpy(self.train[:1024].reshape(2, 512)), config)
+        own = head_forms_of(self.teacher, torch.tensor(self.rows(0)[:2]), self.config("rope"))
         return {name: own[name] if ".full." in name else tensor for name, tensor in forms.items()}
 
     def running(self, forms: Forms, position: str) -> HeadForms:
-        config = student_config(self.adapter, as_masks([], self.layers, self.width), **POSITIONS[position])
-        return HeadForms(config, forms).requires_grad_(False)
+        return HeadForms(self.config(position), forms).requires_grad_(False)
 
     def score(self, forms: HeadForms, methods: list[str]) -> HeadScores:
         probes = built_in_probes(self.tokenizer, self.train, LENGTH, PAIRS)
-        rows = [self.train[index * 512 : (index + 1) * 512].tolist() for index in range(4)]
-        return score_heads(self.teacher, self.tokenizer, probes, methods=methods, head_forms=forms, text_rows=rows)
+        shared = {"methods": methods, "head_forms": forms, "text_rows": self.rows(0)}
+        return score_heads(self.teacher, self.tokenizer, probes, **shared)
 
     def converted(self, kept: Order, forms: Forms, position: str) -> dict[str, float]:
         """A student's accuracy and text loss beyond the teacher's."""
@@ -143,8 +146,8 @@ class Bench:
         return {"bottom half ablated": self.ablated(order[-half:]), "top 10% ablated": self.ablated(order[:tenth])}
 
 
-def run(prompts: int, steps: int, threads: int, searched: bool) -> dict:
-    bench = Bench(prompts, steps, threads)
+def run(prompts: int, steps: int) -> dict:
+    bench = Bench(prompts, steps)
     results: dict[str, dict] = {}
     first: HeadScores | None = None
     for data in DATA:
@@ -178,9 +181,8 @@ def run(prompts: int, steps: int, threads: int, searched: bool) -> dict:
                     ablated[f"random {index}"] = bench.ablations(order)
                 table["random"].append(row | ablated[f"random {index}"])
             show(f"{data} {position}", "random, mean", mean_row(table["random"]))
-            if searched:
-                table["replacement + exchange"] = exchange(bench, rankings["replacement"], running, forms, position)
-                show(f"{data} {position}", "replacement + exchange", table["replacement + exchange"])
+            table["replacement + exchange"] = exchange(bench, rankings["replacement"], running, forms, position)
+            show(f"{data} {position}", "replacement + exchange", table["replacement + exchange"])
             results[f"{data}, {position}"] = {
                 "table": table,
                 "stability": stability(scores, "replacement"),
@@ -203,12 +205,7 @@ def run(prompts: int, steps: int, threads: int, searched: bool) -> dict:
 def exchange(bench: Bench, order: Order, running: HeadForms, forms: Forms, position: str) -> dict[str, dict]:
     """Greedy exchange from the best quarter, judged on pairs and text of the training split."""
     start = as_masks(order[: round(bench.heads / 4)], bench.layers, bench.width)
-    pairs = [
-        pair
-        for keys in (1, 4)
-        for pair in niah_probe(bench.tokenizer, bench.train, LENGTH, num_keys=keys, num_pairs=4, seed=3).pairs
-    ]
-    rows = [bench.train[20_000 + index * 512 : 20_512 + index * 512].tolist() for index in range(4)]
+    pairs, rows = bench.needles(bench.train, 4, seed=3), bench.rows(20_000)
     masks, history = search_masks(bench.teacher, running, start, pairs, rows, max_exchanges=8)
     kept = [(layer, head) for layer, row in enumerate(masks) for head, one in enumerate(row) if one]
     return {"keep 1/4": bench.converted(kept, forms, position), "history": history}
@@ -230,13 +227,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--steps", type=int, default=100, help="of alignment")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--search", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "heads.json")
     arguments = parser.parse_args()
-    report = run(arguments.prompts, arguments.steps, arguments.threads, arguments.search)
-    report |= environment()
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    report = run(arguments.prompts, arguments.steps) | environment()
+    Record(arguments.output).write(report)
     tables = {name: result["table"] for name, result in report["results"].items()}
     plot_conditions(tables, list(KEPT), arguments.output.parent.parent / "docs" / "heads.png")
 

@@ -13,7 +13,6 @@ Writes `initialisation.json`.
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import open_teacher, read_model
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
-from hydrahead.provenance import environment
+from hydrahead.provenance import Record, environment
 from hydrahead.training.align import teacher_heads
 from hydrahead.training.loop import Schedule
 from hydrahead.training.losses import head_matching_loss
@@ -55,11 +54,9 @@ class Study:
         statistics = measure_heads(self.adapter, read, ids)
         if variant == "half-life":
             statistics = HeadStatistics(statistics.rms, statistics.distance, torch.full_like(statistics.entropy, 0.5))
-        forms: Forms = {}
+        forms, generator = {}, torch.Generator().manual_seed(seed)
         for layer in range(self.layers):
             forms |= initial_forms(self.adapter.attention(read, layer), statistics, layer, self.config)
-        generator = torch.Generator().manual_seed(seed)
-        for layer in range(self.layers):
             gates = f"{layer}.linear.gates."
             if variant == "naive":
                 for name in ("b_proj.bias", "A_log", "dt_bias"):
@@ -134,12 +131,8 @@ def main() -> None:
     for variant, runs in errors.items():
         cells = [[run[step] for run in runs] for step in STEPS]
         print(f"{variant:16}" + "".join(f"{sum(c) / len(c):10.4f} ({min(c):.3f}-{max(c):.3f})" for c in cells))
-    report = {
-        "errors": errors,
-        "tokens_per_step": arguments.rows * LENGTH,
-        **environment(),
-    }
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    report = {"errors": errors, "tokens_per_step": arguments.rows * LENGTH, **environment()}
+    Record(arguments.output).write(report)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,28 +33,21 @@ from hydrahead.convert.scoring.replacement import answer_effects, answer_estimat
 from hydrahead.convert.scoring.senders import sender_effects
 from hydrahead.convert.teachers import adapter_for, open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
-from hydrahead.provenance import environment
+from hydrahead.provenance import Record, environment
 from hydrahead.training.quick import quick_forms
 
 QWEN3_17B = {
-    "vocab_size": 151_936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "tie_word_embeddings": True,
-}
+    "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40_960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True,
+}  # fmt: skip
 # layers, hidden, intermediate, query heads, KV heads, head size
 SHAPES = {
     "Qwen3-1.7B": (28, 2048, 6144, 16, 8, 128),
     "Qwen3-8B": (36, 4096, 12288, 32, 8, 128),
     "Qwen3-32B": (64, 5120, 25600, 64, 8, 128),
 }
-PAIRS, ANSWER, SHORTLIST, ROUNDS = 8, 8, 32, 2
+PAIRS, ANSWER, SHORTLIST, ROUNDS, SWAPS = 8, 8, 32, 2, 6
 RECEIVER_SHARE = 0.065  # of all heads, as the paper reports, where random weights have no receivers of their own
 
 
@@ -115,22 +110,16 @@ def load(shape: str, device: str, length: int) -> tuple[PreTrainedModel, list[Pa
     return model, list(niah_probe(tokenizer, text, length, num_keys=4, num_pairs=PAIRS).pairs)
 
 
-class Clock:
-    """Seconds and, on a GPU, peak memory of what runs within it."""
-
-    def __init__(self, device: str):
-        self.device = device
-
-    def __call__(self, action) -> tuple[float, float]:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        started = time.perf_counter()
-        action()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
-        return time.perf_counter() - started, peak
+def clock(device: str, action: Callable[[], object]) -> tuple[float, float]:
+    """Seconds and, on a GPU, peak GiB of what it does."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, torch.cuda.max_memory_allocated() / 2**30  # 0 where there is none
 
 
 @torch.no_grad()
@@ -166,9 +155,9 @@ def naive_receivers(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
     return drops
 
 
-def measure(model: PreTrainedModel, pairs: list[Pair], device: str, repeats: int, naive: bool, swaps: int) -> dict:
+def measure(model: PreTrainedModel, pairs: list[Pair], device: str, repeats: int, naive: bool) -> dict:
     """Seconds and peak memory for one pair, median over pairs and repeats, interleaved."""
-    clock, reader, adapter = Clock(device), HeadReader(model), adapter_for(model.config)
+    timed, reader, adapter = partial(clock, device), HeadReader(model), adapter_for(model.config)
     heads = adapter.num_layers * adapter.num_heads
     found = [receiver_effects(model, pair) for pair in pairs]
     effects = torch.stack([one.drops / (one.clean - one.corrupt) for one in found]).clamp(0, 1).mean(0)
@@ -191,26 +180,25 @@ def measure(model: PreTrainedModel, pairs: list[Pair], device: str, repeats: int
     times: dict[str, list[tuple[float, float]]] = {"two plain forwards": [], "receivers": []}
     for _ in range(repeats):
         for pair in pairs:
-            times["two plain forwards"].append(clock(lambda pair=pair: plain(pair)))
-            times["receivers"].append(clock(lambda pair=pair: receiver_effects(model, pair)))
-    seconds, peak = clock(senders)
+            times["two plain forwards"].append(timed(partial(plain, pair)))
+            times["receivers"].append(timed(partial(receiver_effects, model, pair)))
+    seconds, peak = timed(senders)
     times["receivers + senders"] = [(seconds / len(pairs) + statistics.median(t for t, _ in times["receivers"]), peak)]
     if naive:
-        times["naive receivers"] = [clock(lambda: naive_receivers(model, pairs[0]))]
+        times["naive receivers"] = [timed(partial(naive_receivers, model, pairs[0]))]
         exact = receiver_effects(model, pairs[0]).drops
         times["naive receivers, difference"] = [((naive_receivers(model, pairs[0]) - exact).abs().max().item(), 0.0)]
-    if swaps:
-        config = student_config(adapter, adapter.blank_masks, fusion_norm="linear")
-        ids = torch.tensor([pairs[0].clean[:512], pairs[1].clean[:512]])
-        forms = HeadForms(config, head_forms_of(model, ids, config)).to(device).requires_grad_(False)
-        wanted = {(layer, 0) for layer in range(0, adapter.num_layers, max(1, adapter.num_layers // swaps))}
-        answer_effects(model, forms, pairs[0], {(0, 0)})  # kernels are tuned when they first run
-        answer_estimates(model, forms, pairs[0])
-        part = clock(lambda: answer_effects(model, forms, pairs[0], wanted))
-        whole = None if device == "cuda" else clock(lambda: answer_effects(model, forms, pairs[0]))
-        times[f"replacement, {len(wanted)} heads"] = [part]
-        times["replacement, all heads"] = [whole or (part[0] * heads / len(wanted), part[1])]
-        times["replacement, estimates"] = [clock(lambda: answer_estimates(model, forms, pairs[0]))]
+    config = student_config(adapter, adapter.blank_masks, fusion_norm="linear")
+    ids = torch.tensor([pairs[0].clean[:512], pairs[1].clean[:512]])
+    forms = HeadForms(config, head_forms_of(model, ids, config)).to(device).requires_grad_(False)
+    wanted = {(layer, 0) for layer in range(0, adapter.num_layers, max(1, adapter.num_layers // SWAPS))}
+    answer_effects(model, forms, pairs[0], {(0, 0)})  # kernels are tuned when they first run
+    answer_estimates(model, forms, pairs[0])
+    part = timed(partial(answer_effects, model, forms, pairs[0], wanted))
+    whole = None if device == "cuda" else timed(partial(answer_effects, model, forms, pairs[0]))
+    times[f"replacement, {len(wanted)} heads"] = [part]
+    times["replacement, all heads"] = [whole or (part[0] * heads / len(wanted), part[1])]
+    times["replacement, estimates"] = [timed(partial(answer_estimates, model, forms, pairs[0]))]
     return {
         name: {"seconds": statistics.median(t for t, _ in values), "peak_gib": max(p for _, p in values)}
         for name, values in times.items()
@@ -224,11 +212,8 @@ def shortlist_errors(model: PreTrainedModel, pairs: list[Pair], tokenizer, text:
     tensors = quick_forms(model, tokenizer, text, options, steps)
     config = student_config(adapter, adapter.blank_masks, **options)
     forms = HeadForms(config, tensors).to(model.device).requires_grad_(False)
-    probe, rows = (
-        [Probe("needles", "retrieval", tuple(pairs))],
-        [text[index : index + 512].tolist() for index in (0, 9999)],
-    )
-    shared = {"head_forms": forms, "text_rows": rows}
+    probe = [Probe("needles", "retrieval", tuple(pairs))]
+    shared = {"head_forms": forms, "text_rows": [text[index : index + 512].tolist() for index in (0, 9999)]}
     exact = score_heads(model, None, probe, **shared)
     everyone = adapter.num_layers * adapter.num_heads
     found: dict[str, dict] = {"replacement": {}, "senders": {}}
@@ -261,15 +246,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=("demo", "1.7b"), default="demo")
     parser.add_argument("--length", type=int, help="tokens of a text; 1,024 for the demo's teacher, else 4,096")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument(
-        "--align-steps", type=int, default=50, help="for the shortlists' errors, on the demo's teacher"
-    )
+    parser.add_argument("--align-steps", type=int, default=50, help="for the shortlists' errors, with the demo's")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     length = arguments.length or (1024 if arguments.shape == "demo" else 4096)
     model, pairs = load(arguments.shape, arguments.device, length)
     demo = arguments.shape == "demo"
-    measured = measure(model, pairs, arguments.device, arguments.repeats, naive=demo, swaps=6)
+    measured = measure(model, pairs, arguments.device, arguments.repeats, naive=demo)
 
     plain = measured["two plain forwards"]["seconds"]
     print(f"{'per pair':34} {'seconds':>9} {'x 2 plain forwards':>20} {'peak GiB':>9}")
@@ -298,7 +281,7 @@ def main() -> None:
         **environment(arguments.device),
     }
     output = arguments.output or Path(__file__).parent / f"scoring-{arguments.device}.json"
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    Record(output).write(report)
     print(f"\nwritten to {output.name}")
 
 

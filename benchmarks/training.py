@@ -31,7 +31,7 @@ from hydrahead.convert.migration import convert_model
 from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.data.batches import Batch
-from hydrahead.provenance import environment
+from hydrahead.provenance import Record, environment
 from hydrahead.training.align import FittedHeads, align, teacher_heads
 from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
@@ -39,22 +39,14 @@ from hydrahead.training.student import StudentLoss, prepare_student, train_stude
 
 SHAPES = {
     "small": {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 32,
     },
     "1.7b": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128,
     },
-}
+}  # fmt: skip
 VOCABULARY = 151_936
 LAYERS = (2, 8, 32)
 ALIGN_LENGTH = 512
@@ -139,11 +131,8 @@ def measure_distillation(machine: Machine, shape: dict, settings: dict, repeats:
     batch = make_batch(machine, VOCABULARY, settings["rows"], settings["length"])
     model = StudentLoss(student, 1.0, 0.1, chunk_tokens=settings["chunk_tokens"])
 
-    def chunked() -> torch.Tensor:
-        return model(batch, read_teacher(teacher, batch))[0]
-
     ways: dict[str, Callable[[], torch.Tensor]] = {
-        "chunked": chunked,
+        "chunked": lambda: model(batch, read_teacher(teacher, batch))[0],
         "naive": lambda: naive_loss(teacher, student, batch),
     }
     found = {name: {"seconds": [], "peak_bytes": 0, "loss": 0.0} for name in ways}
@@ -172,7 +161,7 @@ def measure_alignment(machine: Machine, shape: dict, settings: dict) -> dict:
     for layers in LAYERS:
         teacher = make_teacher(machine, shape, 1024, num_hidden_layers=layers)
         batch = make_batch(machine, 1024, settings["align_rows"], ALIGN_LENGTH - 1)
-        config, module = align_inputs(machine, teacher)
+        module = make_forms(machine, teacher)
         marks: list[int] = []
 
         def mark(step: int, _, marks=marks) -> None:
@@ -192,18 +181,17 @@ def measure_alignment(machine: Machine, shape: dict, settings: dict) -> dict:
             total = sum(module(layer, states.float(), heads).sum() for layer, (states, heads) in enumerate(pairs))
         total.backward()
         result["one_graph"][layers] = machine.peak() - before - gradients
-        del teacher, module, config, pairs, total
+        del teacher, module, pairs, total
     for found in result.values():
         found["most_over_fewest_layers"] = found[LAYERS[-1]] / found[LAYERS[0]]
     return result
 
 
-def align_inputs(machine: Machine, teacher: Qwen3ForCausalLM):
-    """Configuration and untrained forms of a teacher's heads."""
-    blank = [[0] * teacher.config.num_attention_heads] * teacher.config.num_hidden_layers
-    config = student_config(adapter_for(teacher.config), blank)
-    forms = head_forms_of(teacher, torch.arange(64).view(1, -1), config)
-    return config, FittedHeads(config, forms).to(machine.device)
+def make_forms(machine: Machine, teacher: Qwen3ForCausalLM) -> FittedHeads:
+    """Untrained forms of a teacher's heads."""
+    adapter = adapter_for(teacher.config)
+    config = student_config(adapter, adapter.blank_masks)
+    return FittedHeads(config, head_forms_of(teacher, torch.arange(64).view(1, -1), config)).to(machine.device)
 
 
 def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -> dict:
@@ -214,7 +202,7 @@ def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -
     batch = make_batch(machine, vocabulary, rows, length)
     inputs, labels = batch.token_ids[:, :-1], batch.token_ids[:, 1:]
     aligned = [Batch(inputs, torch.ones(inputs.shape))]
-    _, module = align_inputs(machine, teacher)
+    module = make_forms(machine, teacher)
     distilled, tuned = make_student(machine, teacher), make_student(machine, teacher, checkpointing=True)
 
     def teacher_pass() -> float:
@@ -302,8 +290,8 @@ def main() -> None:
         "precision": "fp32" if not machine.is_cuda else "fp32 weights, bf16 autocast, bf16 teacher",
         **environment(options.device),
     }
-    output = options.output or Path(__file__).with_name(f"training-{options.device.split(':')[0]}.json")
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    output = options.output or Path(__file__).with_name(f"training-{machine.device.type}.json")
+    Record(output).write(report)
     print(json.dumps({key: value for key, value in report.items() if isinstance(value, dict)}, indent=2))
     print(f"written to {output.name}")
 
