@@ -83,15 +83,15 @@ class Bench:
         """Both forms of every head, without position in the full one."""
         config = self.config("nope")
 
-        def batch_at(step: int) -> list[torch.Tensor]:
+        def batch_at(step: int) -> torch.Tensor:
             if data == "needles":
                 ids, _ = mixture_rows(self.tokenizer, self.train, LENGTH, ROWS, [0, step])
             else:
                 starts = np.random.default_rng([0, step]).integers(len(self.train) - LENGTH, size=ROWS)
                 ids = np.stack([self.train[start : start + LENGTH] for start in starts])
-            return [torch.from_numpy(ids)]
+            return torch.from_numpy(ids)
 
-        start = head_forms_of(self.teacher, batch_at(2**31)[0], config)
+        start = head_forms_of(self.teacher, batch_at(2**31), config)
         schedule = Schedule(self.steps, learning_rate=6e-3, final_learning_rate=6e-5)
         return align_heads(Accelerator(), self.teacher, config, start, batch_at, schedule)
 

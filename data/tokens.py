@@ -51,6 +51,12 @@ class DataSection:
     separator: str | None = None
 
 
+def is_local(name: str) -> bool:
+    """Whether a data set's name stands for files, be they there or not, and is no id on the Hub."""
+    path = Path(name)
+    return name.startswith((".", "/", "~")) or path.suffix in FILE_KINDS or "*" in name or path.exists()
+
+
 def find_files(name: str) -> list[Path] | None:
     """
     The files that a data set's name stands for, or `None` where it is an id on the Hub.
@@ -63,7 +69,7 @@ def find_files(name: str) -> list[Path] | None:
         found = sorted(each for each in path.rglob("*") if each.suffix in FILE_KINDS)
     else:
         found = sorted(Path(each) for each in glob.glob(name, recursive=True) if Path(each).is_file())
-    if not found and (name.startswith((".", "/", "~")) or path.suffix in FILE_KINDS or path.is_dir() or "*" in name):
+    if not found and is_local(name):
         raise ValueError(f"data: {name}: no such file or folder of {', '.join(FILE_KINDS)}")
     if len(kinds := {FILE_KINDS.get(each.suffix) for each in found}) > 1 or None in kinds:
         raise ValueError(f"data: {name}: expected files of one kind out of {', '.join(FILE_KINDS)}")

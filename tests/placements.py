@@ -46,7 +46,7 @@ def everything(teacher: PreTrainedModel, pairs: tuple[Pair, ...], accelerator: A
         teacher,
         config,
         start,
-        lambda step: [random_ids(2, 24, step)],
+        lambda step: random_ids(2, 24, step),
         Schedule(3, 1e-3, 1e-3),
         on_step=lambda step, metrics: found.update({f"aligned {step}": torch.tensor(metrics["linear_layers"])}),
     )

@@ -20,7 +20,7 @@ from hydrahead.data.batches import Batch, Rows, document_positions
 from hydrahead.data.mixture import mixture_rows
 from hydrahead.data.tokens import DataSection, TokenFile, open_source, read_documents
 from hydrahead.tests.training_runs import make_inputs, write_recipe
-from hydrahead.training.data import stage_batches, stage_phases
+from hydrahead.training.data import public_source, stage_batches, stage_phases
 from hydrahead.training.recipe import load_recipe
 
 
@@ -167,6 +167,13 @@ def test_a_missing_file_or_column_is_one_line(changes, line, tmp_path, tokenizer
     name = write_texts(tmp_path, "parquet")
     with pytest.raises(ValueError, match=rf"^data[^\n]*{line}[^\n]*$"):
         open_source(DataSection(**{"name": name} | changes))
+
+
+def test_a_source_is_named_without_folders_also_when_its_files_are_gone_by_then():
+    """Tokens may have been made elsewhere: a stage that has trained must not fail where it says on what."""
+    names = ["./pages/book.jsonl", "/data/pages", "pages/*.txt", "pages/book.md", "HuggingFaceFW/fineweb-edu", "demo"]
+    found = ["book.jsonl", "pages", "*.txt", "book.md", "HuggingFaceFW/fineweb-edu", "the Python standard library"]
+    assert list(map(public_source, names)) == found
 
 
 def test_every_row_is_read_once_an_epoch_and_rows_overlap_by_one_token():

@@ -175,7 +175,7 @@ def align_heads(
     teacher: PreTrainedModel,
     config: HydraHeadConfig,
     forms: Forms,
-    batch_at: Callable[[int], Iterable[torch.Tensor]],
+    batch_at: Callable[[int], torch.Tensor],
     schedule: Schedule,
     on_step: Callable[[int, dict], None] | None = None,
 ) -> Forms:
@@ -187,14 +187,14 @@ def align_heads(
             Only the forms are trained, on the accelerator's device.
         config: a student's configuration; its masks do not matter.
         forms: where to start, from `convert.forms.calibrated_forms`.
-        batch_at: token ids `[B, T]` of a step, as the first tensor of a batch.
+        batch_at: token ids `[B, T]` of a step.
 
     Returns:
         the trained forms, on the CPU.
     """
 
     def micro_batches(step: int) -> list[Batch]:
-        token_ids = next(iter(batch_at(step)))
+        token_ids = batch_at(step)
         return [Batch(token_ids, torch.ones(token_ids.shape))]
 
     module = FittedHeads(config, forms)

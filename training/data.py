@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..console import one_line_errors
 from ..convert.teachers import open_teacher
 from ..data.batches import Batches, Mix
-from ..data.tokens import DataSection, find_files, open_source, ready_tokens
+from ..data.tokens import DataSection, is_local, open_source, ready_tokens
 from .recipe import STAGES, Recipe, StageSection, read_arguments
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def prepare_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 def public_source(name: str) -> str:
     """A source of text as records name it: without the folders of this machine."""
-    return "the Python standard library" if name == "demo" else name if find_files(name) is None else Path(name).name
+    return "the Python standard library" if name == "demo" else Path(name).name if is_local(name) else name
 
 
 def token_folder(recipe: Recipe, data: DataSection, name: str) -> Path:

@@ -52,19 +52,13 @@ def quick_forms(
     adapter = adapter_for(teacher.config)
     config = student_config(adapter, adapter.blank_masks, **options)
 
-    def batch_at(step: int) -> list[torch.Tensor]:
-        ids, _ = mixture_rows(tokenizer, text_ids, LENGTH, ROWS, [seed, step])
-        return [torch.from_numpy(ids)]
+    def batch_at(step: int) -> torch.Tensor:
+        return torch.from_numpy(mixture_rows(tokenizer, text_ids, LENGTH, ROWS, [seed, step])[0])
 
-    return align_heads(
-        Accelerator(cpu=input_device(teacher).type == "cpu"),
-        teacher,
-        config,
-        calibrated_forms(teacher, batch_at(-1 % 2**32)[0], config),
-        batch_at,
-        Schedule(steps, LEARNING_RATE, LEAST_LEARNING_RATE),
-        on_step=on_step,
-    )
+    accelerator = Accelerator(cpu=input_device(teacher).type == "cpu")
+    start = calibrated_forms(teacher, batch_at(2**32 - 1), config)  # rows of no step
+    schedule = Schedule(steps, LEARNING_RATE, LEAST_LEARNING_RATE)
+    return align_heads(accelerator, teacher, config, start, batch_at, schedule, on_step)
 
 
 def align_for_scores(settings: ScoreSettings, output: Path) -> None:

@@ -307,10 +307,10 @@ class Job:
         }
 
     def end(self, save: Callable[[], None]) -> None:
-        """Draw the run, save its output from the main process, say that it is done, and leave the other processes."""
+        """Save the output, draw the run and say that it is done, on the main process; leave the others."""
         if self.accelerator.is_main_process:
-            draw_training(self.folder)
             save()
+            draw_training(self.folder)
             Record(self.folder / "facts.json").write(self.facts())  # last: it says that the stage is done
             print(f"written to {self.stage.output}")
         self.accelerator.end_training()
