@@ -82,9 +82,14 @@ class Unfinished:
 
     def __init__(self, output: Path, settings: ScoreSettings):
         self.folder = output.absolute().parent / f".{output.name}.unfinished"
-        paths = (Path(settings.teacher), settings.text, settings.forms, *settings.probe_files)
-        files = [digest(path) for path in paths if path and path.exists()]
-        self.settings = {"settings": asdict(settings), "files": files, "versions": environment()["versions"]}
+        read = (settings.text, settings.forms, *settings.probe_files)
+        weights = [file.stat() for file in sorted(Path(settings.teacher).glob("*.safetensors"))]
+        self.settings = {
+            "settings": asdict(settings),
+            "files": [digest(file) for file in read if file],
+            "teacher": [[found.st_size, found.st_mtime_ns] for found in weights],  # which may be much to digest
+            "versions": environment()["versions"],
+        }
         self.record = Record(self.folder / "settings.json")
         self.forms, self.probes = self.folder / "head_forms.safetensors", self.folder / "probes.json"
 
