@@ -285,8 +285,8 @@ def check_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyTyp
         raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")
     aligned = json.loads(metadata["student"])
     of_file = options_of(student_config(adapter, adapter.blank_masks, **aligned))
-    for name in (name for name in of_file if name in options):
-        here, asked = of_file[name], options[name]
+    for name, here in of_file.items():
+        asked = options.get(name, here)
         if asked != here and not (name == "fusion" and "concat" not in (asked, here)):
             raise ValueError(
                 f"{path}: its heads were aligned for {name} {here!r}, and {asked!r} is asked for: ask for {here!r} or "

@@ -82,14 +82,12 @@ def parse_weights(texts: Sequence[str]) -> dict[str, float]:
     return weights
 
 
-def read_scores(
-    files: Sequence[Path], method: str | None = None, weights: Mapping[str, float] | None = None
-) -> HeadScores:
+def read_scores(files: Sequence[Path], method: str | None, weights: Mapping[str, float]) -> HeadScores:
     """
     One ranking from one or several score files of the same teacher.
 
     Args:
-        method: of those measured; the first file's by default.
+        method: of those measured; `None` for the first file's.
         weights: of capabilities, in place of those in the files.
 
     Raises:
@@ -99,11 +97,9 @@ def read_scores(
     for file in files[1:]:
         scores = scores.merge(HeadScores.load(file))
     known = sorted({probe.capability for probe in scores.probes})
-    unknown = sorted(set(weights or {}) - set(known))
-    if unknown:
+    if unknown := sorted(weights.keys() - known):
         raise ValueError(f"no capability {unknown[0]!r} was measured; measured: {', '.join(known)}")
-    if weights:
-        scores = replace(scores, weights=scores.weights | weights)
+    scores = replace(scores, weights=scores.weights | weights)
     return scores.using(method or scores.method) if method or weights else scores
 
 

@@ -136,8 +136,6 @@ def convert_to_folder(
         ValueError: anything that can be known to be wrong before weights are read is refused before.
     """
     check_free(output, overwrite)
-    if text is not None and not text.is_file():
-        raise ValueError(f"{text}: no such file")
     opened = open_teacher(teacher, revision)
     masks = read_masks(masks_file, opened)
     forms = None

@@ -47,14 +47,10 @@ def conversion_loss(
             found.append(float(is_answer(model, states, pair)))
             logits = model.lm_head(states).float()
             losses.append(F.cross_entropy(logits, torch.tensor(pair.answer, device=logits.device)).item())
-        hybrid_states = [final_states(model, [ids]) for ids in rows]
-    for reference, states in zip(teacher_states, hybrid_states):
-        divergences.append(divergence_measure(model, reference)(states).item())
-    return {
-        "accuracy": sum(found) / max(1, len(found)),
-        "answer_loss": sum(losses) / max(1, len(losses)),
-        "divergence": sum(divergences) / max(1, len(divergences)),
-    }
+        for ids, reference in zip(rows, teacher_states):
+            divergences.append(divergence_measure(model, reference)(final_states(model, [ids])).item())
+    measured = {"accuracy": found, "answer_loss": losses, "divergence": divergences}
+    return {name: sum(values) / max(1, len(values)) for name, values in measured.items()}
 
 
 def search_masks(

@@ -18,6 +18,7 @@ class HeadReader:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.adapter, self.read = model, adapter_for(model.config), read_model(model)
+        self.device = input_device(model)
         self.group_size = self.adapter.num_heads // self.adapter.num_kv_heads
         self.weights: dict[int, TeacherAttention] = {}
         self.cos = self.sin = torch.empty(0)
@@ -25,18 +26,16 @@ class HeadReader:
     def for_length(self, length: int) -> "HeadReader":
         """Ready for texts of `T` tokens: some families rotate by the length of the text."""
         if len(self.cos) != length:
-            position_ids = torch.arange(length, device=input_device(self.model)).unsqueeze(0)
-            rotary = self.model.model.rotary_emb(torch.zeros(1, 1, device=input_device(self.model)), position_ids)
-            self.cos, self.sin = (tensor[0].to(input_device(self.model)).float() for tensor in rotary)  # [T, d]
+            position_ids = torch.arange(length, device=self.device).unsqueeze(0)
+            rotary = self.model.model.rotary_emb(torch.zeros(1, 1, device=self.device), position_ids)
+            self.cos, self.sin = (tensor[0].to(self.device).float() for tensor in rotary)  # [T, d]
         return self
 
     def attention(self, layer: int) -> TeacherAttention:
         """The layer's attention weights, fp32, read once."""
         if layer not in self.weights:
             found = self.adapter.attention(self.read, layer)
-            tensors = {
-                name: t.to(input_device(self.model)).float() for name, t in vars(found).items() if t is not None
-            }
+            tensors = {name: t.to(self.device).float() for name, t in vars(found).items() if t is not None}
             self.weights[layer] = TeacherAttention(**tensors)
         return self.weights[layer]
 
