@@ -258,7 +258,9 @@ class HydraHeadFullAttention(nn.Module):
 
     def _is_step(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         is_usual = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-        is_one = query.shape[2] == 1 and self.whole.config._attn_implementation == "sdpa"
+        # The others keep their own kernels, whose single tokens are quick, or their attention weights.
+        is_sdpa = self.whole.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
+        is_one = query.shape[2] == 1 and is_sdpa
         return is_one and is_usual and not torch.is_grad_enabled()
 
     def _attend_once(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, None]:
