@@ -398,3 +398,50 @@ def test_each_linear_head_owns_the_rows_of_its_kv_head(family):
                     own_bias.view(KV_HEADS, GROUP, -1), bias.view(KV_HEADS, 1, -1).expand(-1, GROUP, -1)
                 )
         assert torch.equal(module.self_attn.linear_attention.q_proj.weight, teacher_rows["q"])
+
+
+def test_converted_linear_heads_read_the_right_kv_head():
+    """The recurrence computed from the teacher's own rows, KV head `h // group`: what conversion must start from."""
+    teacher = make_teacher("qwen3-tied")
+    student = convert_model(teacher, ALL_LINEAR, calibration_ids=torch.arange(3, 90)[None])
+    branch, x = student.model.layers[1].self_attn.linear_attention, hidden(12)
+    own = teacher.model.layers[1].self_attn
+    params = {name: p.double() for name, p in branch.named_parameters() if name.startswith(("gates", "short_conv"))}
+    params |= {
+        "q_proj.weight": own.q_proj.weight.double(),
+        "q_norm.weight": own.q_norm.weight.double(),
+        "k_norm.weight": own.k_norm.weight.double(),
+    }
+    for name in ("k_proj", "v_proj"):
+        by_head = [getattr(own, name).weight.view(KV_HEADS, HEAD_DIM, -1)[head // GROUP] for head in range(HEADS)]
+        params[f"{name}.weight"] = torch.cat(by_head).double()
+    with torch.no_grad():
+        expected = naive_gated_delta_net(params, x.double(), HEADS, 1e-6)
+        actual = branch(x, call_inputs(student.config, 12)["position_embeddings"])
+    assert relative_error(actual, expected) < OUTPUT_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_are_computed_in_fp32_inside_autocast(dtype):
+    attention, _ = attention_layer(head_masks=ALL_LINEAR)
+    gates, x = attention.linear_attention.gates, hidden(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        beta, g = gates(x.to(dtype))
+    exact_beta, exact_g = gates(x.to(dtype).float())
+    assert beta.dtype == g.dtype == torch.float32
+    assert torch.equal(beta, exact_beta) and torch.equal(g, exact_g)
+
+
+def test_fresh_model_starts_neutral():
+    """A model that was not converted: identity convolution, gate of one, equal shares, decay half-lives in range."""
+    student = HydraHeadForCausalLM(HydraHeadConfig(**student_fields(fusion="gate")))
+    for layer in student.model.layers:
+        attention = layer.self_attn
+        weight = attention.linear_attention.short_conv.weight
+        assert weight[:, -1].eq(1).all() and weight[:, :-1].eq(0).all()
+        assert attention.full_attention.output_gate.weight.eq(0).all()
+        assert attention.fusion.weight.eq(1).all() and attention.fusion.proj.weight.eq(0).all()
+        gates = attention.linear_attention.gates
+        assert gates.b_proj.bias.eq(0).all()
+        half_life = math.log(2) / (gates.A_log.exp() * torch.nn.functional.softplus(gates.dt_bias))
+        assert half_life.min() > 0.3 and half_life.max() < 1000
