@@ -109,9 +109,9 @@ def test_a_student_or_heads_of_another_teacher_are_refused(inputs, capsys):
         assert "not a student of this teacher: intermediate_size is 80, the teacher's 64" in said
     assert "alignment writes it" in refusal("distill", folder, recipe, capsys)
     for shape, layers in (((6, 16, 32), 2), ((6, 16, 48), 3), ((6, 16, 48), 1)):
-        save_file(
-            {f"{i}.linear.q_proj.weight": torch.ones(shape) for i in range(layers)}, folder / "forms.safetensors"
-        )
+        tensors = {f"{i}.linear.q_proj.weight": torch.ones(shape) for i in range(layers)}
+        tensors |= {f"{i}.full.k_proj.weight": torch.ones(2, *shape[1:]) for i in range(layers)}
+        save_file(tensors, folder / "forms.safetensors")
         said = refusal("distill", folder, recipe, capsys, f"distill.head_forms={folder / 'forms.safetensors'}")
         assert "heads of another teacher" in said
 
