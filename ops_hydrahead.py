@@ -272,6 +272,13 @@ class HydraHeadPackedLinear(nn.Module):
         self.register_buffer("weight", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
 
+    def _apply(self, *args, **kwargs):
+        self.weight = self.bias = None  # the layers move one by one, and this would stay behind as a copy of them
+        return super()._apply(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> "HydraHeadPackedLinear":
+        return HydraHeadPackedLinear()  # for the same reason
+
     @torch.no_grad()
     def pack(self, linears: list[nn.Linear]) -> None:
         """Pack layers, if all of them are plain ones on one device."""
