@@ -142,7 +142,7 @@ def test_the_benchmark_of_head_rankings_runs_on_the_gpu():
     spec = importlib.util.spec_from_file_location("heads", file)
     heads = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(heads)
-    bench = heads.Bench(prompts=2, steps=2, threads=torch.get_num_threads())
+    bench = heads.Bench(prompts=2, steps=2)
     assert devices(bench.teacher) == {GPU}
     forms = bench.align("plain")
     assert devices(bench.teacher) == {GPU}
