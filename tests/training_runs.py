@@ -1,11 +1,14 @@
 """Tiny runs of the three stages in processes that start quickly, for tests that kill and compare them."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from accelerate import Accelerator, PartialState
@@ -66,7 +69,11 @@ class ShardedAccelerator(Accelerator):
 
 
 def run_stage(
-    stage: str, arguments: list[str], environment: dict[str, str], errors: Path | None, sharded: bool
+    stage: str,
+    arguments: list[str],
+    environment: Mapping[str, str] = MappingProxyType({}),
+    errors: Path | None = None,
+    sharded: bool = False,
 ) -> None:
     """What a child process does: a stage's command line, with what it says on stderr in a file if one is given."""
     os.environ.update(environment)
@@ -92,11 +99,18 @@ def start_stage(
     return process
 
 
+def free_ports(count: int) -> list[str]:
+    """Ports that nobody listens on."""
+    with contextlib.ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [str(each.getsockname()[1]) for each in sockets]
+
+
 def finish_stage(stage: str, arguments: list[str], processes: int = 1, sharded: bool = False) -> None:
     """Run a stage to its end, on one process or on several that share a batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    (port,) = free_ports(1)
     shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     ranks = [
         shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)
@@ -111,3 +125,7 @@ def metrics_of(folder: Path) -> list[dict]:
     """The record of a run without its clocks."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in CLOCKS} for line in lines]
+
+
+if __name__ == "__main__":  # for `accelerate launch`: STAGE --config …, with sharded weights on a CPU
+    run_stage(sys.argv[1], sys.argv[2:], sharded=True)
