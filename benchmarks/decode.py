@@ -1,44 +1,43 @@
-"""Decode speed, prefill time and cache size of a teacher and its hybrids, interleaved, with random weights.
+"""Decode speed, prefill time and cache size of a teacher and its hybrids on a CPU, interleaved, with random weights.
 
-    python benchmarks/decode.py                 # CPU, fp32: 512 … 32K tokens, a small Qwen3 shape, as PyTorch comes
-    python benchmarks/decode.py --device cuda   # one GPU, bf16: Qwen3-1.7B's shape, compiled with a static cache too
+    python benchmarks/decode.py     # fp32: 512 … 32K tokens, a small Qwen3 shape, as PyTorch comes
 
-Writes `decode-<device>.json` beside itself. Speed does not depend on the values of the weights, nor on which head of a
-layer is kept, only on how many.
+Writes `decode-cpu.json` beside itself; `gpu.py` measures the same models on GPUs. Speed does not depend on the values
+of the weights, nor on which head of a layer is kept, only on how many.
 
-On a GPU the teacher runs twice: as transformers runs it, whose compiled step repeats keys and values for every query
-head and reads them in one piece, and with our step of attention (`ops_hydrahead.attend_to_cache`), the best found.
-
-A compiled step is what `generate(cache_implementation="static")` replays: one CUDA graph of the forward pass. Its time
-is set against the least in which weights, KV cache and states can be read from memory, and states written back.
+Beside hybrids inside each layer stands the usual one of whole layers: transformers' own Qwen3.5 of the same width and
+depth, with as many layers of full attention as come nearest to the KV cache of an eighth of the KV groups.
 """
 
 import argparse
-import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
-    StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hydrahead import HydraHeadForCausalLM
+from hydrahead import HydraHeadConfig, HydraHeadForCausalLM
 from hydrahead.convert import HeadScores, select_heads
-from hydrahead.convert.options import student_config, teacher_config
+from hydrahead.convert.options import student_config
 from hydrahead.convert.teachers import adapter_for
-from hydrahead.kernels import use_tuned_kernels
 from hydrahead.modeling_hydrahead import CACHE
 from hydrahead.ops_hydrahead import attend_to_cache
-from hydrahead.provenance import environment
+from hydrahead.provenance import Record, environment
 
 SMALL = {
     "vocab_size": 8192,
@@ -51,76 +50,97 @@ SMALL = {
     "max_position_embeddings": 32768,
     "tie_word_embeddings": True,
 }
-QWEN3_1_7B = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 2**20,
-    "tie_word_embeddings": True,
+TEACHER, BEST_TEACHER, LAYERWISE = "teacher", "teacher, in pieces", "layer-wise GDN"
+BUDGETS = {  # share of full attention, in which unit
+    "25% heads": (0.25, "heads"),
+    "12.5% kv_groups": (0.125, "kv_groups"),
+    "12.5% heads": (0.125, "heads"),
 }
-BUDGETS = {
-    "cpu": (("25% heads", 0.25, "heads"), ("12.5% kv_groups", 0.125, "kv_groups")),
-    "cuda": (("12.5% kv_groups", 0.125, "kv_groups"), ("12.5% heads", 0.125, "heads")),
-}
-LENGTHS = {"cpu": (512, 2048, 8192, 32768), "cuda": (2048, 32768, 131072)}
-BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}  # from their data sheets
+MODELS = (TEACHER, "25% heads", "12.5% kv_groups", LAYERWISE)
+LENGTHS = (512, 2048, 8192, 32768)
+TURNS, STEPS = 40, 5  # every model decodes so many tokens in a turn
 
 
 def attention_in_pieces(module, query, key, value, attention_mask, **kwargs):
-    """transformers' attention, but for single tokens."""
+    """transformers' attention, but for single tokens: those read the cache as a HydraHead does."""
     if query.shape[2] > 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     grouped = query.view(len(query), key.shape[1], -1, query.shape[-1])
     return attend_to_cache(grouped, key, value, attention_mask).flatten(1, 2).unsqueeze(1), None
 
 
-BEST_TEACHER = "teacher, in pieces"
 AttentionInterface.register(IN_PIECES := "in_pieces", attention_in_pieces)
 AttentionMaskInterface.register(IN_PIECES, sdpa_mask)
 
 
-def build_models(device: str, shape: dict, dtype: torch.dtype, names: list[str]) -> dict[str, torch.nn.Module]:
-    """Teacher and hybrids of one shape, in the dtypes that loading gives; heads are drawn at random."""
-    torch.manual_seed(0)
-    models = {}
-    for name, attention in (("teacher", "sdpa"), (BEST_TEACHER, IN_PIECES)):
-        with torch.device(device):
-            if name in names:
-                config = Qwen3Config(**shape)  # the attention is set in it: one for each model
-                models[name] = Qwen3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention).eval()
-    adapter = adapter_for(Qwen3Config(**shape))
-    layers, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
+def config_of(name: str, shape: dict) -> PreTrainedConfig:
+    """The configuration of a model by its name in the tables; heads are drawn at random."""
+    if name in (TEACHER, BEST_TEACHER):
+        return Qwen3Config(**shape)
+    layers, heads, groups = (shape[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
+    if name == LAYERWISE:
+        interval = layers // max(1, round(layers / 8))
+        linear = {f"linear_num_{what}_heads": heads for what in ("key", "value")}
+        linear |= {f"linear_{what}_head_dim": shape["head_dim"] for what in ("key", "value")}
+        types = ["linear_attention" if (layer + 1) % interval else "full_attention" for layer in range(layers)]
+        return Qwen3_5TextConfig(**shape, **linear, layer_types=types)
+    ratio, unit = BUDGETS[name]
     scores = HeadScores(
-        scores=torch.rand(layers, heads).tolist(),
+        scores=torch.rand(layers, heads, generator=torch.Generator().manual_seed(0)).tolist(),
         tie_break=[[0.0] * heads] * layers,
-        num_key_value_heads=shape["num_key_value_heads"],
+        num_key_value_heads=groups,
         probes=[],
         capabilities={},
         method="random",
         teacher="random",
     )
-    for name, ratio, unit in BUDGETS[device]:
-        if name not in names:
-            continue
-        # In KV groups as serving wants them: the same number in every layer.
-        strategy = "layer" if device == "cuda" and unit == "kv_groups" else "global"
-        config = student_config(adapter, select_heads(scores, ratio, strategy=strategy, budget_unit=unit))
-        with torch.device(device):
+    # In KV groups as serving wants them: the same number in every layer, where that is possible.
+    strategy = "layer" if unit == "kv_groups" and groups * ratio >= 1 else "global"
+    masks = select_heads(scores, ratio, strategy=strategy, budget_unit=unit)
+    return student_config(adapter_for(Qwen3Config(**shape)), masks)
+
+
+def build(name: str, shape: dict, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """A model with random weights, in the dtypes that loading gives its parameters."""
+    torch.manual_seed(0)
+    config = config_of(name, shape)
+    with torch.device(device):
+        if isinstance(config, HydraHeadConfig):
             model = HydraHeadForCausalLM(config).eval()
-        for parameter_name, parameter in model.named_parameters():
-            if not any(part in parameter_name for part in model._keep_in_fp32_modules_strict):
-                parameter.data = parameter.data.to(dtype)
-        model.tie_weights()
-        model.pack_projections()
-        models[name] = model
-    return models
+            for parameter_name, parameter in model.named_parameters():
+                if not any(part in parameter_name for part in model._keep_in_fp32_modules_strict):
+                    parameter.data = parameter.data.to(dtype)
+            model.tie_weights()
+            model.pack_projections()
+            return model
+        family = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen3_5ForCausalLM
+        attention = "sdpa" if name == TEACHER else IN_PIECES
+        return family._from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
-def cache_bytes(cache: DynamicCache) -> int:
+def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes by which the KV cache of a sequence grows with every token, by arithmetic."""
+    if isinstance(config, HydraHeadConfig):
+        return config.kv_bytes_per_token(dtype.itemsize)
+    layers = config.layer_types.count("full_attention")
+    return 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Constant bytes of a sequence, by arithmetic: recurrent states in fp32 and the convolutions' inputs."""
+    if isinstance(config, HydraHeadConfig):
+        return config.state_bytes(dtype.itemsize)
+    layers = config.layer_types.count("linear_attention")
+    if not layers:
+        return 0
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    values = config.linear_num_value_heads * config.linear_value_head_dim
+    return layers * (
+        4 * values * config.linear_key_head_dim + (2 * keys + values) * config.linear_conv_kernel_dim * dtype.itemsize
+    )
+
+
+def cache_bytes(cache: Cache) -> int:
     """Bytes that a cache holds."""
     tensors = []
     for layer in cache.layers:
@@ -129,187 +149,115 @@ def cache_bytes(cache: DynamicCache) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def config_of(model: torch.nn.Module):
-    """A model's configuration as a HydraHead, the teacher's too."""
-    return teacher_config(adapter_for(model.config)) if model.config.model_type == "qwen3" else model.config
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """How long a call takes until the device is done with it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-def least_seconds(model: torch.nn.Module, length: int, bandwidth: float) -> float:
-    """Weights and KV cache read once, states read and written once, at so many bytes a second."""
-    config = config_of(model)
-    weights = sum(parameter.nbytes for parameter in set(model.parameters()))
-    return (weights + config.kv_bytes_per_token() * length + 2 * config.state_bytes()) / bandwidth
+def forward(model: PreTrainedModel, ids: torch.Tensor, place: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """Logits `[B, 1, V]` of the last of tokens `[B, T]`, the first of which stands at `place` `[B, 1]`."""
+    places = place + torch.arange(ids.shape[1], device=ids.device)
+    return model(ids, position_ids=places, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
 
 
 class Run:
-    """One model at one length: a prefilled cache and the times of every measurement, in seconds."""
+    """One model at one length, eager: prefills of one sequence, steps that go on from the last, and their seconds."""
 
-    def __init__(self, model: torch.nn.Module, length: int):
+    def __init__(self, model: PreTrainedModel, length: int):
         self.model, self.length = model, length
-        self.device = next(model.parameters()).device
-        self.ids = torch.randint(0, model.config.vocab_size, (1, length), device=self.device)
+        self.ids = torch.randint(0, model.config.vocab_size, (1, length), device=model.device)
+        self.place = torch.tensor([[length]], device=model.device)
         self.cache: DynamicCache | None = None
-        self.position = length
-        self.prefill_seconds: list[float] = []
-        self.step_seconds: list[float] = []
-
-    def timed(self, call) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    def forward(self, ids: torch.Tensor, position: int) -> None:
-        position_ids = torch.arange(position, position + ids.shape[1], device=self.device).unsqueeze(0)
-        self.model(ids, position_ids=position_ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
+        self.prefills: list[float] = []
+        self.turns: list[list[float]] = []
 
     def prefill(self) -> None:
         self.cache = DynamicCache(config=self.model.config)
-        self.prefill_seconds.append(self.timed(lambda: self.forward(self.ids, 0)))
-        self.position = self.length
+        start = torch.zeros_like(self.place)
+        self.prefills.append(seconds_of(lambda: forward(self.model, self.ids, start, self.cache), self.model.device))
 
     def step(self) -> None:
-        self.step_seconds.append(self.timed(lambda: self.forward(self.ids[:, :1], self.position)))
-        self.position += 1
+        forward(self.model, self.ids[:, :1], self.place, self.cache)
 
-    def result(self) -> dict:
+    def rewind(self) -> None:
+        """Forget what steps have cached. Recurrent states stay: their values do not matter here."""
+        for layer in self.cache.layers:
+            if getattr(layer, "keys", None) is not None:
+                layer.keys, layer.values = layer.keys[:, :, : self.length], layer.values[:, :, : self.length]
+
+    def turn(self, steps: int) -> None:
+        self.rewind()
+        self.turns.append([seconds_of(self.step, self.model.device) for _ in range(steps)])
+
+    def row(self) -> dict:
         return {
-            "prefill_seconds": statistics.median(self.prefill_seconds),
-            "decode_ms_per_token": 1e3 * statistics.median(self.step_seconds),
+            "prefill_seconds": statistics.median(self.prefills),
+            "decode_ms_per_token": 1e3 * statistics.median(seconds for turn in self.turns for seconds in turn),
             "cache_bytes": cache_bytes(self.cache),
         }
 
 
-class CompiledRun(Run):
-    """The same for one graph of a step over a static cache that holds `length` tokens."""
-
-    def __init__(self, model: torch.nn.Module, length: int):
-        super().__init__(model, length)
-        self.cache = StaticCache(config=model.config, max_cache_len=length + 64)
-        self.forward(self.ids[:, :64], 0)  # allocates it; what stands in it does not matter
-        self.counters = [layer.cumulative_length for layer in self.cache.layers if hasattr(layer, "cumulative_length")]
-        self.token, self.place = self.ids[:, :1].clone(), torch.tensor([[length]], device=self.device)
-        self.compiled = torch.compile(self.model_step, mode="reduce-overhead", fullgraph=True, dynamic=False)
-        self.compile_seconds = self.timed(lambda: [self.steps(1) for _ in range(3)])
-
-    def model_step(self, token: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        return self.model(token, position_ids=place, **{CACHE: self.cache}, use_cache=True).logits
-
-    def steps(self, count: int) -> None:
-        for counter in self.counters:
-            counter.fill_(self.length)
-        for _ in range(count):
-            self.compiled(self.token, self.place)
-
-    def measure(self, count: int = 20) -> None:
-        self.step_seconds.append(self.timed(lambda: self.steps(count)) / count)
-
-    def result(self, bandwidth: float | None) -> dict:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            self.timed(lambda: self.steps(1))
-        kernels = [e for e in profile.events() if e.device_type.name == "CUDA" and "Mem" not in e.name[:4]]
-        seconds = statistics.median(self.step_seconds)
-        result = {
-            "ms_per_token": 1e3 * seconds,
-            "kernels_per_token": len(kernels) - len(self.counters),  # one each sets a counter back
-            "ms_in_kernels": sum(e.device_time for e in kernels) / 1e3,
-            "compile_seconds": self.compile_seconds,
-        }
-        if bandwidth:
-            result["share_of_bandwidth"] = least_seconds(self.model, self.length, bandwidth) / seconds
-        return result
+def speed_over(first: Run, other: Run) -> float:
+    """How many times faster `other` decodes: the median over turns, each beside the other's, of the ratio."""
+    pairs = zip(first.turns, other.turns)
+    return statistics.median(statistics.median(one) / statistics.median(two) for one, two in pairs)
 
 
 @torch.no_grad()
-def measure(models: dict[str, torch.nn.Module], length: int, prefills: int, steps: int) -> dict[str, dict]:
-    """Medians of every model at one length; models take turns, so that a slow moment of the machine hits all alike."""
-    runs = {name: Run(model, length) for name, model in models.items() if name != BEST_TEACHER}
+def measure(models: dict[str, PreTrainedModel], length: int, prefills: int, turns: int, steps: int) -> dict[str, Run]:
+    """Runs of every model at one length; models take turns, so that a slow moment of the machine hits all alike."""
+    runs = {name: Run(model, length) for name, model in models.items()}
     for _ in range(prefills):
         for run in runs.values():
             run.prefill()
-    for _ in range(steps):
-        for run in runs.values():
-            run.step()
-    return {name: run.result() for name, run in runs.items()}
-
-
-@torch.no_grad()
-def measure_compiled(models: dict[str, torch.nn.Module], length: int, bandwidth: float | None) -> dict[str, dict]:
-    """The same for compiled steps."""
-    torch.compiler.reset()
-    runs = {name: CompiledRun(model, length) for name, model in models.items()}
-    for _ in range(5):
-        for run in runs.values():
-            run.measure()
-    return {name: run.result(bandwidth) for name, run in runs.items()}
-
-
-def show(length: int, results: dict[str, dict], compiled: dict[str, dict]) -> None:
-    """Print a line for each model, and add its ratios to the results."""
-    teacher = results.get("teacher")
-    for name in results | compiled:
-        line = f"{length:>7}  {name:<18}"
-        if result := results.get(name):
-            if teacher:
-                result["decode_speed_over_teacher"] = teacher["decode_ms_per_token"] / result["decode_ms_per_token"]
-                result["prefill_speed_over_teacher"] = teacher["prefill_seconds"] / result["prefill_seconds"]
-                result["cache_share_of_teacher"] = result["cache_bytes"] / teacher["cache_bytes"]
-            line += f" prefill {result['prefill_seconds']:>7.3f} s ×{result.get('prefill_speed_over_teacher', 1):.2f}"
-            line += (
-                f"  decode {result['decode_ms_per_token']:>7.2f} ms ×{result.get('decode_speed_over_teacher', 1):.2f}"
-            )
-            line += f"  cache {result['cache_bytes'] / 2**20:>9.2f} MB"
-        if found := compiled.get(name):
-            if "teacher" in compiled:
-                found["speed_over_teacher"] = compiled["teacher"]["ms_per_token"] / found["ms_per_token"]
-                found["kernels_over_teacher"] = found["kernels_per_token"] / compiled["teacher"]["kernels_per_token"]
-            line += f"  compiled {found['ms_per_token']:.2f} ms ×{found.get('speed_over_teacher', 1):.2f}"
-            line += f", {found['kernels_per_token']} kernels, {found.get('share_of_bandwidth', 0):.0%} of bandwidth"
-        print(line, flush=True)
+    order = list(runs.values())
+    for _ in range(turns):
+        for run in order:
+            run.turn(steps)
+        order.reverse()  # nobody always comes after the same one
+    return runs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--models", nargs="+", help="teacher, or a budget such as '12.5%% heads'; all by default")
-    parser.add_argument("--prefills", type=int, default=3, help="prefills timed up to 4,096 tokens; one above")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--eager", action="store_true", help="nothing compiled on a GPU either")
-    parser.add_argument("--output", type=Path, help="default: decode-<device>.json beside this script")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--turns", type=int, default=TURNS, help=f"of {STEPS} tokens each")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("decode-cpu.json"))
     options = parser.parse_args()
 
-    is_gpu = options.device == "cuda"
-    use_tuned_kernels()
-    shape, dtype = (QWEN3_1_7B, torch.bfloat16) if is_gpu else (SMALL, torch.float32)
-    teachers = ["teacher", BEST_TEACHER] if is_gpu else ["teacher"]
-    names = options.models or [*teachers, *(name for name, *_ in BUDGETS[options.device])]
-    models = build_models(options.device, shape, dtype, names)
-    bandwidth = BYTES_PER_SECOND.get(torch.cuda.get_device_name()) if is_gpu else None
-    output = options.output or Path(__file__).with_name(f"decode-{options.device}.json")
+    dtype = torch.float32
+    models = {name: build(name, SMALL, dtype, "cpu") for name in MODELS}
     report = {
-        "shape": shape,
-        "dtype": str(dtype).removeprefix("torch."),
+        "shape": SMALL,
+        "dtype": "float32",
         "batch_size": 1,
-        "bytes_per_second": bandwidth,
-        "kv_bytes_per_token": {
-            name: config_of(model).kv_bytes_per_token(dtype.itemsize) for name, model in models.items()
-        },
+        "kv_bytes_per_token": {name: kv_bytes_per_token(model.config, dtype) for name, model in models.items()},
         "results": {},
-    } | environment(options.device)
-    measure(models, 256, prefills=1, steps=5)  # warm-up
-    for length in options.lengths or LENGTHS[options.device]:
-        results = measure(models, length, options.prefills if length <= 4096 else 1, options.steps)
-        compiled = measure_compiled(models, length, bandwidth) if is_gpu and not options.eager else {}
-        show(length, results, compiled)
-        for name, found in compiled.items():
-            results.setdefault(name, {})["compiled"] = found
-        report["results"][length] = results
-        output.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {output.name}")
+    } | environment("cpu")
+    measure(models, 256, prefills=1, turns=1, steps=STEPS)  # warm-up
+    for length in options.lengths:
+        runs = measure(models, length, 3 if length <= 4096 else 1, options.turns, STEPS)
+        rows = {name: run.row() for name, run in runs.items()}
+        teacher = rows[TEACHER]
+        for name, row in rows.items():
+            row["decode_speed_over_teacher"] = speed_over(runs[TEACHER], runs[name])
+            row["prefill_speed_over_teacher"] = teacher["prefill_seconds"] / row["prefill_seconds"]
+            row["cache_share_of_teacher"] = row["cache_bytes"] / teacher["cache_bytes"]
+            print(
+                f"{length:>6}  {name:<16} prefill {row['prefill_seconds']:7.3f} s"
+                f" ×{row['prefill_speed_over_teacher']:.2f}  decode {row['decode_ms_per_token']:7.2f} ms"
+                f" ×{row['decode_speed_over_teacher']:.2f}  cache {row['cache_bytes'] / 2**20:8.2f} MB",
+                flush=True,
+            )
+        report["results"][str(length)] = rows
+    Record(options.output).write(report)
+    print(f"written to {options.output.name}")
 
 
 if __name__ == "__main__":
