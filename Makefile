@@ -33,8 +33,12 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The CPU's part; `python benchmarks/gpu.py` and the other scripts with `--device cuda` are the GPUs'.
 bench: $(READY)
 	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/report.py
 
 # Torch first: without it pip would let other packages choose a build, which may be another one of several gigabytes.
 $(READY): pyproject.toml constraints.txt

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from hydrahead.benchmarks import report
 from hydrahead.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -53,3 +54,8 @@ def test_commands_that_a_document_shows_have_the_options_that_it_gives_them(docu
         if words[:1] == ["hydrahead"] and not words[1].startswith("-"):
             known = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts}
             assert {word.split("=")[0] for word in words if word.startswith("--")} <= known | {"--help"}, line
+
+
+def test_the_page_of_benchmarks_says_what_the_files_of_results_hold():
+    written = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert written == report.document(), "run `python benchmarks/report.py`"

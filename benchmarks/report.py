@@ -1,0 +1,457 @@
+"""What was measured, as one document: docs/benchmarks.md and docs/decode.png, from the JSON files beside this script.
+
+    python benchmarks/report.py
+
+`report.md` is the document with places for tables and figures; no number of a table is written by hand, and what no
+file holds yet is "not measured".
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.ticker import LogLocator
+
+from hydrahead.benchmarks.decode import BEST_TEACHER, LAYERWISE, TEACHER
+from hydrahead.benchmarks.decode import MODELS as CPU_MODELS
+from hydrahead.evaluation.figures import BLUE, GREEN, GREY, RED, plt, save_picture
+from hydrahead.files import atomic_file
+
+FOLDER = Path(__file__).parent
+DOCUMENTS = FOLDER.parent / "docs"
+GROUPS, HEADS = "12.5% kv_groups", "12.5% heads"
+MODELS = (TEACHER, BEST_TEACHER, GROUPS, HEADS, LAYERWISE)
+K = 1024
+LENGTHS = (2 * K, 32 * K, 128 * K, 512 * K)
+TITLES = {
+    TEACHER: "teacher as transformers compiles it",
+    BEST_TEACHER: "teacher, attention in pieces",
+    GROUPS: "12.5% of KV groups",
+    HEADS: "12.5% of heads",
+    LAYERWISE: "layer-wise (Qwen3.5)",
+    "25% heads": "25% of heads",
+}
+COLORS = {TEACHER: GREY, BEST_TEACHER: "black", GROUPS: RED, HEADS: BLUE, LAYERWISE: GREEN}
+
+
+class Found:
+    """A value of a JSON file, or the lack of one, which says so wherever it is written."""
+
+    def __init__(self, value=None, lack: str = "not measured"):
+        self.value = value
+        self.lack = value["error"] if isinstance(value, dict) and "error" in value else lack
+
+    def __getitem__(self, key) -> "Found":
+        return Found(self.value.get(str(key)) if isinstance(self.value, dict) else None, self.lack)
+
+    def __truediv__(self, other: "Found") -> "Found":
+        if self.value is None or other.value is None:
+            return Found(lack=(self if self.value is None else other).lack)
+        return Found(self.value / other.value)
+
+    def __bool__(self) -> bool:
+        return self.value is not None
+
+    def __format__(self, spec: str) -> str:
+        return self.lack if self.value is None else format(self.value, spec)
+
+
+def read(name: str):
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+FILES = {name.replace("-", "_"): read(name) for name in (
+    *("decode-cpu", "scoring-cpu", "scoring-cuda", "training-cpu", "training-cuda", "training-cuda-135m", "demo"),
+)}  # fmt: skip
+FOUND = {name: Found(value) for name, value in FILES.items()}
+PARTS = read("decode-cuda")["parts"]
+ROWS = {
+    (row["what"], row["tokens"], row["model"]): row | {"part": part} for part in PARTS for row in PARTS[part]["rows"]
+}
+PASSES = {(run["tuned"], run["backward"], run.get("cache", "a new cache")): run for run in read("kernels-cuda")}
+
+
+def row(what: str, tokens: int, model: str) -> Found:
+    """What the GPUs' file says of one model."""
+    return Found(ROWS.get((what, tokens, model)))
+
+
+def best_teacher(what: str, tokens: int) -> Found:
+    """The teacher's quicker row, once the one with the best attention is there."""
+    rows = [row(what, tokens, name) for name in (BEST_TEACHER, TEACHER)]
+    if not rows[0]["tokens_per_second"] or not rows[1]["tokens_per_second"]:
+        return rows[0]
+    return max(rows, key=lambda one: one["tokens_per_second"].value)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> str:
+    """A table in Markdown; the first `names` columns are text."""
+    line = [" --- "] * names + [" ---: "] * (len(header) - names)
+    cells = [f"| {' | '.join(header)} |", f"|{'|'.join(line)}|"]
+    return "\n".join(cells + [f"| {' | '.join(each)} |" for each in rows])
+
+
+class Notes:
+    """Remarks on rows, numbered, to stand below a table."""
+
+    def __init__(self):
+        self.texts: list[str] = []
+
+    def mark(self, one: Found) -> str:
+        if not one["note"]:
+            return ""
+        text = one["note"].value
+        if text not in self.texts:
+            self.texts.append(text)
+        return f" ({self.texts.index(text) + 1})"
+
+    def __str__(self) -> str:
+        return "".join(f"\n\n({number}) {text}." for number, text in enumerate(self.texts, 1))
+
+
+def speed_of_prefill(tokens: int, model: str) -> Found:
+    return row("eager", tokens, TEACHER)["prefill_seconds"] / row("eager", tokens, model)["prefill_seconds"]
+
+
+def first_pass(backward: bool, cache: str) -> Found:
+    return Found(PASSES.get((True, backward, cache)))["1 x 14 heads"]["seconds"]
+
+
+def targets() -> str:
+    """The aims and what was measured, over the best teacher and, where that is another, over transformers'."""
+    groups = row("decode", 2 * K, GROUPS)
+    batches = row("batches", 32 * K, GROUPS)["tokens_per_second"]
+    sequences = [row("sequences", 128 * K, name)["sequences"] for name in (GROUPS, BEST_TEACHER)]
+    cpu = FOUND["decode_cpu"]["results"]["512"]
+    training = FOUND["training_cuda"]["speed"]
+    aims = [
+        (
+            "decoding, 2K: time over the teacher's",
+            "≤",
+            1.15,
+            *(Found(1) / x for x in speeds_of_decoding(2 * K, GROUPS)),
+        ),
+        *(
+            (f"decoding, {tokens // K}K: speed", "≥", least, *speeds_of_decoding(tokens, GROUPS))
+            for tokens, least in zip(LENGTHS[1:], (1.4, 2.6, 4.5))
+        ),
+        ("decoding, 128K, 12.5% of heads: speed", "≥", 1.8, *speeds_of_decoding(128 * K, HEADS)),
+        ("decoding, 128K: share of bandwidth", "≥", 0.6, row("decode", 128 * K, GROUPS)["share_of_bandwidth"]),
+        (
+            *("decoding, 32K, largest batches: tokens/s", "≥", 3.0),
+            *(batches / one["tokens_per_second"] for one in teachers("batches", 32 * K)),
+        ),
+        ("sequences of 128K that fit", "≥", 6.0, sequences[0] / sequences[1]),
+        *(
+            (f"prefill, {tokens // K}K: speed", "≥", least, speed_of_prefill(tokens, GROUPS))
+            for tokens, least in zip(LENGTHS, (0.87, 1.3, 2.6))
+        ),
+        (
+            *("kernels a decoded token, 2K", "≤", 1.2),
+            *(groups["kernels_per_token"] / one["kernels_per_token"] for one in teachers("decode", 2 * K)),
+        ),
+        ("first forward pass, empty cache, s", "≤", 20, first_pass(False, "a new cache")),
+        ("first backward pass, empty cache, s", "≤", 20, first_pass(True, "a new cache")),
+        ("both from a kept cache, s", "≤", 3, first_pass(True, "the cache that the run before left")),
+        ("distillation, 1.7B: share of peak", "≥", 0.35, training["share_of_peak"]["distill"]),
+        ("alignment: tokens/s, teacher's passes", "≥", 1.0, training["relative_to_teacher"]["align"]),
+        (
+            *("distillation, SmolLM2-135M: tokens/s", "≥", 200_000),
+            FOUND["training_cuda_135m"]["speed"]["tokens_per_second"]["distill"],
+        ),
+        *(
+            (f"CPU, 512 tokens, {TITLES[name]}: time of decoding", "≤", 1.1, Found(1) / cpu[name][SPEED])
+            for name in ("25% heads", GROUPS)
+        ),
+    ]
+    rows = []
+    for what, sign, limit, value, *plain in aims:
+        other = f"{plain[0]:,.3g}" if plain and plain[0] else ""
+        rows.append((what, f"{sign} {limit:,}", f"{value:,.3g}", verdict(value, sign, limit), other))
+    return table(
+        ("over the teacher's", "target", "measured", "", "over the teacher as transformers compiles it"), rows
+    )
+
+
+def teachers(what: str, tokens: int) -> tuple[Found, Found]:
+    """The best teacher's row, and the one of transformers' own."""
+    return best_teacher(what, tokens), row(what, tokens, TEACHER)
+
+
+def speeds_of_decoding(tokens: int, model: str) -> list[Found]:
+    """How many times faster a compiled step is than those of both teachers."""
+    ms = row("decode", tokens, model)["ms_per_token"]
+    return [teacher["ms_per_token"] / ms for teacher in teachers("decode", tokens)]
+
+
+SPEED = "decode_speed_over_teacher"
+
+
+def verdict(value: Found, sign: str, limit: float) -> str:
+    if not value:
+        return ""
+    return "met" if (value.value <= limit if sign == "≤" else value.value >= limit) else "missed"
+
+
+def decoding() -> str:
+    """Compiled steps of one sequence."""
+    notes, rows = Notes(), []
+    for tokens in LENGTHS:
+        for name in MODELS:
+            one = row("decode", tokens, name)
+            rows.append(
+                (
+                    *(f"{tokens:,}", TITLES[name] + notes.mark(one), f"{one['ms_per_token']:.2f}"),
+                    *(f"{speeds_of_decoding(tokens, name)[0]:.2f}", f"{one['kernels_per_token']:,}"),
+                    *(f"{one['share_of_bandwidth']:.0%}", f"{one['ms_in_kernels']:.2f}"),
+                )
+            )
+    header = ("tokens", "model", "ms a token", "speed", "kernels", "share of bandwidth", "ms in kernels")
+    return table(header, shorter(rows), names=2) + str(notes)
+
+
+def shorter(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The same, what is not measured said once in a row, and once for all rows of a length."""
+    lack, kept = "not measured", []
+    lengths = Counter(each[0] for each in rows)
+    unknown = Counter(each[0] for each in rows if each[2] == lack)
+    for each in rows:
+        if lengths[each[0]] > 1 and lengths[each[0]] == unknown[each[0]]:
+            each = (each[0], "all", *each[2:])
+        cells = tuple("" if cell == lack and lack in each[:place] else cell for place, cell in enumerate(each))
+        if cells not in kept:
+            kept.append(cells)
+    return kept
+
+
+def eager() -> str:
+    """Prefills and eager steps."""
+    notes, rows = Notes(), []
+    for tokens in LENGTHS[:3]:
+        for name in (TEACHER, GROUPS, HEADS, LAYERWISE):
+            one = row("eager", tokens, name)
+            beside = one["prefill_bytes"]
+            rows.append(
+                (
+                    *(f"{tokens:,}", ("teacher" if name == TEACHER else TITLES[name]) + notes.mark(one)),
+                    *(f"{one['prefill_seconds']:.3f}", f"{speed_of_prefill(tokens, name):.2f}"),
+                    *(f"{one['prefill_kernels']:,}", f"{beside / Found(2**30):.1f}"),
+                    *(f"{one['decode_ms_per_token']:.1f}", f"{one['kernels_per_token']:,}"),
+                )
+            )
+    header = ("tokens", "model", "prefill, s", "speed", "kernels", "peak, GiB", "eager step, ms", "kernels")
+    return table(header, shorter(rows), names=2) + str(notes)
+
+
+def batches() -> str:
+    """The largest batches at 32K, and how many sequences of 128K fit."""
+    notes, rows = Notes(), []
+    teacher = best_teacher("batches", 32 * K)["tokens_per_second"]
+    for name in MODELS:
+        one, fit = row("batches", 32 * K, name), row("sequences", 128 * K, name)
+        rows.append(
+            (
+                *(TITLES[name] + notes.mark(one), f"{one['batch']}", f"{one['ms_per_token']:.2f}"),
+                *(f"{one['tokens_per_second']:,.0f}", f"{one['tokens_per_second'] / teacher:.2f}"),
+                *(f"{one['share_of_bandwidth']:.0%}", "" if name == TEACHER else f"{fit['sequences']}"),
+                "" if name == TEACHER else f"{fit['by_arithmetic']:.1f}",
+            )
+        )
+    header = (
+        *("model", "batch at 32K", "ms a step", "tokens/s", "over the teacher's", "share of bandwidth"),
+        *("128K sequences that fit", "by arithmetic"),
+    )
+    return table(header, shorter(rows)) + str(notes)
+
+
+def chunks() -> str:
+    """Prefill in chunks."""
+    rows = []
+    for tokens in (128 * K, 512 * K):
+        one = row("chunks", tokens, GROUPS)
+        numbers = [one[key] / Found(2**30) for key in ("bytes_beside_cache", "cache_bytes")]
+        rows.append((f"{tokens:,}", f"{one['seconds']:.1f}", *(f"{number:.2f}" for number in numbers)))
+    return table(("tokens", "s", "peak beside weights and cache, GiB", "cache, GiB"), shorter(rows))
+
+
+def longest_kernels() -> str:
+    """Where a step goes."""
+    rows = []
+    for tokens in (2 * K, 128 * K):
+        found = row("decode", tokens, GROUPS)["ms_of_longest_kernels"]
+        for kernel, ms in (found.value or {"not measured": None}).items():
+            rows.append((f"{tokens:,}", f"`{kernel[:70]}`" if found else kernel, f"{ms:.3f}" if found else ""))
+    return table(("tokens", "kernel", "ms a token"), rows, names=2)
+
+
+def measured_on() -> str:
+    """Where and when the parts of the GPUs' file were measured."""
+    places: dict[str, list[str]] = {}
+    for name, part in PARTS.items():
+        versions = ", ".join(
+            f"{package} {number}" for package, number in part["versions"].items() if package != "python"
+        )
+        places.setdefault(f"{part['hardware']}, {versions}, {part['date']}", []).append(name)
+    return "; ".join(f"{place} ({', '.join(names)})" for place, names in places.items())
+
+
+def cpu_decoding() -> str:
+    rows = []
+    for tokens, found in FILES["decode_cpu"]["results"].items():
+        for name in CPU_MODELS:
+            one = Found(found.get(name))
+            rows.append(
+                (
+                    *(f"{int(tokens):,}", TITLES[name] if name != TEACHER else "teacher"),
+                    *(f"{one['prefill_seconds']:.2f}", f"{one['decode_ms_per_token']:.1f}", f"{one[SPEED]:.2f}"),
+                    *(f"{one['cache_bytes'] / Found(2**20):.1f}", f"{one['cache_share_of_teacher']:.3f}"),
+                )
+            )
+    header = ("tokens", "model", "prefill, s", "ms a token", "speed", "cache, MB", "share")
+    return table(header, shorter(rows), names=2)
+
+
+def demo() -> str:
+    rows = []
+    prompts, results = FILES["demo"]["prompts"], FILES["demo"]["results"]
+    for tokens in results["teacher"]:
+        both = [results[model][tokens] for model in ("teacher", "student")]
+        shares = [" / ".join(f"{one[key] / prompts:.2f}" for one in both) for key in ("niah_single", "niah_four")]
+        losses = " / ".join(f"{one['text_loss']:.3f}" for one in both)
+        caches = " / ".join(f"{one['cache_bytes'] / K:,.0f}" for one in both)
+        rows.append((f"{int(tokens):,}", *shares, losses, caches))
+    header = ("tokens", "single key, teacher / hybrid", "four keys", "loss on held-out text", "cache, KB (bf16)")
+    return table(header, rows)
+
+
+def scoring() -> str:
+    names = {
+        "two plain forwards": ("two plain forwards",),
+        "receivers": ("receivers, all heads",),
+        "receivers + senders": ("receivers and two rounds of senders",),
+        "naive receivers": ("receivers, one forward per head",),
+        "replacement, all heads": ("replacement effect, both forms of all heads",),
+        "replacement, estimates": ("replacement effect, estimates",),
+    }
+    rows = []
+    for name, title in names.items():
+        cpu, gpu = (FOUND[f"scoring_{device}"]["measured"] for device in ("cpu", "cuda"))
+        times = [found[name]["seconds"] / found["two plain forwards"]["seconds"] for found in (cpu, gpu)]
+        cells = (f"{times[0]:.3g}", f"{times[1]:.3g}", f"{gpu[name]['seconds']:.3g}", f"{gpu[name]['peak_gib']:.3g}")
+        rows.append((*title, *("" if cell == "not measured" else cell for cell in cells)))
+    return table(("", "CPU, ×", "GPU, ×", "GPU, s", "GPU, peak GiB"), rows)
+
+
+def operation_counts() -> str:
+    counted = FILES["scoring_cuda"]["computed_at_4096"]
+    keys = ("receivers", "senders", "replacement", "naive")
+    rows = ((name, *(f"{found[key]:,.3g}" if found[key] < 100 else f"{found[key]:,.0f}" for key in keys))
+            for name, found in counted.items())  # fmt: skip
+    return table(
+        ("forwards, by operation counts", "receivers", "senders", "replacement", "one forward per head"), rows
+    )
+
+
+def shortlists() -> str:
+    errors = FILES["scoring_cpu"]["shortlist_errors"]
+    rows = []
+    for count, found in errors["replacement"].items():
+        senders = errors["senders"][count]
+        rows.append(
+            (
+                *(count, f"{found['spearman']:.2f}", f"{found['overlap_of_best_quarter']:.2f}"),
+                *(f"{found['seconds_over_exact']:.2f}", f"{senders['missed']} of {senders['senders']}"),
+            )
+        )
+    header = ("heads measured", "Spearman with all measured", "overlap of the best quarter", "time", "senders missed")
+    return table(header, rows)
+
+
+def training() -> str:
+    lines = {
+        "distillation, 152K vocabulary: peak memory, chunked over naive (target ≤ 0.5)": (
+            *("distillation_peak_bytes", "chunked_over_naive"),
+        ),
+        "– time (target ≤ 1.1)": ("distillation_seconds", "chunked_over_naive"),
+        "alignment: peak memory, 32 layers over 2 (target: flat)": (
+            *("alignment_peak_bytes", "layer_by_layer", "most_over_fewest_layers"),
+        ),
+        "– the same with one graph over all layers": (
+            *("alignment_peak_bytes", "one_graph", "most_over_fewest_layers"),
+        ),
+        "tokens per second over the teacher's forward and backward pass: align": (
+            *("speed", "relative_to_teacher", "align"),
+        ),
+        "– distil": ("speed", "relative_to_teacher", "distill"),
+        "– finetune (gradient checkpointing)": ("speed", "relative_to_teacher", "finetune"),
+    }
+    rows = []
+    for title, keys in lines.items():
+        cells = []
+        for device in ("cpu", "cuda"):
+            found = FOUND[f"training_{device}"]
+            for key in keys:
+                found = found[key]
+            cells.append(f"{found:.2f}")
+        rows.append((title, *cells))
+    return table(("", "CPU", "GPU"), rows)
+
+
+def first_passes() -> str:
+    rows = []
+    for (is_tuned, backward, cache), run in PASSES.items():
+        passes = [one for one in run.values() if isinstance(one, dict)]
+        title = "forward and backward" if backward else "forward"
+        title += ", with the tables, " + cache if is_tuned else ", fla tunes (before there was one shape)"
+        seconds = [f"{one['seconds']}" for one in passes]
+        rows.append((title, *seconds, ", ".join(str(one["configurations"]) for one in passes)))
+    return table(("", "first pass, s", "other heads and rows after it, s", "configurations timed"), rows)
+
+
+TABLES = (
+    targets, decoding, eager, batches, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
+    operation_counts, shortlists, training, first_passes,
+)  # fmt: skip
+
+
+def document() -> str:
+    """docs/benchmarks.md, as the files make it."""
+    template = (FOLDER / "report.md").read_text()
+    tables = {f"{make.__name__}_table": make() for make in TABLES}
+    return template.format(**tables, **FOUND)
+
+
+def draw(path: Path) -> None:
+    """Seconds a token and of a prefill over the context, for the teacher and its hybrids."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    kinds = (("decode", "ms_per_token", 1, "ms a token, compiled"), ("eager", "prefill_seconds", 1, "prefill, s"))
+    for plot, (what, key, scale, label) in zip(axes, kinds):
+        for name in MODELS:
+            points = [(tokens, row(what, tokens, name)[key]) for tokens in LENGTHS]
+            points = [(tokens, value.value * scale) for tokens, value in points if value]
+            if points:
+                plot.plot(*zip(*points), "o-", color=COLORS[name], label=TITLES[name], linewidth=1.5, markersize=4)
+        plot.set_xscale("log", base=2)
+        plot.set_yscale("log")
+        plot.set_xticks(LENGTHS, [f"{tokens // K}K" for tokens in LENGTHS])
+        plot.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        plot.yaxis.set_major_formatter("{x:g}")
+        plot.minorticks_off()
+        plot.set_xlabel("context, tokens")
+        plot.set_ylabel(label)
+        plot.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    save_picture(figure, path)
+
+
+def main() -> None:
+    with atomic_file(DOCUMENTS / "benchmarks.md") as partial:
+        partial.write_text(document())
+    draw(DOCUMENTS / "decode.png")
+    print("written: docs/benchmarks.md, docs/decode.png")
+
+
+if __name__ == "__main__":
+    main()
