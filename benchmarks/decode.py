@@ -19,14 +19,13 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -113,9 +112,9 @@ def build(name: str, shape: dict, dtype: torch.dtype, device: str) -> PreTrained
             model.tie_weights()
             model.pack_projections()
             return model
-        family = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else Qwen3_5ForCausalLM
+        # By name: a module of transformers that imports fla has to wait for hydrahead, which sets how fla is tuned.
         attention = "sdpa" if name == TEACHER else IN_PIECES
-        return family._from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

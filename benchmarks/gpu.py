@@ -27,6 +27,7 @@ import os
 import queue
 import signal
 import statistics
+import sys
 import threading
 import time
 import traceback
@@ -38,7 +39,6 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
-from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from hydrahead.benchmarks.decode import (
     BEST_TEACHER,
@@ -78,6 +78,7 @@ BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}  # 
 HYBRIDS = ("12.5% kv_groups", "12.5% heads", LAYERWISE)
 K = 1024
 START = 64  # tokens whose forward pass makes a cache
+RULE = "torch_recurrent_gated_delta_rule"  # of transformers: fla's where that is installed
 ROOM = 1.5e9  # bytes that a step takes beside weights and cache
 PART_SECONDS = 330  # after which what is not ready is given up
 TURNS_SECONDS = 45  # for what is ready then
@@ -183,13 +184,13 @@ class CompiledStep:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not isinstance(self.model, modeling_qwen3_5.Qwen3_5ForCausalLM) or self.note:
+            family = sys.modules[type(self.model).__module__]
+            if not hasattr(family, RULE) or self.note:
                 raise
             # What fla does not let be compiled, transformers computes in PyTorch too.
             self.note = f"recurrence by transformers' reference; as it comes: {type(error).__name__}"
             traceback.print_exc(limit=-2)
-            rule = inspect.unwrap(modeling_qwen3_5.torch_recurrent_gated_delta_rule)
-            modeling_qwen3_5.torch_recurrent_gated_delta_rule = rule
+            setattr(family, RULE, inspect.unwrap(getattr(family, RULE)))
             torch.compiler.reset()
             self.compile()
 
@@ -492,9 +493,8 @@ class Results:
         self.path, self.lock = path, threading.Lock()
         self.shape = {"shape": machine.shape, "dtype": str(machine.dtype).removeprefix("torch.")}
         self.parts = json.loads(path.read_text())["parts"] if path.is_file() else {}
-        root = Path(__file__).parents[1]
-        files = ("configuration", "ops", "modeling")
-        self.code = {name: digest(root / f"{name}_hydrahead.py")[:12] for name in files}
+        files = sorted(Path(__file__).parents[1].glob("*_hydrahead.py"))
+        self.code = {file.stem: digest(file)[:12] for file in files}
 
     def holds(self, name: str, here: dict) -> bool:
         """Whether a part was measured by this code, on hardware and versions like these, without a failure."""
