@@ -103,18 +103,16 @@ def build(name: str, shape: dict, dtype: torch.dtype, device: str) -> PreTrained
     """A model with random weights, in the dtypes that loading gives its parameters."""
     torch.manual_seed(0)
     config = config_of(name, shape)
+    # By name: a module of transformers that imports fla has to wait for hydrahead, which sets how fla is tuned.
+    attention = IN_PIECES if name in (BEST_TEACHER, LAYERWISE) else "sdpa"
     with torch.device(device):
-        if isinstance(config, HydraHeadConfig):
-            model = HydraHeadForCausalLM(config).eval()
-            for parameter_name, parameter in model.named_parameters():
-                if not any(part in parameter_name for part in model._keep_in_fp32_modules_strict):
-                    parameter.data = parameter.data.to(dtype)
-            model.tie_weights()
-            model.pack_projections()
-            return model
-        # By name: a module of transformers that imports fla has to wait for hydrahead, which sets how fla is tuned.
-        attention = "sdpa" if name == TEACHER else IN_PIECES
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    if isinstance(model, HydraHeadForCausalLM):
+        for parameter_name, parameter in model.named_parameters():
+            if any(part in parameter_name for part in model._keep_in_fp32_modules_strict):
+                parameter.data = parameter.data.float()
+        model.pack_projections()
+    return model
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:

@@ -77,7 +77,8 @@ TINY = QWEN3_1_7B | {
 BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}  # from their data sheets
 HYBRIDS = ("12.5% kv_groups", "12.5% heads", LAYERWISE)
 K = 1024
-START = 64  # tokens whose forward pass makes a cache
+START = 64  # tokens whose forward pass makes a cache, and room for those of a turn
+TURN = 40
 RULE = "torch_recurrent_gated_delta_rule"  # of transformers: fla's where that is installed
 ROOM = 1.5e9  # bytes that a step takes beside weights and cache
 PART_SECONDS = 330  # after which what is not ready is given up
@@ -204,8 +205,8 @@ class CompiledStep:
             self.call(self.token, self.place)
 
     def measure(self) -> None:
-        self.steps(1)
-        self.seconds.append(seconds_of(lambda: self.steps(20), self.model.device) / 20)
+        self.steps(TURN // 2)  # clocks and caches as in a long text
+        self.seconds.append(seconds_of(lambda: self.steps(TURN), self.model.device) / TURN)
 
     def rows(self) -> list[dict]:
         kernels = kernels_of(lambda: self.steps(1), self.model.device)
@@ -392,11 +393,13 @@ def serve(connection, machine: Machine, job) -> None:
             connection.send("done")
         rows = [about | row for about, row in zip(job.about, run.rows(), strict=True)]
         connection.send((rows, environment(machine.device)))
-    except torch.OutOfMemoryError:
-        connection.send(MemoryError("out of memory"))
     except Exception as error:
-        traceback.print_exc()
-        connection.send(RuntimeError(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"))
+        text = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+            connection.send(MemoryError("out of memory"))
+        else:
+            traceback.print_exc()
+            connection.send(RuntimeError(f"{type(error).__name__}: {text[:200]}"))
 
 
 class Worker:
@@ -405,14 +408,13 @@ class Worker:
     running: list["Worker"] = []
     starting = threading.Lock()
 
-    def __init__(self, machine: Machine, job, gpu: str | None, deadline: float):
+    def __init__(self, machine: Machine, job, gpu: str, deadline: float):
         self.job, self.deadline, self.error = job, deadline, None
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, machine, job))
         with Worker.starting:  # the environment is what a process begins with
-            if gpu is not None:
-                os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             self.process.start()
             Worker.running.append(self)
         theirs.close()
@@ -447,7 +449,7 @@ class Worker:
         self.process.join()
 
 
-def run_part(machine: Machine, jobs: list, gpu: str | None, deadline: float) -> tuple[list[dict], dict]:
+def run_part(machine: Machine, jobs: list, gpu: str, deadline: float) -> tuple[list[dict], dict]:
     """Rows of all jobs, with an error in place of what failed, and where they were measured."""
     workers = [Worker(machine, job, gpu, deadline) for job in jobs]
     rows, where = [], {}
@@ -499,8 +501,10 @@ class Results:
     def holds(self, name: str, here: dict) -> bool:
         """Whether a part was measured by this code, on hardware and versions like these, without a failure."""
         part = self.parts.get(name, {})
-        is_whole = part.get("rows") and not any("not done" in row.get("error", "") for row in part["rows"])
-        return bool(is_whole) and all(
+        is_whole = all(
+            row.get("error", "out of memory") == "out of memory" for row in part.get("rows", [{"error": ""}])
+        )
+        return is_whole and all(
             part.get(key) == value for key, value in (here | {"code": self.code}).items() if key != "date"
         )
 
@@ -516,7 +520,7 @@ class Results:
                 print(f"[{name}, {seconds:.0f} s] {say(row)}", flush=True)
 
 
-def work_off(names: queue.Queue, machine: Machine, gpu: str | None, results: Results, end: float) -> None:
+def work_off(names: queue.Queue, machine: Machine, gpu: str, results: Results, end: float) -> None:
     """Measure parts on one GPU until none is left or the time is up."""
     while True:
         try:
@@ -554,7 +558,7 @@ def main() -> None:
     machine = REHEARSAL if options.rehearse else GPU
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-    gpus = [None] if options.rehearse else gpus
+    gpus = ["", ""] if options.rehearse else gpus
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // (5 * len(gpus)))))
     results = Results(options.output or Path(__file__).with_name("decode-cuda.json"), machine)

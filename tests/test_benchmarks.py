@@ -19,7 +19,14 @@ def test_models_have_the_dtypes_that_loading_gives_them(name, tmp_path):
     model = decode.build(name, SHAPE, torch.bfloat16, "cpu")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    kinds = [{key: value.dtype for key, value in each.named_parameters()} for each in (model, loaded)]
+    kinds = [
+        {
+            key: value.dtype
+            for key, value in [*each.named_parameters(), *each.named_buffers()]
+            if "projections" not in key
+        }
+        for each in (model, loaded)
+    ]
     assert kinds[0] == kinds[1]
 
 
@@ -84,7 +91,7 @@ class FakeWorker:
 def test_what_fails_is_a_row_and_what_lacked_memory_beside_others_runs_again_alone(monkeypatch):
     monkeypatch.setattr(gpu, "Worker", FakeWorker)
     jobs = [gpu.Decode("teacher", tokens) for tokens in (3, 1, 2)]
-    rows, where = gpu.run_part(gpu.REHEARSAL, jobs, None, deadline=float("inf"))
+    rows, where = gpu.run_part(gpu.REHEARSAL, jobs, "", deadline=float("inf"))
     found = {row["tokens"]: row.get("error", row.get("ms_per_token")) for row in rows}
     assert found == {3: 1.0, 1: "it broke", 2: 1.0} and where == {"hardware": "x"}
 
@@ -119,14 +126,24 @@ def test_a_part_runs_on_a_tiny_model(part):
     assert len(rows) == len(job.about) and json.dumps(rows)
 
 
+@torch.no_grad()
+def test_a_compiled_step_of_the_largest_batch():
+    (job,) = gpu.PARTS["batches-teacher"]
+    run = job.open(gpu.REHEARSAL)
+    run.measure()
+    (row,) = run.rows()
+    assert row["batch"] == gpu.REHEARSAL.free_bytes() // gpu.bytes_of_sequence(run.model, 64)
+    assert row["ms_per_token"] > 0 and json.dumps(row)
+
+
 @pytest.mark.slow
-def test_a_rehearsal_of_a_compiled_part(tmp_path):
+def test_a_rehearsal_in_processes(tmp_path):
     output = tmp_path / "results.json"
-    command = [sys.executable, Path(gpu.__file__), "batches-teacher", "--rehearse", "--output", output]
+    command = [sys.executable, Path(gpu.__file__), "sequences", "--rehearse", "--output", output]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(output.read_text())["parts"]["batches-teacher"]["rows"]
-    assert "error" not in row and row["batch"] > 1 and row["ms_per_token"] > 0
+    rows = json.loads(output.read_text())["parts"]["sequences"]["rows"]
+    assert len(rows) == 4 and all(row.get("sequences") for row in rows)
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys, monkeypatch):
