@@ -17,33 +17,33 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
 
 from .configuration_hydrahead import HydraHeadConfig
-from .console import progress
 from .convert.forms import check_forms
 from .convert.masks import Exchange, parse_heads, read_masks, select_to_file
-from .convert.options import options_of, teacher_config
+from .convert.options import options_of
 from .convert.scoring.command import check_settings, score_to_folder
 from .convert.scoring.probes import check_length
 from .convert.scoring.scores import HeadScores
 from .convert.scoring.settings import ScoreSettings
 from .convert.selection import Masks, select_heads
-from .convert.teachers import Teacher, open_teacher
+from .convert.teachers import EMBEDDED_TEACHER, Teacher, open_teacher, public_name
 from .data.corpus import encode_corpus, load_corpus
 from .data.needles import make_niah, needle_text
-from .evaluation.needles import TASKS
-from .evaluation.report import draw_report, evaluate_at, report_rows, text_needed
-from .files import atomic_file, read_utf8
+from .data.tokens import DataSection, find_files, is_local, open_source, read_documents
+from .evaluation.cells import check_report
+from .evaluation.evaluator import Settings, evaluate, text_needed
+from .evaluation.models import Model
+from .evaluation.report import as_markdown, draw_report, labels, read_report, short_table
+from .files import atomic_file
 from .hub.card import model_card
 from .hub.checkpoint import answer_in_clean_process, read_made_from
-from .kernels import use_tuned_kernels
-from .modeling_hydrahead import HydraHeadForCausalLM
-from .provenance import Record, digest, environment, first_difference
+from .provenance import Record, digest, first_difference
 from .training.align import run_align
 from .training.cost import print_cost
 from .training.data import token_folder
@@ -53,6 +53,8 @@ from .training.recipe import RECIPES, STAGES, load_recipe
 from .training.stage import Stage
 
 ANEW = "choose another output, or have it made anew: remove"
+MEASURED = ("tasks", "lengths", "prompts", "depths", "new_tokens", "text_tokens")  # of `evaluate` in a recipe
+HUB_TOKENS = 1 << 20  # of a data set that is evaluated on, unless it is said how many
 
 
 @dataclass
@@ -161,10 +163,7 @@ class Road:
         """A stage of training: in this process, or through Accelerate where the recipe says how."""
         launch, recipe = self.recipe.launch, self.recipe
         stages = {"align": run_align, "distill": run_distill, "finetune": run_finetune}
-        arguments = ["-m", f"hydrahead.training.{name}", "--config", *self.arguments]
-        shipped = RECIPES / "accelerate" / f"{launch}.yaml"
-        if launch:
-            arguments = ["--config_file", str(shipped if shipped.is_file() else launch), *arguments]
+        arguments = [*self.launched(), "-m", f"hydrahead.training.{name}", "--config", *self.arguments]
 
         def check() -> None:
             if launch and not Path(arguments[1]).is_file():
@@ -182,6 +181,12 @@ class Road:
             lambda: Stage(recipe, name).is_done,
             check,
         )
+
+    def launched(self) -> list[str]:
+        """How `accelerate launch` starts the processes of a step, if it does."""
+        launch = self.recipe.launch
+        shipped = RECIPES / "accelerate" / f"{launch}.yaml"
+        return ["--config_file", str(shipped if shipped.is_file() else launch)] if launch else []
 
     def config(self, stage: Stage) -> HydraHeadConfig:
         """Configuration of the student that a stage trains."""
@@ -256,16 +261,8 @@ class Road:
     def evaluate(self) -> Step:
         """The student against its teacher on held-out text."""
         recipe, section, teacher = self.recipe, self.recipe.evaluate, self.recipe.teacher
-        settings = {
-            "teacher": teacher.name,
-            "revision": teacher.revision,
-            "dtype": teacher.dtype,
-            "lengths": section.lengths,
-            "prompts": section.prompts,
-            "text": token_folder(recipe, recipe.data, "tokens"),
-            "text_tokens": section.text_tokens,
-            "heldout_tokens": recipe.data.heldout_tokens,
-        }
+        tokens = token_folder(recipe, recipe.data, "tokens")
+        settings = Settings(**{name: getattr(section, name) for name in MEASURED})
 
         def check() -> None:
             if (needed := text_needed(section.lengths, section.text_tokens)) > recipe.data.heldout_tokens:
@@ -273,15 +270,24 @@ class Road:
                     f"data.heldout_tokens: {recipe.data.heldout_tokens:,}, evaluate.lengths needs {needed:,}"
                 )
             check_length(self.teacher.tokenizer(), min(section.lengths))
-            known = report_settings(self.teacher, section.prompts, section.text_tokens, settings["text"])
-            Record(self.student / "report.json").check(known, f"{ANEW} report.json")
+            made = {"text_name": text_name(tokens), **settings.identity()}
+            check_report(self.student, made, student_and_teacher(self.student, self.teacher, teacher.dtype))
 
         def is_done() -> bool:
-            report = Record(self.student / "report.json").read()
-            return report is not None and set(section.lengths) <= set(report["lengths"])
+            report = read_report(self.student)
+            cells = [] if report is None else [*report["needles"], *report["text"]]
+            wanted = {(name, length) for name in section.tasks for length in section.lengths}
+            wanted |= {(None, length) for length in section.lengths}
+            return wanted <= {(cell.get("task"), cell["length"]) for cell in cells if cell["model"] == "student"}
 
-        command = ["hydrahead", "evaluate", str(self.student), *flags_of(settings)]
-        do = partial(evaluate_student, self.student, **settings)
+        more = {"teacher": teacher.name, "revision": teacher.revision, "dtype": teacher.dtype, "text": tokens}
+        more |= {"heldout_tokens": recipe.data.heldout_tokens}
+        measured = {name: getattr(section, name) for name in MEASURED}
+        words = ["evaluate", str(self.student), *flags_of(measured | more)]
+        launched = [*self.launched(), "-m", "hydrahead", *words]
+        command = ["accelerate", "launch", *launched] if recipe.launch else ["hydrahead", *words]
+        do = partial(evaluate_student, self.student, settings, **more)
+        do = partial(launch_stage, launched) if recipe.launch else do
         return Step("evaluate", command, self.student / "report.json", do, is_done, check)
 
     def card(self) -> Step:
@@ -318,7 +324,7 @@ def flags_of(values: dict) -> list[str]:
 
 
 def launch_stage(arguments: list[str]) -> None:
-    """`accelerate launch` a stage; its processes save themselves when this one is asked to stop."""
+    """`accelerate launch` a step; its processes save themselves when this one is asked to stop."""
     process = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *arguments])
     # A terminal interrupts the processes by itself; a second signal would kill them before they have saved.
     handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
@@ -332,101 +338,138 @@ def launch_stage(arguments: list[str]) -> None:
         raise SystemExit(status if status > 0 else 128 - status)
 
 
-def heldout_ids(tokenizer, text: Path | None, tokens: int | None = None) -> np.ndarray:
+def text_name(text: str | Path | None) -> str:
+    """What a report calls the text that was evaluated on."""
+    if text is None:
+        return "the standard library"
+    if (Path(text) / "tokens.bin").is_file():
+        return "the training text"
+    return Path(text).name if is_local(str(text)) else str(text)
+
+
+def evaluation_texts(tokenizer, text: str | Path | None, tokens: int | None = None) -> dict[str, np.ndarray]:
     """
-    Token ids of text to evaluate on.
+    Text to evaluate on in token ids, by domain.
 
     Args:
-        text: a UTF-8 file, or a folder of training's tokens; the standard library's held-out part by default.
-        tokens: the first so many; all by default.
+        text: the standard library's held-out part by default; a folder of training's tokens; a file, or a folder of
+            files, each a domain; else a data set on the Hub, as much as is asked for.
+        tokens: of each domain, the first so many; by default all, and of a data set a million.
+
+    Raises:
+        ValueError: there is no such text.
     """
     if text is None:
-        ids = encode_corpus(tokenizer, load_corpus("heldout"))
-    elif (file := text / "tokens.bin").is_file():
-        ids = np.fromfile(file, "<u4", -1 if tokens is None else tokens).astype(np.int64)
-    else:
-        ids = encode_corpus(tokenizer, [read_utf8(text)])
-    return ids[:tokens]
+        return {text_name(None): encode_corpus(tokenizer, load_corpus("heldout"))[:tokens]}
+    if (file := Path(text) / "tokens.bin").is_file():
+        return {text_name(text): np.fromfile(file, "<u4", -1 if tokens is None else tokens).astype(np.int64)}
+    files = find_files(str(text))
+    tokens = tokens if files or tokens else HUB_TOKENS
+    sources = {file.stem: str(file) for file in files} if files else {str(text): str(text)}
+    return {name: _encode_source(tokenizer, DataSection(source), tokens) for name, source in sources.items()}
 
 
-def report_settings(teacher: Teacher, prompts: int, text_tokens: int, text: Path | None) -> dict:
-    """What decides the numbers of a report."""
-    text_name = "the standard library" if text is None else "the training text" if text.is_dir() else text.name
-    return {**teacher.identity, "text": text_name, "prompts": prompts, "text_tokens": text_tokens}
+def _encode_source(tokenizer, data: DataSection, tokens: int | None) -> np.ndarray:
+    """The first so many tokens of a file or data set, or all."""
+    parts, count = [], 0
+    for texts, _ in read_documents(open_source(data), data.column, None):
+        parts.append(encode_corpus(tokenizer, texts))
+        count += len(parts[-1])
+        if tokens is not None and count >= tokens:
+            break
+    return np.concatenate(parts)[:tokens]
+
+
+def student_and_teacher(folder: Path, teacher: Teacher, dtype: str) -> list[Model]:
+    """The columns of a student's report."""
+    source, name = teacher.source, teacher.public_name
+    return [Model("teacher", source, name, teacher.revision, dtype), Model("student", str(folder), folder.name)]
+
+
+def side_by_side(names: Sequence[str], dtype: str, trust_remote_code: bool = False) -> list[Model]:
+    """The columns of a report on folders and Hub ids, called by their own names; `REVISION` of a Hub id after an @."""
+    models: list[Model] = []
+    for given in names:
+        source, _, revision = given.partition("@") if not Path(given).exists() else (given, "", "")
+        source = str(EMBEDDED_TEACHER) if source == "demo" else source
+        name = public_name(source)
+        label = Path(name).name
+        count = sum(model.label.split(" (")[0] == label for model in models)
+        label += f" ({count + 1})" if count else ""
+        models.append(Model(label, source, name, revision or None, dtype, trust_remote_code=trust_remote_code))
+    return models
+
+
+def with_variants(models: Sequence[Model], rope_scaling: str | None, template: bool) -> list[Model]:
+    """After each model, it with RoPE scaled if it is no HydraHead, and asked in its chat template if it has one."""
+    columns = []
+    for model in models:
+        columns.append(model)
+        if rope_scaling and model.config().model_type != "hydrahead":
+            columns.append(replace(model, label=f"{model.label}, {rope_scaling}", rope_scaling=rope_scaling))
+            columns[-1].config()  # what cannot be scaled is refused now
+        if template and model.tokenizer().chat_template is not None:
+            columns.append(replace(model, label=f"{model.label}, template", template=True))
+    return columns
 
 
 def evaluate_student(
     folder: Path,
+    settings: Settings,
     teacher: str | None = None,
     revision: str | None = None,
     dtype: str = "auto",
-    lengths: Sequence[int] = (1024, 2048, 4096),
-    prompts: int = 20,
-    text: Path | None = None,
-    text_tokens: int = 16_384,
+    text: str | Path | None = None,
     heldout_tokens: int | None = None,
-) -> dict:
+    output: Path | None = None,
+    rope_scaling: str | None = None,
+    template: bool = False,
+) -> None:
     """
-    Measure a student folder against its teacher, write `report.json` into it, and print the table.
-
-    Interrupted, the same call goes on after the last length; with further lengths, it measures those.
+    Measure a student folder against its teacher and write the report into it (`evaluation/evaluator.py`).
 
     Args:
         teacher, revision: by default, what the folder says that it was made from.
         dtype: of the teacher; the student computes in its own.
-        lengths, prompts, text_tokens: as in `EvaluateSection`.
-        text, heldout_tokens: as in `heldout_ids`.
-
-    Returns:
-        the report: by model (`teacher`, `student`) and length, what `evaluate_at` gives and bytes of cache in bf16.
+        text, heldout_tokens: as in `evaluation_texts`.
+        output: another folder for the report.
+        rope_scaling, template: as in `with_variants`.
 
     Raises:
-        ValueError: no text, too short a text or length, another teacher, or a report made otherwise; one line.
+        ValueError: no text, another teacher, or a report made otherwise; one line.
     """
-    if text is not None and not text.exists():
-        raise ValueError(f"{text}: no such file")
     made_from = read_made_from(folder) or {}
     opened = open_teacher(teacher or made_from.get("teacher", "demo"), revision or made_from.get("revision"))
     opened.check_made_from(folder, made_from)
-    tokenizer = opened.tokenizer()
-    check_length(tokenizer, min(lengths))
-    ids = heldout_ids(tokenizer, text, heldout_tokens)
-    if len(ids) < (needed := text_needed(lengths, text_tokens)):
-        raise ValueError(f"the text has {len(ids):,} tokens, lengths up to {max(lengths):,} need {needed:,}")
-    settings = report_settings(opened, prompts, text_tokens, text)
-    report, unfinished = Record(folder / "report.json"), Record(folder / ".report.json")
-    report.check(settings, f"{ANEW} report.json")
-    found = report.read() or (unfinished.matches(settings) and unfinished.read()) or {}
-    results = found.get("results", {"teacher": {}, "student": {}})
+    models = with_variants(student_and_teacher(folder, opened, dtype), rope_scaling, template)
+    evaluate_models(models, settings, output or folder, text, heldout_tokens)
 
-    def load_student() -> HydraHeadForCausalLM:
-        device = "auto" if torch.cuda.is_available() else "cpu"
-        return HydraHeadForCausalLM.from_pretrained(folder, dtype="auto", device_map=device).eval()
 
-    use_tuned_kernels()
-    configs = {"teacher": teacher_config(opened.adapter), "student": HydraHeadConfig.from_pretrained(folder)}
-    for name, load in (("teacher", lambda: opened.load(dtype)), ("student", load_student)):
-        todo = [length for length in lengths if str(length) not in results[name]]
-        model = None  # the one before it leaves the GPU first
-        model = load() if todo else None
-        with progress(f"evaluate the {name}", len(todo) * len(TASKS)) as advance:
-            for length in todo:
-                cell = evaluate_at(model, tokenizer, ids, length, prompts, text_tokens, advance)
-                cell["cache_bytes"] = configs[name].kv_bytes_per_token() * length + configs[name].state_bytes()
-                results[name][str(length)] = cell
-                unfinished.write(settings | {"results": results})
-    made = settings | {"lengths": sorted(map(int, results["student"]))} | environment() | {"results": results}
-    if made["lengths"] != found.get("lengths"):
-        report.write(made)
-    unfinished.path.unlink(missing_ok=True)
-    return made
+def evaluate_models(
+    models: Sequence[Model],
+    settings: Settings,
+    output: Path,
+    text: str | Path | None = None,
+    heldout_tokens: int | None = None,
+) -> None:
+    """
+    Measure models side by side on the same text, and write the report into a folder.
+
+    Args:
+        models, settings, output: as in `evaluation.evaluator.evaluate`.
+        text, heldout_tokens: as in `evaluation_texts`.
+    """
+    texts = evaluation_texts(models[0].tokenizer(), text, heldout_tokens)
+    evaluate(models, settings, texts, output, {"text_name": text_name(text)})
 
 
 def show_report(folder: Path) -> None:
-    """Print the table of a student's report."""
-    report = Record(folder / "report.json").read()
-    columns, *rows = report_rows(report)
-    table = Table(*(Column(name, justify="right") for name in columns), title=f"{report['teacher']} / {folder}")
+    """Print the short table of a folder's report, where several processes made it once."""
+    if not PartialState().is_main_process:
+        return
+    report = read_report(folder)
+    columns, *rows = short_table(report)
+    table = Table(*(Column(name, justify="right") for name in columns), title=" / ".join(labels(report)))
     for row in rows:
         table.add_row(*row)
     Console().print(table)
@@ -439,20 +482,19 @@ def card_of(folder: Path) -> str:
     Raises:
         ValueError: the folder does not say what it was made from.
     """
-    made_from, report, results = read_made_from(folder), Record(folder / "report.json").read(), None
+    made_from, report, results = read_made_from(folder), read_report(folder), None
     if made_from is None:
         raise ValueError(f"{folder}: no student that says what it was made from (made_from.json)")
     if report:
-        columns, *rows = report_rows(report)
-        lines = [f"| {' | '.join(row)} |" for row in (columns, ["---:"] * len(columns), *rows)]
         practised = any(stage["recipe"]["retrieval_share"] for stage in made_from["stages"])
         results = "\n".join(
             [
-                f"Teacher / student; {report['prompts']} prompts a cell, greedy, in {report['text']}, held out; "
-                f"{report['hardware']}, {report['date']}."
+                f"{' / '.join(labels(report)).capitalize()}; {report['prompts']} prompts a cell, greedy, in "
+                f"{report['text_name']}, held out; {report['hardware']}, {report['date']}. Everything that was "
+                "measured, with intervals: [report.md](report.md), [report.html](report.html)."
                 + (" The student practised what is asked here: see the rows above." if practised else ""),
                 "",
-                *lines,
+                as_markdown(short_table(report)),
                 "",
                 *(f"![{file.stem}]({file.name})" for file in sorted(folder.glob("*.png"))),
             ]
@@ -461,11 +503,10 @@ def card_of(folder: Path) -> str:
 
 
 def write_card(folder: Path) -> None:
-    """Write the card of a student folder, and the picture of what was measured; raises as `card_of`."""
+    """Write the card of a student folder, and the pictures of what was measured; raises as `card_of`."""
     card_of(folder)
-    if report := Record(folder / "report.json").read():
-        native = HydraHeadConfig.from_pretrained(folder).max_position_embeddings
-        draw_report(report, native, folder / "accuracy.png")
+    if report := read_report(folder):
+        draw_report(report, folder)
     with atomic_file(folder / "README.md") as partial_file:
         partial_file.write_text(card_of(folder))
 
@@ -473,7 +514,8 @@ def write_card(folder: Path) -> None:
 def ask(road: Road) -> None:
     """Ask the student, in a process that cannot import hydrahead, for a needle, and print question and answer."""
     recipe, tokenizer = road.recipe, road.teacher.tokenizer()
-    ids = heldout_ids(tokenizer, token_folder(recipe, recipe.data, "tokens"), recipe.data.heldout_tokens)
+    tokens = token_folder(recipe, recipe.data, "tokens")
+    (ids,) = evaluation_texts(tokenizer, tokens, recipe.data.heldout_tokens).values()
     sample = make_niah(tokenizer, ids, length := min(recipe.evaluate.lengths), seed=2_000_000)
     prompt = tokenizer.decode(sample.input_ids)
     answer = answer_in_clean_process(road.student, prompt).strip()

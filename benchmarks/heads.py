@@ -36,7 +36,8 @@ from hydrahead.convert.search import search_masks
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.mixture import mixture_rows
-from hydrahead.evaluation.figures import plot_conditions, wilson_interval
+from hydrahead.evaluation.figures import plot_conditions
+from hydrahead.evaluation.statistics import wilson_interval
 from hydrahead.evaluation.text import text_loss
 from hydrahead.provenance import Record, environment
 from hydrahead.training.align import align_heads

@@ -213,13 +213,14 @@ class Teacher:
     Attributes:
         name, revision: as asked for: a folder, a Hub id, or `demo`; and a revision on the Hub.
         public_name: its name in records, which travel: a Hub id, a folder's own name, or `demo`.
+        source: a folder or a Hub id.
         config, adapter: read from its config alone.
     """
 
     def __init__(self, name: str, revision: str | None, source: str, config: PreTrainedConfig):
         self.name, self.revision, self.config = name, revision, config
         self.adapter, self.public_name = adapter_for(config), public_name(source)
-        self._source = source
+        self.source = source
 
     @property
     def identity(self) -> dict:
@@ -238,13 +239,13 @@ class Teacher:
 
     def fetch(self) -> Path:
         """Folder of the checkpoint, which is brought to this machine first where it is not here yet."""
-        if not Path(self._source).is_dir():
-            self._source = snapshot_download(self._source, revision=self.revision, allow_patterns=CHECKPOINT_FILES)
-        return Path(self._source)
+        if not Path(self.source).is_dir():
+            self.source = snapshot_download(self.source, revision=self.revision, allow_patterns=CHECKPOINT_FILES)
+        return Path(self.source)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer; no weight is fetched for it."""
-        return AutoTokenizer.from_pretrained(self._source, revision=self.revision)
+        return AutoTokenizer.from_pretrained(self.source, revision=self.revision)
 
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device | dict | None = None):
         """

@@ -1,5 +1,6 @@
 """Needle in a haystack in RULER's forms (arXiv 2404.06654), offline, for any tokenizer and any length."""
 
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,25 +50,25 @@ class NiahSample:
     value_spans: list[tuple[int, int]]
 
 
-def header_text(plural: bool) -> str:
-    """RULER's opening line; `plural` if more than one value is asked for."""
-    what, number = ("Some special magic numbers are", "numbers") if plural else ("A special magic number is", "number")
+def header_text(plural: bool, kind: str = "number") -> str:
+    """RULER's opening line; `plural` if more than one value is asked for, `kind` a key of `VALUES`."""
+    what, kind = (f"Some special magic {kind}s are", f"{kind}s") if plural else (f"A special magic {kind} is", kind)
     return (
         f"{what} hidden within the following text. Make sure to memorize it. "
-        f"I will quiz you about the {number} afterwards.\n"
+        f"I will quiz you about the {kind} afterwards.\n"
     )
 
 
-def needle_text(key: str, value: str) -> str:
+def needle_text(key: str, value: str, kind: str = "number") -> str:
     """The sentence to be found; plural in all of RULER's forms."""
-    return f"One of the special magic numbers for {key} is: {value}."
+    return f"One of the special magic {kind}s for {key} is: {value}."
 
 
-def question_text(queries: Sequence[str], plural: bool) -> str:
+def question_text(queries: Sequence[str], plural: bool, kind: str = "number") -> str:
     """RULER's question and the prefix of its answer, on a line of their own."""
     query = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
-    number = f"special magic number{'s' if plural else ''} for {query} mentioned in the provided text"
-    return f"\nWhat {'are all' if plural else 'is'} the {number}? The {number} {'are' if plural else 'is'}"
+    magic = f"special magic {kind}{'s' if plural else ''} for {query} mentioned in the provided text"
+    return f"\nWhat {'are all' if plural else 'is'} the {magic}? The {magic} {'are' if plural else 'is'}"
 
 
 def answer_text(values: Sequence[str]) -> str:
@@ -91,6 +92,15 @@ def draw_values(rng: np.random.Generator, count: int) -> list[str]:
     return list(values)
 
 
+def draw_uuids(rng: np.random.Generator, count: int) -> list[str]:
+    """`count` random UUIDs (version 4)."""
+    return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
+
+
+VALUES = {"number": draw_values, "uuid": draw_uuids}
+"""What a needle can hold, by RULER's word for it."""
+
+
 def hide_needles(
     tokenizer,
     haystack_ids: Sequence[int],
@@ -98,6 +108,8 @@ def hide_needles(
     needles: Sequence[tuple[str, str]],
     rng: np.random.Generator,
     header: str = "",
+    kind: str = "number",
+    place: tuple[int, float] | None = None,
 ) -> tuple[list[int], list[tuple[int, int]], list[tuple[int, int]]]:
     """
     Put needles, in the given order and at random depths, between the lines of a random stretch of the haystack.
@@ -109,6 +121,8 @@ def hide_needles(
         needles: (key, value) of each needle.
         rng: Source of every random choice.
         header: Text put first; with it come the tokens that the tokenizer starts a text with.
+        kind: Of the values, a key of `VALUES`.
+        place: Index of one needle, and the depth in [0, 1] of the line at which it stands.
 
     Returns:
         Exactly `length` ids; the needles' spans; their values' spans (see `NiahSample`).
@@ -117,7 +131,7 @@ def hide_needles(
         ValueError: `length` is too short for header and needles, or the haystack too short for `length`.
     """
     head = tokenizer(header).input_ids if header else []
-    pieces = [encode_needle(tokenizer, key, value) for key, value in needles]
+    pieces = [encode_needle(tokenizer, key, value, kind) for key, value in needles]
     room = length - len(head) - sum(len(piece[0]) for piece in pieces)
     window = _haystack_window(haystack_ids, room, length, rng)
     # A needle stands on its own line: after a line end where the text has enough of them, else after one of its own.
@@ -127,7 +141,14 @@ def hide_needles(
         line_end = tokenizer("\n", add_special_tokens=False).input_ids
         window = _haystack_window(window, room - len(line_end) * len(pieces), length, rng)
         depths = np.arange(len(window) + 1)
-    cuts = np.sort(rng.choice(depths, size=len(pieces), replace=len(depths) < len(pieces)))
+    if place is None:
+        cuts = np.sort(rng.choice(depths, size=len(pieces), replace=len(depths) < len(pieces)))
+    else:
+        index, depth = place
+        cut = depths[np.abs(depths - depth * len(window)).argmin()]
+        sides = ((depths[depths <= cut], index), (depths[depths >= cut], len(pieces) - index - 1))
+        before, after = (np.sort(rng.choice(side, size=count)) for side, count in sides)
+        cuts = np.concatenate([before, [cut], after])
 
     ids, spans, start = list(head), ([], []), 0
     for cut, (piece, *offsets) in zip(cuts, pieces):
@@ -149,12 +170,14 @@ def make_niah(
     num_queries: int = 1,
     num_values: int = 1,
     seed: int,
+    kind: str = "number",
+    depth: float | None = None,
 ) -> NiahSample:
     """
     Build one prompt of RULER's NIAH family at an exact length.
 
     `num_keys=1` is single, `num_keys=4` multikey_1, `num_queries=4` (with as many keys) multiquery, `num_values=4`
-    multivalue. Values are numbers of seven digits.
+    multivalue.
 
     Args:
         tokenizer: A fast tokenizer.
@@ -164,6 +187,9 @@ def make_niah(
         num_queries: Keys asked for.
         num_values: Values of each queried key (the others have one).
         seed: The same seed gives the same sample.
+        kind: Of the values: `number`, of seven digits, or `uuid`.
+        depth: Where in the text the needle stands that is asked for, in [0, 1]; at random by default. The others
+            stand at random depths.
 
     Raises:
         ValueError: a count below 1, more queries than keys, a length too short for the needles, or a short haystack.
@@ -177,15 +203,21 @@ def make_niah(
     keys = draw_keys(rng, num_keys)
     queries = keys[:num_queries]
     each = [key for key in keys for _ in range(num_values if key in queries else 1)]
-    needles = list(zip(each, draw_values(rng, len(each))))
+    needles = list(zip(each, VALUES[kind](rng, len(each))))
     needles = [needles[i] for i in rng.permutation(len(needles))]
+    place = None
+    if depth is not None:  # as many others stand before the first needle asked for as would at random
+        asked = needles.pop(next(i for i, (key, _) in enumerate(needles) if key == queries[0]))
+        place = (int(rng.binomial(len(needles), depth)), depth)
+        needles.insert(place[0], asked)
     answers = [value for query in queries for key, value in needles if key == query]
 
     plural = len(answers) > 1
-    question = tokenizer(question_text(queries, plural), add_special_tokens=False).input_ids
+    question = tokenizer(question_text(queries, plural, kind), add_special_tokens=False).input_ids
     answer = tokenizer(answer_text(answers), add_special_tokens=False).input_ids
     room = length - len(question) - len(answer)
-    ids, *spans = hide_needles(tokenizer, haystack_ids, room, needles, rng, header_text(plural))
+    header = header_text(plural, kind)
+    ids, *spans = hide_needles(tokenizer, haystack_ids, room, needles, rng, header, kind, place)
     keys, values = map(list, zip(*needles))
     return NiahSample(ids + question, answer, answers, keys, values, [keys.index(query) for query in queries], *spans)
 
@@ -213,11 +245,11 @@ def _haystack_window(haystack_ids: Sequence[int], room: int, length: int, rng: n
     return np.asarray(haystack_ids[start : start + room], dtype=np.int64)
 
 
-def encode_needle(tokenizer, key: str, value: str):
+def encode_needle(tokenizer, key: str, value: str, kind: str = "number"):
     """Ids of a needle's line, and the spans in it of the sentence and of the value."""
     if not tokenizer.is_fast:
         raise ValueError("a fast tokenizer is needed, which knows where each token stands in the text")
-    text = needle_text(key, value)
+    text = needle_text(key, value, kind)
     encoded = tokenizer(text + "\n", add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded.input_ids, encoded.offset_mapping
     value_start, spans = text.rindex(value), []

@@ -19,7 +19,8 @@ from ..files import atomic_file
 RED, BLUE, GREEN, GREY = "#d1495b", "#1f6f9f", "#3a7d44", "#6c757d"
 STRONG = {"replacement": RED, "receiver+sender": BLUE}  # methods that stand out where many are compared
 LAYER_TITLES = {"linear_layers": "linear forms", "full_layers": "full-attention forms", "layers": "whole layers"}
-NEEDLE_COLORS = {"niah_single": GREEN, "niah_four": "#b8860b"}
+MODELS = (GREY, RED, BLUE, GREEN, "#b8860b", "#7b4fa3", "#2a9d8f", "#8c564b")  # colours of models side by side
+NEEDLE_COLORS = {"niah_single_2": GREEN, "niah_multikey_1": "#b8860b"}
 TRAINING_COLORS = {"linear_loss": BLUE, "full_loss": RED, "layer_loss": BLUE, "kl": BLUE, "ce": RED}
 HELD_OUT = {f"heldout_{name}": name for name in TRAINING_COLORS} | {"heldout_loss": "ce"}
 
@@ -214,48 +215,81 @@ def plot_conditions(tables: Mapping[str, dict], columns: Sequence[str], path: Pa
 
 
 def plot_accuracy_over_length(
-    lengths: Sequence[int],
-    accuracies: Mapping[str, Mapping[str, Sequence[float]]],
-    native_length: int,
-    samples: int,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float, float]]]],
+    native_length: int | None,
     title: str,
     path: Path,
 ) -> None:
     """
-    Draw accuracy in [0, 1] over context length with 95% Wilson intervals of `samples` answers.
+    Draw accuracy in [0, 1] over context length, a panel for each task and a line for each model.
 
     Args:
-        accuracies: values per length, by model (a colour each) and task (a line style each).
+        panels: by task and model, points of length, accuracy and the ends of its interval.
+        native_length: to be marked: the first model's.
     """
-    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    count = sum(map(len, accuracies.values()))
-    shifts = iter(1 + 0.02 * (index - (count - 1) / 2) for index in range(count))  # equal values stay visible
-    for (model, tasks), color in zip(accuracies.items(), (GREY, RED, BLUE, GREEN)):
-        for (task, values), style in zip(tasks.items(), ("-", "--", ":")):
-            low, high = zip(*(wilson_interval(value, samples) for value in values))
-            look = {"linestyle": style, "marker": "o", "color": color, "elinewidth": 0.8, "capsize": 2}
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    shape = {"figsize": (max(5, 3.1 * columns), 2.5 * rows + 0.9), "squeeze": False, "sharey": True}
+    figure, grid = plt.subplots(rows, columns, layout="constrained", **shape)
+    lengths = sorted({point[0] for lines in panels.values() for points in lines.values() for point in points})
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (task, lines) in zip(grid.flat, panels.items()):
+        for index, (model, points) in enumerate(lines.items()):
+            shift = 1 + 0.02 * (index - (len(lines) - 1) / 2)  # equal values stay visible
+            places, values, low, high = (np.array(part) for part in zip(*points)) if points else ([],) * 4
             spread = np.subtract([values, high], [low, values])
-            axes.errorbar(np.multiply(lengths, next(shifts)), values, spread, label=f"{model}, {task}", **look)
-    axes.axvline(native_length, color="black", linewidth=0.8, linestyle=":", label="the teacher's native length")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.minorticks_off()
-    axes.set_ylim(-0.03, 1.05)
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("accuracy")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
-    # Beside the data, with handles long enough to tell dashes from lines.
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, handlelength=3.5, frameon=False)
+            look = {"marker": "o", "markersize": 4, "color": MODELS[index % len(MODELS)], "elinewidth": 0.8}
+            axes.errorbar(np.multiply(places, shift), values, spread, label=model, capsize=2, **look)
+        if native_length and lengths[0] <= native_length <= lengths[-1]:
+            label = "native length of the first"
+            axes.axvline(native_length, color="black", linewidth=0.8, linestyle=":", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [_short(length) for length in lengths], fontsize=7)
+        axes.minorticks_off()
+        axes.set_ylim(-0.03, 1.05)
+        axes.set_title(task, fontsize=9)
+        axes.grid(alpha=0.25)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy", fontsize=8)
+    for axes in grid.flat[max(0, len(panels) - columns) : len(panels)]:
+        axes.set_xlabel("context, tokens", fontsize=8)
+    _legend_below(figure, grid[0][0], columns=3)
+    figure.suptitle(_wrapped(title, shape["figsize"][0]), fontsize=9)
     save_picture(figure, path)
 
 
-def wilson_interval(share: float, samples: int) -> tuple[float, float]:
-    """95% interval of a share seen in `samples` independent trials (Wilson 1927)."""
-    z = 1.96
-    center = (share + z * z / (2 * samples)) / (1 + z * z / samples)
-    half = z / (1 + z * z / samples) * (share * (1 - share) / samples + z * z / (4 * samples**2)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
+def plot_depths(
+    maps: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], lengths: Sequence[int], title: str, path: Path
+) -> None:
+    """
+    Draw accuracy over length and depth: a row for each model, a column for each task.
+
+    Args:
+        maps: by model and task, `[depths][lengths]` from the beginning of the text to its end; NaN where nothing was
+            asked.
+    """
+    tasks = list(dict.fromkeys(task for row in maps.values() for task in row))
+    size = (max(4.5, (0.45 * len(lengths) + 0.9) * len(tasks) + 1.4), 1.5 * len(maps) + 0.9)
+    figure, grid = plt.subplots(len(maps), len(tasks), figsize=size, squeeze=False, layout="constrained")
+    colors = plt.get_cmap("viridis").with_extremes(bad="#bbbbbb")
+    for row, (model, by_task) in zip(grid, maps.items()):
+        for axes, task in zip(row, tasks):
+            values = by_task.get(task, [[None] * len(lengths)])
+            image = axes.imshow(np.array(values, dtype=float), cmap=colors, vmin=0, vmax=1, aspect="auto")
+            axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths], fontsize=6, rotation=60)
+            axes.set_yticks([-0.5, len(values) - 0.5], ["0%", "100%"], fontsize=6)
+        row[0].set_ylabel(f"{model}\ndepth", fontsize=7)
+    for axes, task in zip(grid[0], tasks):
+        axes.set_title(task, fontsize=7)
+    figure.colorbar(image, ax=grid, label="accuracy", shrink=0.8)
+    figure.suptitle(_wrapped(title, size[0]), fontsize=9)
+    save_picture(figure, path)
+
+
+def _short(length: int) -> str:
+    """131072 as 128K."""
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else f"{length:,}"
 
 
 def save_picture(figure, path: Path) -> None:
@@ -273,7 +307,7 @@ def draw_training(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not lines:
         return
-    has_needles = any("niah_single" in line for line in lines)
+    has_needles = any("niah_single_2" in line for line in lines)
     heights = [3, 1.2, 1] if has_needles else [3, 1]
     size, shape = (7, 1.4 * sum(heights)), {"sharex": True, "height_ratios": heights}
     figure, panels = plt.subplots(len(heights), 1, figsize=size, layout="constrained", **shape)

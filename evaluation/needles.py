@@ -1,108 +1,115 @@
-"""Needles answered: greedy generation, scored as RULER does (arXiv 2404.06654), in cells of one task and length."""
+"""RULER's tasks answered: greedy generation, scored as RULER does (arXiv 2404.06654)."""
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.needles import NiahSample, make_niah
+from ..data.ruler import Prompt
 
-TASKS = {"niah_single": 1, "niah_four": 4}  # keys in a prompt, one of which is asked for
 FIRST_SEED = 1_000_000  # of prompts that are evaluated; training rows come from small seeds, and from other text
+PREFILL_CHUNK = 16_384  # tokens of a longer prompt that are read at once
 
 
-@dataclass(frozen=True)
-class NiahCell:
+def as_asked(prompt: Prompt, written_with, tokenizer, template: bool = False) -> list[int]:
     """
-    Prompts of one task at one length.
-
-    Attributes:
-        task: a key of `TASKS`.
-        length: tokens of a prompt and its answer.
-    """
-
-    task: str
-    length: int
-    samples: list[NiahSample]
-
-
-def niah_cells(tokenizer, heldout_ids: Sequence[int], lengths: Sequence[int], count: int) -> list[NiahCell]:
-    """
-    `count` prompts of every task at every length, hidden in held-out text; the same ones for every model.
+    The token ids that a model is given for a prompt.
 
     Args:
-        heldout_ids: token ids of the text, more than the longest prompt has.
-
-    Raises:
-        ValueError: a length too short for the needles, or a short text.
+        written_with: the tokenizer that made the prompt.
+        tokenizer: the model's own. Where it has another vocabulary, the same text is encoded anew.
+        template: the question is a user's message in the chat template, and the answer begins as RULER begins it. The
+            template's tokens come on top of the prompt's length.
     """
-    seeds = range(FIRST_SEED, FIRST_SEED + count)
-    return [
-        NiahCell(task, length, [make_niah(tokenizer, heldout_ids, length, num_keys=keys, seed=seed) for seed in seeds])
-        for length in lengths
-        for task, keys in TASKS.items()
-    ]
+    if not template and same_vocabulary(written_with, tokenizer):
+        return prompt.input_ids
+    text = written_with.decode(prompt.input_ids, skip_special_tokens=True)
+    if not template:
+        return tokenizer(text, verbose=False).input_ids
+    message = {"role": "user", "content": text.removesuffix(prompt.prefix)}
+    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    return tokenizer(chat + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False).input_ids
 
 
-def answer_cell(model, tokenizer, cell: NiahCell, batch_tokens: int = 4096) -> int:
+def same_vocabulary(one, other) -> bool:
+    """Whether two tokenizers give ids the same meaning."""
+    return one is other or one.get_vocab() == other.get_vocab()
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    batch_tokens: int = 4096,
+    on_answers: Callable[[int], object] = lambda count: None,
+) -> list[str]:
     """
-    In how many prompts of a cell the first number of the answer is the one asked for.
+    Continue every prompt by greedy generation.
+
+    A batch that does not fit into the GPU's memory is divided; prompts of different lengths are padded on the left.
 
     Args:
+        model: any causal language model; runs where its weights are.
+        prompts: token ids.
+        new_tokens: tokens generated at most.
         batch_tokens: tokens of the prompts that are answered together, one prompt at the least.
-    """
-    batch_size = max(1, batch_tokens // cell.length)
-    exact = evaluate_niah(model, cell.samples, tokenizer, batch_size, max_new_tokens=16)["exact"]
-    return round(exact * len(cell.samples))
-
-
-def evaluate_niah(
-    model, samples: Sequence[NiahSample], tokenizer, batch_size: int = 8, max_new_tokens: int = 32
-) -> dict:
-    """
-    Answer every sample by greedy generation and score it as RULER does.
-
-    Args:
-        model: Any causal language model with `generate`; runs where its weights are.
-        samples: Prompts; those of a batch are padded on the left where their lengths differ.
-        tokenizer: Decodes the continuation.
-        batch_size: Prompts generated together.
-        max_new_tokens: Tokens generated at most (RULER: 128; 32 hold one number or two in any tokenizer).
+        on_answers: called after each batch, with the number of its prompts.
 
     Returns:
-        `accuracy`, the mean of `per_sample`: each sample's share of references found in its continuation, case
-        ignored; `exact`: share of samples whose first number in the continuation is the first reference; `answers`:
         the continuations.
 
     Raises:
-        ValueError: no samples.
+        torch.OutOfMemoryError: not even one prompt fits.
+        ValueError: a prompt is longer than a model with learned positions can read.
     """
-    if not samples:
-        raise ValueError("there are no samples to evaluate")
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    limit = position_limit(model)
+    size = max(1, batch_tokens // max(map(len, prompts), default=1))
+    answers: list[str] = []
     was_training = model.training
     model.eval()
-    answers: list[str] = []
-    for start in range(0, len(samples), batch_size):
-        prompts = [sample.input_ids for sample in samples[start : start + batch_size]]
-        width = max(map(len, prompts))
-        input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-        with torch.no_grad():
-            greedy = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, "pad_token_id": pad_id}
-            output = model.generate(input_ids=input_ids, attention_mask=mask, **greedy)
-        answers += tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    while len(answers) < len(prompts):
+        batch = prompts[len(answers) : len(answers) + size]
+        if limit is not None and (longest := max(map(len, batch)) + new_tokens) > limit:
+            raise ValueError(f"{longest:,} tokens, and the model has positions for {limit:,}")
+        try:
+            answers += _continue(model, tokenizer, batch, new_tokens)
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-size // 2)
+            continue
+        on_answers(len(batch))
     model.train(was_training)
+    return answers
 
-    per_sample = [
-        sum(each.lower() in answer.lower() for each in sample.answers) / len(sample.answers)
-        for sample, answer in zip(samples, answers)
-    ]
-    exact = [re.findall(r"\d+", answer)[:1] == sample.answers[:1] for sample, answer in zip(samples, answers)]
-    return {
-        "accuracy": sum(per_sample) / len(samples),
-        "exact": sum(exact) / len(samples),
-        "per_sample": per_sample,
-        "answers": answers,
-    }
+
+def score(answer: str, references: Sequence[str]) -> float:
+    """The share of references that an answer holds, case ignored."""
+    return sum(reference.lower() in answer.lower() for reference in references) / len(references)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that a model with a table of learned positions can read; `None` where positions are computed."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+    others = [each for each in embeddings if each is not model.get_input_embeddings()]
+    return limit if limit and any(each.num_embeddings >= limit for each in others) else None
+
+
+@torch.no_grad()
+def _continue(model, tokenizer, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width = max(map(len, prompts))
+    before = [width - len(ids) for ids in prompts]
+    rows = [[pad_id or 0] * count + list(ids) for count, ids in zip(before, prompts)]
+    mask = [[0] * count + [1] * (width - count) for count in before]
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "pad_token_id": pad_id}
+    # Most recurrent layers of other models begin anew with every chunk of several tokens; ours go on.
+    goes_on = model.config.model_type == "hydrahead" or not model._is_stateful
+    if len(prompts) == 1 and width > PREFILL_CHUNK and goes_on:
+        options["prefill_chunk_size"] = PREFILL_CHUNK
+    input_ids, mask = (torch.tensor(each, device=model.device) for each in (rows, mask))
+    output = model.generate(input_ids=input_ids, attention_mask=mask, **options)
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

@@ -1,67 +1,287 @@
-"""A student against its teacher, length by length: `report.json`, and the table and the picture made of it."""
+"""
+The report of an evaluation: `report.json`, and what is made of it: `report.md`, `report.html` and two pictures.
 
-from collections.abc import Callable, Mapping, Sequence
+`report.json` is what cards, pictures and the page read, and nothing else:
+
+    text_name, prompts, depths, new_tokens, …           settings, as `evaluator.Settings` and its caller have them
+    hardware, date, versions                            see `provenance.environment`
+    models        one entry a column, the reference first: label; name, revision, weights (the start of a digest),
+                  asked_dtype, rope_scaling, template: what was asked for; model_type, parameters, dtype,
+                  native_length, kv_bytes_per_token (bf16), state_bytes: what it is
+    needles       model, task, length; prompts, accuracy in [0, 1] with its 95% Wilson interval low and high, scores
+                  and depths of the prompts, examples (question, expected, answer, score), seconds
+    batching      of models that do not compute in fp32: model; the share of answers changed by what was answered
+                  beside them, and the task and length that were asked
+    text          model, domain, length; tokens, bytes, loss (nats a token), by_position [[start, end, loss]],
+                  window_losses; against the reference, where the vocabulary is the same, kl (nats a token) and
+                  agreement (share of positions with the same likeliest token); seconds
+    lm_eval       model, task; metrics {name: [value, standard error]}, samples, seconds
+    differences   model against the reference: task or domain, length; see `statistics.paired_difference`
+
+A cell that could not be measured has `error`, one line, in place of its values.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from ..files import atomic_file
+from ..provenance import Record
+from .figures import plot_accuracy_over_length, plot_depths
+from .statistics import paired_difference
 
-from .figures import plot_accuracy_over_length
-from .needles import TASKS, answer_cell, niah_cells
-from .text import text_loss
-
-LEAST_WINDOWS = 2  # of text that a loss is measured on
-
-
-def text_needed(lengths: Sequence[int], text_tokens: int) -> int:
-    """Tokens of text that an evaluation at these lengths reads; `text_tokens` as in `evaluate_at`."""
-    return max(text_tokens, LEAST_WINDOWS * max(lengths)) + 1
+TITLES = {"niah_single_2": "single key", "niah_multikey_1": "four keys"}
+FEW_TASKS = 3  # columns of their own in the short table
+DEPTHS = 5  # parts of a text, where needles stand at random depths
 
 
-def evaluate_at(
-    model: PreTrainedModel,
-    tokenizer,
-    text_ids: Sequence[int],
-    length: int,
-    prompts: int,
-    text_tokens: int,
-    on_cell: Callable[[], object] = lambda: None,
-) -> dict[str, float]:
+def build_report(made: Mapping, cells: Mapping[str, Sequence[dict]]) -> dict:
+    """A report of all cells, as the module describes it."""
+    return {**made, **cells, "differences": _differences(cells)}
+
+
+def read_report(folder: Path) -> dict | None:
+    """The report in a folder; `None` where there is none, or one from before models were evaluated side by side."""
+    report = Record(folder / "report.json").read()
+    return report if report and "models" in report else None
+
+
+def write_report(report: Mapping, folder: Path) -> None:
+    """Write a report, its table and its pictures; `report.json` last, because it says that all are there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_report(report, folder)
+    for name, text in {"report.md": markdown(report), "report.json": json.dumps(report, indent=1) + "\n"}.items():
+        with atomic_file(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8")
+
+
+def _differences(cells: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """Every cell of every other model against that of the reference, where both were measured."""
+    if not cells["models"]:
+        return []
+    reference, found = cells["models"][0]["label"], []
+    for kind, what, values in (("needles", "task", "scores"), ("text", "domain", "window_losses")):
+        of_reference = {(cell[what], cell["length"]): cell for cell in cells[kind] if cell["model"] == reference}
+        for cell in cells[kind]:
+            other = of_reference.get((cell[what], cell["length"]), {"error": "not measured"})
+            if cell["model"] == reference or "error" in cell or "error" in other:
+                continue
+            if len(cell[values]) == len(other[values]) and cell.get("bytes") == other.get("bytes"):
+                names = {"model": cell["model"], what: cell[what], "length": cell["length"]}
+                found.append(names | paired_difference(cell[values], other[values]))
+    return found
+
+
+def labels(report: Mapping) -> list[str]:
+    """The models, the reference first."""
+    return [model["label"] for model in report["models"]]
+
+
+def lengths(report: Mapping) -> list[int]:
+    """All lengths at which something was measured."""
+    return sorted({cell["length"] for kind in ("needles", "text") for cell in report[kind]})
+
+
+def tasks(report: Mapping) -> list[str]:
+    """All of RULER's tasks that were asked, in order."""
+    return list(dict.fromkeys(cell["task"] for cell in report["needles"]))
+
+
+def short_table(report: Mapping) -> list[list[str]]:
     """
-    What a model finds and predicts in prompts and windows of `length` tokens.
+    One row a length, heads of columns first: what every model found and predicts, and what its cache takes.
 
-    Args:
-        text_ids: text that it was not trained on, as much as `text_needed` says.
-        prompts: of each task.
-        text_tokens: that the loss is measured on, in windows of `length`, two at the least.
-
-    Returns:
-        by task in `TASKS`, in how many prompts the needle was found; and `text_loss` in nats per token.
+    Needles of up to three tasks have a column each, of more the mean of all.
     """
-    found = {}
-    for cell in niah_cells(tokenizer, text_ids, [length], prompts):
-        found[cell.task] = answer_cell(model, tokenizer, cell)
-        on_cell()
-    return found | {"text_loss": text_loss(model, text_ids, length, max(LEAST_WINDOWS, text_tokens // length))}
-
-
-def report_rows(report: Mapping) -> list[list[str]]:
-    """The table of a report, heads of columns first: at each length, `teacher / student` of all that was measured."""
-    rows = [["tokens", "single key", "four keys", "text loss", "cache, KB (bf16)"]]
-    formats = [(task, ".2f", report["prompts"]) for task in TASKS]
-    formats += [("text_loss", ".3f", 1), ("cache_bytes", ",.0f", 1024)]
-    for length in report["lengths"]:
-        cells = [report["results"][model][str(length)] for model in ("teacher", "student")]
-        row = [" / ".join(f"{cell[key] / unit:{form}}" for cell in cells) for key, form, unit in formats]
-        rows.append([f"{length:,}", *row])
+    models, asked = report["models"], tasks(report)
+    domains = list(dict.fromkeys(cell["domain"] for cell in report["text"]))
+    columns = [[task] for task in asked] if len(asked) <= FEW_TASKS else [asked]
+    heads = [TITLES.get(task, task) for task in asked] if len(asked) <= FEW_TASKS else [f"mean of {len(asked)} tasks"]
+    rows = [["tokens", *heads, *(["text loss"] if domains else []), "cache, KB (bf16)"]]
+    found = {(cell["model"], cell["task"], cell["length"]): cell.get("accuracy") for cell in report["needles"]}
+    losses = {(cell["model"], cell["domain"], cell["length"]): cell.get("loss") for cell in report["text"]}
+    for length in lengths(report):
+        names = [[(model["label"], task, length) for task in column] for column in columns for model in models]
+        shares = [_mean([found.get(name) for name in each], ".2f") for each in names]
+        row = [" / ".join(shares[start : start + len(models)]) for start in range(0, len(shares), len(models))]
+        if domains:
+            each = [[losses.get((model["label"], domain, length)) for domain in domains] for model in models]
+            row.append(" / ".join(_mean(values, ".3f") for values in each))
+        caches = [model["kv_bytes_per_token"] * length + model["state_bytes"] for model in models]
+        rows.append([f"{length:,}", *row, " / ".join(f"{bytes / 1024:,.0f}" for bytes in caches)])
     return rows
 
 
-def draw_report(report: Mapping, native_length: int, path: Path) -> None:
-    """Needles found over length, of teacher and student."""
-    lengths, prompts = report["lengths"], report["prompts"]
-    shares = {
-        model: {task.removeprefix("niah_"): [cells[str(each)][task] / prompts for each in lengths] for task in TASKS}
-        for model, cells in report["results"].items()
+def _mean(values: Sequence[float | None], form: str) -> str:
+    return "–" if None in values or not values else f"{sum(values) / len(values):{form}}"
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, heads of columns first."""
+    first, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (first, ["---:"] * len(first), *others))
+
+
+def markdown(report: Mapping) -> str:
+    """The whole report in tables."""
+    asked = "RULER's number of new tokens" if report["new_tokens"] is None else f"{report['new_tokens']} new tokens"
+    depths = f"{report['depths']} depths in turn" if report["depths"] else "random depths"
+    parts = [
+        f"# {' / '.join(labels(report))}",
+        f"{report['hardware']}, {report['date']}. Text: {report['text_name']}, held out.",
+        as_markdown(_models_table(report)),
+    ]
+    if report["needles"]:
+        words = f"{report['prompts']} prompts a cell, {asked}, greedy, {depths}; 95% Wilson intervals."
+        words += " The last columns: difference from the first model on the same prompts, with its 95% interval"
+        words += " (bootstrap) and McNemar's exact p where every score is 0 or 1; seconds a prompt."
+        parts += ["## Needles", words, as_markdown(_cells_table(report, "needles", "task", _share))]
+        pictures = ["accuracy", *(["depths"] if depth_maps(report) else [])]
+        parts += ["\n".join(f"![{name}]({name}.png)" for name in pictures)]
+    if report["batching"]:
+        changed = [
+            f"{cell['model']}: {cell['changed']:.0%} of {cell['task']} at {cell['length']:,} tokens"
+            if "error" not in cell
+            else f"{cell['model']}: {cell['error']}"
+            for cell in report["batching"]
+        ]
+        parts += ["Answers that change when prompts are asked one by one instead of together: " + "; ".join(changed)]
+    if report["text"]:
+        words = f"Loss in nats a token, {report['text_tokens']:,} tokens a cell; differences from the first model"
+        words += " over the same windows. KL and agreement of the likeliest token are against the first model."
+        parts += ["## Text", words, as_markdown(_cells_table(report, "text", "domain", _loss))]
+        parts += ["By position in the window, at the greatest length:", as_markdown(_positions_table(report))]
+    if report["lm_eval"]:
+        parts += ["## lm-eval", as_markdown(_harness_table(report))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _models_table(report: Mapping) -> list[list[str]]:
+    rows = [["model", "of", "parameters", "computes in", "cache a token, bytes (bf16)", "state, bytes", "asked"]]
+    for model in report["models"]:
+        name = " at ".join(filter(None, (model["name"], model["revision"])))
+        asked = "in its chat template" if model["template"] else "as plain text"
+        row = [model["label"], f"{name} ({model['model_type']})", f"{model['parameters']:,}", model["dtype"]]
+        rows.append([*row, f"{model['kv_bytes_per_token']:,}", f"{model['state_bytes']:,}", asked])
+    return rows
+
+
+def _cells_table(report: Mapping, kind: str, what: str, words) -> list[list[str]]:
+    """One row for each task or domain and length; models side by side, then what they differ by and take."""
+    names = labels(report)
+    rows = [[what, "tokens", *names, *(f"{name} − {names[0]}" for name in names[1:]), "seconds"]]
+    cells = {(cell["model"], cell[what], cell["length"]): cell for cell in report[kind]}
+    differences = {(each["model"], each.get(what), each["length"]): each for each in report["differences"]}
+    for name, length in dict.fromkeys((cell[what], cell["length"]) for cell in report[kind]):
+        row = [cells.get((model, name, length)) for model in names]
+        each = [differences.get((model, name, length)) for model in names[1:]]
+        took = [_seconds(cell) for cell in row]
+        rows.append([name, f"{length:,}", *map(words, row), *map(_difference, each), " / ".join(took)])
+    return rows
+
+
+def _share(cell: Mapping | None) -> str:
+    if cell is None:
+        return "–"
+    return cell.get("error") or f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})"
+
+
+def _loss(cell: Mapping | None) -> str:
+    if cell is None:
+        return "–"
+    if "error" in cell:
+        return cell["error"]
+    against = f"; KL {cell['kl']:.3f}, agreement {cell['agreement']:.1%}" if "kl" in cell else ""
+    return f"{cell['loss']:.3f}{against}"
+
+
+def _difference(found: Mapping | None) -> str:
+    if found is None:
+        return "–"
+    p = f", p {found['p']:.2g}" if found["p"] is not None else ""
+    return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}{p})"
+
+
+def _seconds(cell: Mapping | None) -> str:
+    if cell is None or "error" in cell:
+        return "–"
+    return f"{cell['seconds'] / cell.get('prompts', 1):.2f}"
+
+
+def _positions_table(report: Mapping) -> list[list[str]]:
+    names, cells = labels(report), [cell for cell in report["text"] if "error" not in cell]
+    longest = max((cell["length"] for cell in cells), default=0)
+    rows = [["domain", "positions", *names]]
+    losses = {
+        (cell["domain"], start, end, cell["model"]): loss
+        for cell in cells
+        if cell["length"] == longest
+        for start, end, loss in cell["by_position"]
     }
-    title = f"Needles found by generation, {prompts} prompts a point, 95% intervals"
-    plot_accuracy_over_length(lengths, shares, native_length, prompts, title, path)
+    for domain, start, end in dict.fromkeys(name[:3] for name in losses):
+        values = [losses.get((domain, start, end, model)) for model in names]
+        words = ["–" if value is None else f"{value:.3f}" for value in values]
+        rows.append([domain, f"{start:,}–{end:,}", *words])
+    return rows
+
+
+def _harness_table(report: Mapping) -> list[list[str]]:
+    names, cells = labels(report), {(cell["model"], cell["task"]): cell for cell in report["lm_eval"]}
+    rows = [["task", "metric", *names]]
+    for task in dict.fromkeys(cell["task"] for cell in report["lm_eval"]):
+        row = [cells.get((model, task), {}) for model in names]
+        metrics = dict.fromkeys(name for cell in row for name in cell.get("metrics", {}))
+        for metric in metrics or ["–"]:
+            values = [cell.get("metrics", {}).get(metric) for cell in row]
+            words = [_metric(value) if value else cell.get("error", "–") for value, cell in zip(values, row)]
+            rows.append([task, metric, *words])
+    return rows
+
+
+def _metric(found: Sequence[float | None]) -> str:
+    value, error = found
+    return f"{value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else "")
+
+
+def draw_report(report: Mapping, folder: Path) -> None:
+    """`accuracy.png`, needles found over length by all models, and `depths.png`, over length and depth by each."""
+    cells = [cell for cell in report["needles"] if "error" not in cell]
+    if not cells:
+        return
+    panels = {
+        TITLES.get(task, task): {
+            label: [
+                (cell["length"], cell["accuracy"], cell["low"], cell["high"])
+                for cell in cells
+                if (cell["model"], cell["task"]) == (label, task)
+            ]
+            for label in labels(report)
+        }
+        for task in tasks(report)
+    }
+    title = f"RULER's tasks by generation, {report['prompts']} prompts a point, 95% intervals"
+    plot_accuracy_over_length(panels, report["models"][0]["native_length"], title, folder / "accuracy.png")
+    if maps := depth_maps(report):
+        title = "Needles found, over length and the depth of the needle that is asked for"
+        plot_depths(maps, lengths(report), title, folder / "depths.png")
+
+
+def depth_maps(report: Mapping) -> dict[str, dict[str, list[list[float | None]]]]:
+    """
+    By model and task with one needle asked for, accuracy `[depths][lengths]`; `None` where nothing was asked.
+
+    Depths are parts of the text: as many as the needles were placed at, or fifths.
+    """
+    parts, columns = report["depths"] or DEPTHS, lengths(report)
+    maps: dict[str, dict] = {}
+    for label in labels(report):
+        for cell in report["needles"]:
+            if cell["model"] != label or "error" in cell or None in cell["depths"]:
+                continue
+            grid = maps.setdefault(label, {}).setdefault(cell["task"], [[None] * len(columns) for _ in range(parts)])
+            found: dict[int, list[float]] = {}
+            for depth, score in zip(cell["depths"], cell["scores"]):
+                found.setdefault(min(int(depth * parts), parts - 1), []).append(score)
+            for part, scores in found.items():
+                grid[part][columns.index(cell["length"])] = sum(scores) / len(scores)
+    return maps

@@ -1,50 +1,115 @@
-"""Loss on text."""
+"""Loss on text, by position, and how far a model's predictions are from a reference's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 CHUNK_TOKENS = 1024  # rows of logits that exist at once in fp32
+FIRST_BUCKET = 128
+
+
+@dataclass(frozen=True)
+class Window:
+    """
+    What a model predicts in one window of text.
+
+    Attributes:
+        losses: sums of nats over the positions of each of `position_buckets`.
+        kl: sum over all positions of KL(reference ‖ model) in nats; `None` without a reference.
+        agreed: positions at which both hold the same token for the likeliest; `None` without a reference.
+    """
+
+    losses: list[float]
+    kl: float | None = None
+    agreed: int | None = None
+
+
+def position_buckets(length: int) -> list[tuple[int, int]]:
+    """Positions `[start, end)` in buckets that double: 0–128, 128–256, 256–512, … up to `length`."""
+    edges = [0, FIRST_BUCKET]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return [(start, min(end, length)) for start, end in pairwise(edges) if start < length]
 
 
 @torch.no_grad()
-def text_loss(
+def read_windows(
     model: PreTrainedModel,
     token_ids: Sequence[int],
     length: int,
-    windows: int | None = None,
-) -> float:
+    windows: Sequence[int],
+    reference: PreTrainedModel | None = None,
+) -> Iterator[Window]:
     """
-    Mean loss in nats per token over the first `windows` separate windows of `length` tokens, or over all whole ones.
+    Predict separate windows of `length` tokens, one after the other.
 
     Logits are made in chunks of tokens; where a model scales or caps them after its output embedding, by the model
     itself for a whole window.
 
     Args:
-        token_ids: the text, a list, array or tensor at least one window and one token long.
+        token_ids: the text, a list, array or tensor.
+        windows: which ones, by number: the first begins at the first token.
+        reference: has the same vocabulary.
+    """
+    models = [model] if reference is None else [model, reference]
+    probe = torch.as_tensor(token_ids[:2]).unsqueeze(0)
+    in_chunks = [_head_is_last(each, probe.to(each.device)) for each in models]
+    for index in windows:
+        ids = torch.as_tensor(token_ids[index * length : (index + 1) * length + 1]).unsqueeze(0)
+        losses, kl, agreed = [], 0.0, 0
+        parts = [_logits(each, ids[:, :-1].to(each.device), chunked) for each, chunked in zip(models, in_chunks)]
+        for labels, *logits in zip(ids[0, 1:].split(CHUNK_TOKENS), *parts):
+            ours = logits[0][0].float()
+            losses.append(F.cross_entropy(ours, labels.to(ours.device), reduction="none").double().cpu())
+            if reference is not None:
+                theirs = logits[1][0].to(ours.device).float()
+                agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+                ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+                kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
+        losses = torch.cat(losses)
+        sums = [losses[start:end].sum().item() for start, end in position_buckets(length)]
+        yield Window(sums) if reference is None else Window(sums, kl, agreed)
+
+
+def text_loss(model: PreTrainedModel, token_ids: Sequence[int], length: int, windows: int | None = None) -> float:
+    """
+    Mean loss in nats per token over the first `windows` separate windows of `length` tokens, or over all whole ones.
 
     Raises:
         ValueError: the text is too short.
     """
-    available = (len(token_ids) - 1) // length
+    available = count_windows(token_ids, length)
     windows = available if windows is None else min(windows, available)
-    if windows < 1:
+    return sum(sum(window.losses) for window in read_windows(model, token_ids, length, range(windows))) / (
+        windows * length
+    )
+
+
+def count_windows(token_ids: Sequence[int], length: int) -> int:
+    """
+    Whole windows that a text has.
+
+    Raises:
+        ValueError: not one.
+    """
+    available = (len(token_ids) - 1) // length
+    if available < 1:
         raise ValueError(f"the text has {len(token_ids)} tokens, one window of {length} needs {length + 1}")
-    total, in_chunks = 0.0, None
-    for index in range(windows):
-        ids = torch.as_tensor(token_ids[index * length : (index + 1) * length + 1], device=model.device).unsqueeze(0)
-        if in_chunks is None:
-            in_chunks = _head_is_last(model, ids[:, :2])
-        if in_chunks:
-            states = model.get_decoder()(ids[:, :-1], use_cache=False).last_hidden_state
-            parts = (model.get_output_embeddings()(part) for part in states.split(CHUNK_TOKENS, dim=1))
-        else:
-            parts = model(ids[:, :-1], use_cache=False).logits.split(CHUNK_TOKENS, dim=1)
-        for logits, labels in zip(parts, ids[0, 1:].split(CHUNK_TOKENS)):
-            total += F.cross_entropy(logits[0].float(), labels.to(logits.device), reduction="sum").item()
-    return total / (windows * length)
+    return available
+
+
+def _logits(model: PreTrainedModel, ids: torch.Tensor, in_chunks: bool) -> Iterator[torch.Tensor]:
+    """Logits `[1, chunk, vocabulary]` of all positions of `ids` `[1, T]`, some at a time."""
+    if not in_chunks:
+        yield from model(ids, use_cache=False).logits.split(CHUNK_TOKENS, dim=1)
+        return
+    states = model.get_decoder()(ids, use_cache=False).last_hidden_state
+    for part in states.split(CHUNK_TOKENS, dim=1):
+        yield model.get_output_embeddings()(part)
 
 
 def _head_is_last(model: PreTrainedModel, ids: torch.Tensor) -> bool:

@@ -17,8 +17,9 @@ from hydrahead import pipeline
 from hydrahead.cli import app
 from hydrahead.convert.scoring.command import Unfinished
 from hydrahead.convert.teachers import Teacher
+from hydrahead.evaluation.cells import KINDS, Cells
+from hydrahead.evaluation.report import lengths, read_report
 from hydrahead.pipeline import walk
-from hydrahead.provenance import Record
 from hydrahead.tests.training_runs import MAINS
 from hydrahead.training.checkpoints import Checkpoints
 from hydrahead.training.recipe import RECIPES
@@ -39,7 +40,13 @@ def recipe(tmp_path_factory) -> Path:
         "student": {"fusion_norm": "linear"},
         "data": {"name": str(folder / "text.txt"), "heldout_tokens": 1024},
         "run": {"micro_batch_tokens": 128, "mixed_precision": "no", "save_every": 1},
-        "evaluate": {"lengths": [200, 256], "prompts": 1, "text_tokens": 512},
+        "evaluate": {
+            "lengths": [200, 256],
+            "tasks": ["niah_single_2", "niah_multikey_1"],
+            "prompts": 1,
+            "new_tokens": 8,
+            "text_tokens": 512,
+        },
         "align": STAGE | {"calibration_tokens": 128},
         "score": {
             "length": 200,
@@ -77,7 +84,7 @@ def walk_and_die(recipe: Path, output: Path, events: Path, life: int) -> None:
 
     after(Checkpoints, "save", lambda self, _, step, *__: f"{self.folder.name} {step}")
     after(Unfinished, "keep", lambda self, results: f"score {len(results)}")
-    after(Record, "write", lambda self, made: self.path.name == ".report.json" and f"evaluate {made['results']!r}")
+    after(Cells, "keep", lambda self, kind, cell: f"{kind} {[cell[name] for name in KINDS[kind]]}")
     steps = pipeline.Road.steps
     pipeline.Road.steps = lambda self: [with_event(step, events, lives) for step in steps(self)]
     walk(str(recipe), [f"output={output}"])
@@ -123,11 +130,20 @@ def test_killed_between_and_inside_steps_nothing_is_done_twice_and_the_result_is
     assert status == 0 and kills > 4
     assert events.read_text().splitlines() == expected
     students = [folder / "finetune" / "student" for folder in (plain, output)]
-    for name in ("model.safetensors", "config.json", "report.json", "README.md"):
+    for name in ("model.safetensors", "config.json", "README.md"):
         assert students[0].joinpath(name).read_bytes() == students[1].joinpath(name).read_bytes(), name
+    assert report_of(students[0]) == report_of(students[1])
     one, two = (json.loads((folder / "scores" / "head_scores.json").read_text()) for folder in (plain, output))
     assert one["scores"] == two["scores"] and [path.name for path in output.glob(".*")] == []
-    assert sorted(path.name for path in students[0].glob("*.png")) == ["accuracy.png", "head_map.png"]
+    assert sorted(path.name for path in students[0].glob("*.png")) == ["accuracy.png", "depths.png", "head_map.png"]
+
+
+def report_of(student: Path) -> dict:
+    """A report without its clocks."""
+    report = read_report(student)
+    for cell in [*report["needles"], *report["text"]]:
+        cell.pop("seconds")
+    return report
 
 
 def finished_copy(finished, tmp_path: Path) -> Path:
@@ -143,7 +159,7 @@ def hydrahead(*words) -> str:
 
 @pytest.mark.slow
 def test_the_demo_shows_its_student_answering_without_hydrahead_and_does_nothing_again(recipe, finished, monkeypatch):
-    for name in ("run_align", "run_distill", "run_finetune", "score_to_folder", "select_to_file", "evaluate_at"):
+    for name in ("run_align", "run_distill", "run_finetune", "score_to_folder", "select_to_file", "evaluate"):
         monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("repeated a finished step"))
     said = hydrahead("demo", "--config", recipe, f"output={finished[0]}")
     assert said.count(" is there already\n") == 7
@@ -167,9 +183,9 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
             MAINS[name](shlex.split(command)[4:])
         elif command.startswith("hydrahead "):
             hydrahead(*shlex.split(command)[1:])
-    for name in ("model.safetensors", "report.json"):
-        one, two = (folder / "finetune" / "student" / name for folder in (finished[0], output))
-        assert one.read_bytes() == two.read_bytes(), name
+    one, two = (folder / "finetune" / "student" for folder in (finished[0], output))
+    assert one.joinpath("model.safetensors").read_bytes() == two.joinpath("model.safetensors").read_bytes()
+    assert report_of(one) == report_of(two)
     assert hydrahead("run", recipe, f"output={output}").count(" is there already\n") == 7
 
 
@@ -223,16 +239,16 @@ def test_scores_of_other_forms_are_refused(recipe, finished, tmp_path, monkeypat
 
 
 def test_a_finished_evaluation_goes_on_with_further_lengths(recipe, finished, tmp_path, monkeypatch):
-    output, measured, evaluate_at = finished_copy(finished, tmp_path), [], pipeline.evaluate_at
+    output, measured, keep = finished_copy(finished, tmp_path), [], Cells.keep
 
-    def measure(model, tokenizer, ids, length, *more):
-        measured.append(length)
-        return evaluate_at(model, tokenizer, ids, length, *more)
+    def kept(self, kind, cell):
+        measured.append((kind, cell["length"]))
+        keep(self, kind, cell)
 
-    monkeypatch.setattr(pipeline, "evaluate_at", measure)
+    monkeypatch.setattr(Cells, "keep", kept)
     student = walk(str(recipe), [f"output={output}", "evaluate.lengths=[200, 300]"]).student
-    assert measured == [300, 300]
-    assert json.loads((student / "report.json").read_text())["lengths"] == [200, 256, 300]
+    assert measured == 4 * [("needles", 300)] + 2 * [("text", 300)]
+    assert lengths(read_report(student)) == [200, 256, 300]
     assert "| 300 | " in (student / "README.md").read_text()
 
 

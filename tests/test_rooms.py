@@ -20,7 +20,7 @@ ROOMS = {
     "kernels": set(),
     "data": ROOT_FILES,
     "hub": {*ROOT_FILES, *MODEL},
-    "evaluation": {*ROOT_FILES, "data"},
+    "evaluation": {*ROOT_FILES, "kernels", "data"},
     "convert": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", *MODEL},
     "training": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", *MODEL},
     "pipeline": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", "training", *MODEL},

@@ -18,8 +18,8 @@ SHORT = [
 ]
 WATCHED = {
     "align": {"linear_loss", "full_loss", "linear_layers", "full_layers"},
-    "distill": {"kl", "ce", "niah_single", "niah_four", "heldout_loss"},
-    "finetune": {"ce", "niah_single", "niah_four", "heldout_loss"},
+    "distill": {"kl", "ce", "niah_single_2", "niah_multikey_1", "heldout_loss"},
+    "finetune": {"ce", "niah_single_2", "niah_multikey_1", "heldout_loss"},
 }
 
 

@@ -47,7 +47,7 @@ def draw(lines: list[dict], folder) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     "names",
-    [ALIGNMENT | {"heldout_linear_loss"}, {"kl", "ce", "niah_single", "niah_four", "heldout_loss"}],
+    [ALIGNMENT | {"heldout_linear_loss"}, {"kl", "ce", "niah_single_2", "niah_multikey_1", "heldout_loss"}],
     ids=["align", "distill"],
 )
 def test_every_number_of_a_record_is_drawn_under_its_name(names, drawn, tmp_path):
@@ -55,7 +55,7 @@ def test_every_number_of_a_record_is_drawn_under_its_name(names, drawn, tmp_path
     draw(lines, tmp_path / "run")
     panels = drawn[0].axes
     assert [panel.get_ylabel() for panel in panels] == (
-        ["loss", "needles found", "gradient norm"] if "niah_four" in names else ["loss", "gradient norm"]
+        ["loss", "needles found", "gradient norm"] if "niah_multikey_1" in names else ["loss", "gradient norm"]
     )
     shown = {curve.get_label(): curve for panel in panels for curve in panel.get_lines()}
     for name in names:

@@ -10,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from ..data.ruler import NEEDLES
 from ..data.tokens import DataSection
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -80,8 +81,7 @@ class EvaluateSection:
 
     Attributes:
         lengths: tokens of a prompt, one after the other; none for no such evaluation.
-        prompts: needles asked for at each length, of a single key and as many among four keys.
-        text_tokens: of held-out text that the loss is measured on, at each length.
+        tasks, prompts, depths, new_tokens, text_tokens: as in `evaluation.evaluator.Settings`.
     """
 
     every: int = 0
@@ -89,7 +89,10 @@ class EvaluateSection:
     niah_prompts: int = 0
     text_windows: int = 16
     lengths: list[int] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: list(NEEDLES))
     prompts: int = 20
+    depths: int = 0
+    new_tokens: int | None = None
     text_tokens: int = 16_384
 
 

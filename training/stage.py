@@ -20,8 +20,9 @@ from ..convert.migration import conversion_record
 from ..convert.options import options_of, student_config
 from ..convert.teachers import TeacherAdapter, open_teacher
 from ..data.batches import Batch
+from ..data.ruler import Haystack, Prompt, make_prompts
 from ..evaluation.figures import draw_training
-from ..evaluation.needles import NiahCell, answer_cell, niah_cells
+from ..evaluation.needles import FIRST_SEED, answer, score
 from ..evaluation.text import text_loss
 from ..hub.checkpoint import read_made_from, save_checkpoint
 from ..kernels import use_tuned_kernels
@@ -31,6 +32,8 @@ from .data import check_stage_data, prepare_tokenizer, public_source, stage_batc
 from .loop import Run, Schedule
 from .recipe import Recipe, StageSection, stage_record
 
+WATCHED = ("niah_single_2", "niah_multikey_1")  # RULER's tasks that training asks now and then
+WATCHED_TOKENS = 16  # of an answer: they hold a number in any tokenizer
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
 
 
@@ -215,7 +218,7 @@ class Job:
         self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = stage_batches(recipe, stage.name, self.tokenizer, stage.parts)
-        self.prompts = self.make_prompts() if stage.name != "align" else []
+        self.prompts = self.make_prompts() if stage.name != "align" else {}
         stage.teacher.fetch()
         self.accelerator = Accelerator(
             # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
@@ -257,11 +260,12 @@ class Job:
         run, every = self.recipe.run, self.recipe.evaluate.every
         return Run(self.folder, run.save_every, run.keep, run.spike_factor, self.stage.name, evaluate, every)
 
-    def make_prompts(self) -> list[NiahCell]:
+    def make_prompts(self) -> dict[str, list[Prompt]]:
         """Needles in held-out text: made before training, so that what cannot be made is known at once."""
-        settings = self.recipe.evaluate
+        settings, haystack = self.recipe.evaluate, Haystack(self.tokenizer, self.data.heldout)
         count = max(1, settings.niah_prompts // 2) if settings.every and settings.niah_prompts else 0
-        return niah_cells(self.tokenizer, self.data.heldout, [self.stage.evaluated_length], count) if count else []
+        length = self.stage.evaluated_length
+        return {task: make_prompts(haystack, task, length, count, FIRST_SEED) for task in WATCHED if count}
 
     def evaluate_student(self, student: HydraHeadForCausalLM) -> dict[str, float]:
         """Loss on held-out text, and shares of needles found by generation with one and with four keys."""
@@ -269,8 +273,11 @@ class Job:
         length, windows = self.stage.evaluated_length, self.recipe.evaluate.text_windows
         with self.autocast():
             result = {"heldout_loss": text_loss(student, self.data.heldout.astype("int64"), length, windows)}
-            for cell in self.prompts:
-                result[cell.task] = answer_cell(student, self.tokenizer, cell, 4 * length) / len(cell.samples)
+            for task, prompts in self.prompts.items():
+                ids = [prompt.input_ids for prompt in prompts]
+                answers = answer(student, self.tokenizer, ids, WATCHED_TOKENS, 4 * length)
+                found = [score(said, prompt.answers) for said, prompt in zip(answers, prompts)]
+                result[task] = sum(found) / len(found)
         return result
 
     def save_student(self, student: HydraHeadForCausalLM, made_from: dict) -> None:
