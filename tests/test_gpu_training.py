@@ -43,7 +43,7 @@ LONG = 3 * STEPS  # steps of a run that is stopped
 AT_ONCE = 64 if DEVICE == "cuda" else 2
 SECONDS = 240 if DEVICE == "cuda" else 1200  # that a run may take, its start included
 ENGINES = ("one", "ddp", "fsdp2")
-CROSSINGS = [("one", "ddp"), ("ddp", "one")]
+CROSSINGS = [("one", "ddp"), ("ddp", "one"), ("one", "fsdp2"), ("fsdp2", "one")]
 # Heads in disorder, a layer without full attention, one without recurrence; two layers as one would choose them.
 MASKS = [[1, 0, 1, 1, 0, 0, 0, 1], [0] * 8, [1] * 8, [0, 0, 1, 0, 0, 1, 0, 0], [1, 1] + [0] * 6, [0] * 6 + [1, 1]]
 STAGE = {"batch_tokens": BATCH, "tokens": STEPS * BATCH, "length": LENGTH, "warmup_steps": 4}

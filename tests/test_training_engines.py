@@ -81,6 +81,34 @@ def test_a_sharded_run_resumes_and_writes_the_same_student(finished, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "before", "after"),
+    [
+        ("distill", "one", "replicas"),
+        ("align", "replicas", "one"),
+        ("finetune", "one", "shards"),
+        ("distill", "shards", "one"),
+        ("align", "replicas", "shards"),
+        ("finetune", "shards", "replicas"),
+    ],
+)
+def test_a_checkpoint_goes_on_under_another_engine(stage, before, after, finished, tmp_path):
+    """Where a layer has a single linear head, one of two shards of its decay is empty."""
+    folder, path = finished
+    engines = {"one": (1, False), "replicas": (2, False), "shards": (2, True)}
+    changes = ["run.micro_batch_tokens=64", "run.save_every=2", "run.keep=5"]
+    if stage == "distill":
+        changes.append(f"masks={json.dumps([[1, 1, 1, 0, 1, 1], [0, 0, 0, 0, 1, 0]])}")
+    out, cache = tmp_path / "out", f"data.cache={folder / 'out' / 'tokens'}"
+    whole = run_again(folder, path, stage, out, changes, *engines[before])
+    for left in (out / stage).iterdir():  # all but what was there after half of it
+        if left.name not in ("checkpoint-2", "recipe.json", "metrics.jsonl"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    finish_stage(stage, ["--config", path, *FEW_STEPS, f"output={out}", cache, *changes], *engines[after])
+    assert_same_run(metrics_of(out / stage), whole)
+
+
+@pytest.mark.slow
 def test_adapters_train_what_the_recipe_names_and_are_merged(finished, tmp_path):
     folder, path = finished
     changes = ["distill.lora.r=4", "distill.lora.modules_to_save=[fusion, short_conv]"]

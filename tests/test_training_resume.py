@@ -13,6 +13,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hydrahead.data.batches import Batch
 from hydrahead.hub.checkpoint import read_made_from
@@ -264,11 +266,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(said, free, tmp_p
     train_line(tmp_path, steps=2)
     before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-2").iterdir()}
 
-    def full(self, folder):
+    def full(*_):
         (tmp_path / "checkpoint-3.partial" / "half").write_text("written")
         raise said
 
-    monkeypatch.setattr(Accelerator, "save_state", full)
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     line = r"^[^\n]*does not fit on the disk; the last good checkpoint is [^\n]*checkpoint-2$"
     with pytest.raises(OSError, match=line) as stopped:
@@ -279,9 +281,17 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_checkpoint(said, free, tmp_p
 
 
 def test_an_error_that_is_no_full_disk_is_not_called_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(Accelerator, "save_state", lambda *_: (_ for _ in ()).throw(RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
+    bug = RuntimeError("a bug")
+    monkeypatch.setattr(dcp.HuggingFaceStorageWriter, "write_data", lambda *_: (_ for _ in ()).throw(bug))
+    with pytest.raises(CheckpointException, match="RuntimeError: a bug"):
         train_line(tmp_path, steps=1)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "random_states_0.pkl").touch()
+    with pytest.raises(ValueError, match=r"^[^\n]*checkpoint-2: in the format of an earlier version; [^\n]*$"):
+        train_line(tmp_path)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -291,7 +301,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_spoiled(loss, tm
 
     with pytest.raises(FloatingPointError, match=r"^step 4: the gradient is not finite [^\n]*checkpoint-3$"):
         train_line(tmp_path, loss_of=loss_of, save_every=3)
-    assert torch.isfinite(load_file(tmp_path / "checkpoint-3" / "model.safetensors")["weight"]).all()
+    (file,) = (tmp_path / "checkpoint-3").glob("*.safetensors")
+    assert torch.isfinite(load_file(file)["model.weight"]).all()
 
 
 def test_a_loss_spike_stops_with_the_last_good_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
 """Tiny runs of the three stages in processes that start quickly, for tests that kill and compare them."""
 
 import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from types import MappingProxyType
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
@@ -53,6 +55,14 @@ def write_recipe(folder: Path, recipe: dict) -> str:
     return str(folder / "recipe.yaml")
 
 
+class CheckedAccelerator(Accelerator):
+    """One that is left without replicas: what holds the process group when it ends may wait for itself forever."""
+
+    def end_training(self) -> None:
+        assert not any(issubclass(type(each), DistributedDataParallel) for each in gc.get_objects())
+        super().end_training()
+
+
 class ShardedAccelerator(Accelerator):
     """FSDP2 on a CPU: Accelerate's own path, but for its refusal to take it without a GPU."""
 
@@ -77,8 +87,7 @@ def run_stage(
 ) -> None:
     """What a child process does: a stage's command line, with what it says on stderr in a file if one is given."""
     os.environ.update(environment)
-    if sharded:
-        stage_module.Accelerator = ShardedAccelerator
+    stage_module.Accelerator = ShardedAccelerator if sharded else CheckedAccelerator
     if errors is not None:
         sys.stderr = errors.open("w")
     MAINS[stage](arguments)

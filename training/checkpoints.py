@@ -4,13 +4,22 @@ import errno
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ..files import atomic_file, force_to_disk
 
 _NOTHING_FREE = 2**20  # bytes
+_FILE_BYTES = 2**30  # of a file, at most, unless one tensor is larger: it is built in memory
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False)
 
 
 class Checkpoints:
@@ -18,13 +27,13 @@ class Checkpoints:
     Folders `checkpoint-N` of N steps done, beside the record of the run.
 
     One is written as `checkpoint-N.partial`, forced to the disk and then renamed: a folder without that ending is
-    whole. Weights are safetensors; Accelerate keeps the optimiser in PyTorch's own format, which is read without
-    running code from it. Sharded checkpoints (FSDP2) are in PyTorch's distributed format, whose index is a pickle:
-    resume from your own only.
+    whole. Weights that are trained and the optimiser's state are safetensors in PyTorch's distributed format: each
+    process writes its share, and any engine on any number of processes goes on from it.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is enough
 
     def all(self) -> list[Path]:
         """Whole checkpoints, the oldest first."""
@@ -34,9 +43,11 @@ class Checkpoints:
     def newest(self) -> Path | None:
         return next(reversed(self.all()), None)
 
-    def save(self, accelerator: Accelerator, step: int, progress: dict) -> None:
+    def save(
+        self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, step: int, progress: dict
+    ) -> None:
         """
-        Write what `accelerator` has prepared and `progress`, something that JSON can hold, after `step` steps.
+        Write a prepared model and optimiser, and `progress`, something that JSON can hold, after `step` steps.
 
         Raises:
             OSError: the disk is full; older checkpoints are as they were.
@@ -49,17 +60,21 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(partial))
-            accelerator.wait_for_everyone()
+            tensors = _tensors(accelerator, model, *get_state_dict(model, optimizer.optimizer, options=_OPTIONS))
+            writer = dcp.HuggingFaceStorageWriter(str(partial), _files(tensors), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)
             if accelerator.is_main_process:
                 (partial / "progress.json").write_text(json.dumps({"step": step} | progress))
                 force_to_disk(*partial.rglob("*"), partial, *self.folder.glob("metrics.jsonl"))
                 partial.rename(done)
                 force_to_disk(self.folder)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             # PyTorch and safetensors fail with errors of their own, which do not say why: the disk does.
             is_full = shutil.disk_usage(self.folder).free < _NOTHING_FREE
-            if not is_full and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            causes = [error, *(cause for cause, _ in getattr(error, "failures", {}).values())]
+            if not is_full and not any(
+                getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for each in causes
+            ):
                 raise
             shutil.rmtree(partial, ignore_errors=True)
             raise OSError(errno.ENOSPC, f"{partial.name} does not fit on the disk; {self.last_good()}") from None
@@ -73,8 +88,14 @@ class Checkpoints:
             path.rename(partial := path.with_name(f"{path.name}.partial"))
             shutil.rmtree(partial)
 
-    def resume(self, accelerator: Accelerator) -> dict:
-        """Bring back the newest checkpoint, if there is one, and give its progress; what is not whole is removed."""
+    def resume(self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer) -> dict:
+        """
+        Bring a prepared model and optimiser back to the newest checkpoint, if there is one, and give its progress;
+        what is not whole is removed.
+
+        Raises:
+            ValueError: it is from before checkpoints had this format.
+        """
         if accelerator.is_main_process:
             for partial in self.folder.glob("checkpoint-*.partial"):
                 shutil.rmtree(partial)
@@ -82,13 +103,38 @@ class Checkpoints:
         newest = self.newest()
         if newest is None:
             return {"step": 0}
-        accelerator.load_state(str(newest))
+        if (newest / "random_states_0.pkl").is_file():
+            raise ValueError(
+                f"{newest}: in the format of an earlier version; go on with that one, or remove {self.folder} to "
+                "begin the stage anew"
+            )
+        weights, state = get_state_dict(model, optimizer.optimizer, options=_OPTIONS)
+        tensors = _tensors(accelerator, model, weights, state)
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(newest)))  # into these very tensors
+        set_state_dict(model, optimizer.optimizer, model_state_dict=weights, optim_state_dict=state, options=_OPTIONS)
         return json.loads((newest / "progress.json").read_text())
 
     def last_good(self) -> str:
         """Where a stopped run would go on, in words."""
         newest = self.newest()
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
+
+
+def _tensors(accelerator: Accelerator, model: nn.Module, weights: dict, state: dict) -> dict[str, torch.Tensor]:
+    """What training changes, by name: tied weights once, of the optimiser's state what the schedule does not set."""
+    trained = [name for name, each in accelerator.unwrap_model(model).named_parameters() if each.requires_grad]
+    tensors = {f"model.{name}": weights[name] for name in trained}
+    return tensors | {f"optimizer.{name}": each for name, each in state.items() if isinstance(each, torch.Tensor)}
+
+
+def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number, from 1, of the file that each tensor goes to: none so large that building it fills the memory."""
+    files, number, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > _FILE_BYTES:
+            number, filled = number + 1, 0
+        files[name], filled = number, filled + tensor.nbytes
+    return files
 
 
 def keep_metrics_before(file: Path, step: int) -> None:

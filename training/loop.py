@@ -110,17 +110,21 @@ def train(
     """
     model, optimizer = _prepare(accelerator, model, schedule, by_layers)
     checkpoints = Checkpoints(run.folder, run.keep) if run else None
-    resumed = checkpoints.resume(accelerator) if run else {"step": 0}
+    resumed = checkpoints.resume(accelerator, model, optimizer) if run else {"step": 0}
     first, losses = resumed["step"], resumed.get("losses", [])
     records = run is not None and accelerator.is_main_process
     if records:
         metrics_file = run.folder / "metrics.jsonl"
         keep_metrics_before(metrics_file, first)
     model.train()
+    seed = torch.initial_seed() + accelerator.process_index
     shown = progress(run.name if run else "", schedule.steps, first, active=records)
     with _stop_signals(run is not None) as received, shown as advance:
         for step in range(first, schedule.steps):
             started = time.perf_counter()
+            torch.manual_seed(
+                seed + step * accelerator.num_processes
+            )  # of dropout: like the data, by the step's number
             for group in optimizer.param_groups:
                 group["lr"] = schedule.learning_rate_at(step)
             metrics, tokens, stop = _accumulate(accelerator, model, micro_batches(step), backward, received)
@@ -142,7 +146,7 @@ def train(
                 accelerator.log({name: each for name, each in metrics.items() if isinstance(each, float)}, step=step)
             advance(note=_note(metrics))
             if run and (stop or (step + 1) % run.save_every == 0 or step + 1 == schedule.steps):
-                checkpoints.save(accelerator, step + 1, {"losses": losses})
+                checkpoints.save(accelerator, model, optimizer, step + 1, {"losses": losses})
             if on_step is not None:
                 on_step(step + 1, metrics)
             if stop and step + 1 < schedule.steps:

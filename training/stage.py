@@ -1,5 +1,6 @@
 """Start and end of a stage: what can be wrong is refused first, what was done already is not done again."""
 
+import gc
 import hashlib
 import json
 import os
@@ -315,6 +316,9 @@ class Job:
 
     def end(self, save: Callable[[], None]) -> None:
         """Save the output, draw the run and say that it is done, on the main process; leave the others."""
+        # Replicas go before their process group: the last to hold it waits for a thread that waits for Python.
+        self.accelerator.free_memory()
+        gc.collect()
         if self.accelerator.is_main_process:
             save()
             draw_training(self.folder)

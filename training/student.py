@@ -159,6 +159,7 @@ def train_and_save(
     model, run = StudentLoss(student, **weights), job.run(lambda: job.evaluate_student(student))
     trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast)
     state = job.accelerator.get_state_dict(trained)
+    del trained  # for `end` to let go of it
 
     def save() -> None:
         student, merge = build()
