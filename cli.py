@@ -366,6 +366,13 @@ def evaluate(
         str | None, typer.Option(help="Measure models that are no students with scaled RoPE too, such as yarn:4.")
     ] = None,
     template: Annotated[bool, typer.Option(help="Ask chat models in their template too.")] = False,
+    harness_tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm-eval, or offline (default), ruler, general; repeatable. For the suite lm-eval."
+        ),
+    ] = None,
+    harness_limit: Annotated[int | None, typer.Option(help="Questions of each of them; else all.", min=1)] = None,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of prompts answered together.", min=1)] = 4096,
     dtype: Annotated[Dtype, typer.Option(help="Of models that are no students; auto: their own.")] = Dtype.auto,
     teacher: Annotated[str | None, typer.Option(help="Of a lone student; else as it says.")] = None,
@@ -388,6 +395,8 @@ def evaluate(
         new_tokens=new_tokens,
         text_tokens=text_tokens,
         batch_tokens=batch_tokens,
+        **({"harness_tasks": harness_tasks} if harness_tasks else {}),
+        harness_limit=harness_limit,
     )
     from .pipeline import evaluate_models, evaluate_student, show_report, side_by_side, with_variants
 

@@ -14,7 +14,7 @@ KINDS = {
     "needles": ("model", "task", "length"),
     "batching": ("model",),
     "text": ("model", "domain", "length"),
-    "lm_eval": ("model", "task"),
+    "lm_eval": ("model", "task", "length"),
 }
 """Lists of a report, and which of their entries' keys name a cell."""
 
@@ -106,7 +106,7 @@ class Cells:
             kinds[kind].append(cell)
 
         def place(cell: dict) -> tuple:
-            return self._order.index(cell.get("model", cell.get("label"))), cell.get("length", 0)
+            return self._order.index(cell.get("model", cell.get("label"))), cell.get("length") or 0
 
         return {kind: sorted(cells, key=place) for kind, cells in kinds.items()}
 

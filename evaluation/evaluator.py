@@ -6,6 +6,7 @@ it is done, so that work which was killed goes on after the last one. Launched t
 the model and takes its share of prompts and windows.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..console import progress
 from ..data.ruler import NEEDLES, TASKS, Haystack, Prompt, make_prompts
 from ..kernels import use_tuned_kernels
 from ..provenance import environment
+from . import harness
 from .cells import Cells
 from .models import Model, facts
 from .needles import FIRST_SEED, answer, as_asked, same_vocabulary, score
@@ -47,7 +49,8 @@ class Settings:
         new_tokens: that a model may answer with; by default as many as RULER gives for the task.
         text_tokens: that the loss is measured on at each length, in each domain: two windows at the least.
         batch_tokens: tokens of the prompts that are answered together.
-        harness_tasks, harness_limit: tasks of lm-eval, and how many of its questions are asked; by default all.
+        harness_tasks: of lm-eval, or names of `harness.GROUPS`.
+        harness_limit: questions that are asked of each of them; by default all.
     """
 
     suites: Sequence[str] = ("needles", "text")
@@ -58,7 +61,7 @@ class Settings:
     new_tokens: int | None = None
     text_tokens: int = 16_384
     batch_tokens: int = 4096
-    harness_tasks: Sequence[str] = ()
+    harness_tasks: Sequence[str] = ("offline",)
     harness_limit: int | None = None
 
     def __post_init__(self):
@@ -101,6 +104,10 @@ def evaluate(
     Raises:
         ValueError: the folder holds a report made otherwise; one line, before anything is measured.
     """
+    if "lm-eval" in settings.suites:
+        harness.check_installed()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("lm-eval runs in one process: leave it out of the suites, or start it without accelerate")
     use_tuned_kernels()
     # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -111,6 +118,8 @@ def evaluate(
         run.needles()
     if "text" in settings.suites:
         run.text()
+    if "lm-eval" in settings.suites:
+        run.harness()
     if state.is_main_process and (cells.news or cells.report is None):
         write_report(build_report(made | environment(), cells.all()), output)
         cells.remove()
@@ -173,6 +182,24 @@ class _Run:
                         ids = tokenizer(self.tokenizer.decode(ids), add_special_tokens=False, verbose=False).input_ids
                     cell = _TextCell(self, loaded, tokenizer, against, ids, length, advance)
                     self.measure("text", {"model": model.label, "domain": domain, "length": length}, cell)
+
+    def harness(self) -> None:
+        asked = [
+            (task, length)
+            for task in harness.expand(self.settings.harness_tasks)
+            for length in (self.settings.lengths if harness.has_lengths(task) else [None])
+        ]
+        for model in self.models:
+            todo = self.todo("lm_eval", [(model.label, *names) for names in asked])
+            if not todo:
+                continue
+            loaded = None
+            loaded, tokenizer = self.open(model), model.tokenizer()
+            with progress(f"{model.label}: tasks of lm-eval", len(todo)) as advance:
+                for _, task, length in todo:
+                    cell = _HarnessCell(self, model, loaded, tokenizer, task, length)
+                    self.measure("lm_eval", {"model": model.label, "task": task, "length": length}, cell)
+                    advance()
 
     def todo(self, kind: str, names: Sequence[tuple]) -> list[tuple]:
         """Those cells that are not measured yet, as the first process sees it."""
@@ -270,6 +297,24 @@ class _NeedleCell:
             "depths": depths,
             "examples": examples,
         }
+
+
+@dataclass
+class _HarnessCell:
+    run: _Run
+    model: Model
+    loaded: PreTrainedModel
+    tokenizer: object
+    task: str
+    length: int | None
+
+    def do(self) -> list[tuple[int, dict]]:
+        settings = self.run.settings
+        limits = (self.length, settings.harness_limit, settings.batch_tokens)
+        return [(0, harness.run_task(self.loaded, self.tokenizer, self.task, *limits, self.model.template))]
+
+    def finish(self, results: list[dict]) -> dict:
+        return results[0]
 
 
 class _BatchingCell(_NeedleCell):

@@ -15,8 +15,10 @@ The report of an evaluation: `report.json`, and what is made of it: `report.md`,
     text          model, domain, length; tokens, bytes, loss (nats a token), by_position [[start, end, loss]],
                   window_losses; against the reference, where the vocabulary is the same, kl (nats a token) and
                   agreement (share of positions with the same likeliest token); seconds
-    lm_eval       model, task; metrics {name: [value, standard error]}, samples, seconds
-    differences   model against the reference: task or domain, length; see `statistics.paired_difference`
+    lm_eval       model, task, length (null where a task has none); metrics {name: [value, standard error or null]},
+                  samples, scores by the first metric, seconds
+    differences   suite (one of the lists above), model, task or domain, length: against the reference; see
+                  `statistics.paired_difference`
 
 A cell that could not be measured has `error`, one line, in place of its values.
 """
@@ -60,14 +62,15 @@ def _differences(cells: Mapping[str, Sequence[dict]]) -> list[dict]:
     if not cells["models"]:
         return []
     reference, found = cells["models"][0]["label"], []
-    for kind, what, values in (("needles", "task", "scores"), ("text", "domain", "window_losses")):
+    kinds = (("needles", "task", "scores"), ("text", "domain", "window_losses"), ("lm_eval", "task", "scores"))
+    for kind, what, values in kinds:
         of_reference = {(cell[what], cell["length"]): cell for cell in cells[kind] if cell["model"] == reference}
         for cell in cells[kind]:
-            other = of_reference.get((cell[what], cell["length"]), {"error": "not measured"})
-            if cell["model"] == reference or "error" in cell or "error" in other:
+            other = of_reference.get((cell[what], cell["length"]), {})
+            if cell["model"] == reference or values not in cell or values not in other:
                 continue
             if len(cell[values]) == len(other[values]) and cell.get("bytes") == other.get("bytes"):
-                names = {"model": cell["model"], what: cell[what], "length": cell["length"]}
+                names = {"suite": kind, "model": cell["model"], what: cell[what], "length": cell["length"]}
                 found.append(names | paired_difference(cell[values], other[values]))
     return found
 
@@ -152,7 +155,9 @@ def markdown(report: Mapping) -> str:
         parts += ["## Text", words, as_markdown(_cells_table(report, "text", "domain", _loss))]
         parts += ["By position in the window, at the greatest length:", as_markdown(_positions_table(report))]
     if report["lm_eval"]:
-        parts += ["## lm-eval", as_markdown(_harness_table(report))]
+        words = "Values with lm-eval's standard errors; differences from the first model on the same questions, by the"
+        words += " first metric."
+        parts += ["## lm-eval", words, as_markdown(_harness_table(report))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -171,7 +176,8 @@ def _cells_table(report: Mapping, kind: str, what: str, words) -> list[list[str]
     names = labels(report)
     rows = [[what, "tokens", *names, *(f"{name} − {names[0]}" for name in names[1:]), "seconds"]]
     cells = {(cell["model"], cell[what], cell["length"]): cell for cell in report[kind]}
-    differences = {(each["model"], each.get(what), each["length"]): each for each in report["differences"]}
+    each_of = [each for each in report["differences"] if each["suite"] == kind]
+    differences = {(each["model"], each[what], each["length"]): each for each in each_of}
     for name, length in dict.fromkeys((cell[what], cell["length"]) for cell in report[kind]):
         row = [cells.get((model, name, length)) for model in names]
         each = [differences.get((model, name, length)) for model in names[1:]]
@@ -226,15 +232,19 @@ def _positions_table(report: Mapping) -> list[list[str]]:
 
 
 def _harness_table(report: Mapping) -> list[list[str]]:
-    names, cells = labels(report), {(cell["model"], cell["task"]): cell for cell in report["lm_eval"]}
-    rows = [["task", "metric", *names]]
-    for task in dict.fromkeys(cell["task"] for cell in report["lm_eval"]):
-        row = [cells.get((model, task), {}) for model in names]
+    names = labels(report)
+    cells = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["lm_eval"]}
+    each_of = [each for each in report["differences"] if each["suite"] == "lm_eval"]
+    differences = {(each["model"], each["task"], each["length"]): each for each in each_of}
+    rows = [["task", "tokens", "metric", *names, *(f"{name} − {names[0]}" for name in names[1:])]]
+    for task, length in dict.fromkeys((cell["task"], cell["length"]) for cell in report["lm_eval"]):
+        row = [cells.get((model, task, length), {}) for model in names]
         metrics = dict.fromkeys(name for cell in row for name in cell.get("metrics", {}))
-        for metric in metrics or ["–"]:
+        for place, metric in enumerate(metrics or ["–"]):
             values = [cell.get("metrics", {}).get(metric) for cell in row]
             words = [_metric(value) if value else cell.get("error", "–") for value, cell in zip(values, row)]
-            rows.append([task, metric, *words])
+            each = [None if place else differences.get((model, task, length)) for model in names[1:]]
+            rows.append([task, f"{length:,}" if length else "–", metric, *words, *map(_difference, each)])
     return rows
 
 
