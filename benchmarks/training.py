@@ -3,9 +3,10 @@
 
     python benchmarks/training.py                                # CPU, fp32, a small Qwen3 shape (Linux, glibc)
     python benchmarks/training.py --device cuda --shape 1.7b     # a GPU, bf16, the shape of Qwen3-1.7B
+    python benchmarks/training.py --device cuda --shape 135m --speed-only    # the shape of SmolLM2-135M
 
-Writes `training-<device>.json` beside itself. What is compared takes turns, so that a slow moment of the machine hits
-all alike; times are medians.
+Writes `training-<device>.json`, or `training-<device>-135m.json`, beside itself. What is compared takes turns, so that
+a slow moment of the machine hits all alike; times are medians.
 """
 
 import argparse
@@ -42,6 +43,10 @@ SHAPES = {
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 32,
     },
+    "135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64,
+    },
     "1.7b": {
         "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
         "num_key_value_heads": 8, "head_dim": 128,
@@ -54,6 +59,7 @@ ALIGN_LENGTH = 512
 # tokens of a chunk, an eighth of a batch.
 SETTINGS = {
     "small": {"rows": 4, "length": 512, "align_rows": 4, "speed_vocabulary": 8192, "chunk_tokens": 256},
+    "135m": {"rows": 8, "length": 2048, "align_rows": 8, "speed_vocabulary": 49_152, "chunk_tokens": 2048},
     "1.7b": {"rows": 2, "length": 4096, "align_rows": 8, "speed_vocabulary": VOCABULARY, "chunk_tokens": 1024},
 }
 
@@ -272,25 +278,29 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-only", action="store_true", help="print peak memory as JSON and write nothing")
-    parser.add_argument("--output", type=Path, help="default: training-<device>.json beside this script")
+    parser.add_argument("--speed-only", action="store_true", help="leave memory and chunked distillation out")
+    parser.add_argument("--output", type=Path, help="default: beside this script")
     options = parser.parse_args()
 
     machine, shape, settings = Machine(options.device), SHAPES[options.shape], SETTINGS[options.shape]
     if options.memory_only:
         return print(json.dumps(measure_memory(machine, shape, settings)))
-    memory = measure_memory(machine, shape, settings) if machine.is_cuda else measure_memory_apart(sys.argv[1:])
-    distillation = measure_distillation(machine, shape, settings, options.repeats)
     report = {
         "shape": {"name": options.shape} | shape,
         "settings": settings | {"vocabulary": VOCABULARY, "repeats": options.repeats},
-        **memory,
-        "distillation_seconds": {name: result["seconds"] for name, result in distillation.items()},
-        "distillation_loss": {name: result["loss"] for name, result in distillation.items()},
+    }
+    if not options.speed_only:
+        report |= measure_memory(machine, shape, settings) if machine.is_cuda else measure_memory_apart(sys.argv[1:])
+        distillation = measure_distillation(machine, shape, settings, options.repeats)
+        for key in ("seconds", "loss"):
+            report[f"distillation_{key}"] = {name: result[key] for name, result in distillation.items()}
+    report |= {
         "speed": measure_speed(machine, shape, settings, options.repeats),
         "precision": "fp32" if not machine.is_cuda else "fp32 weights, bf16 autocast, bf16 teacher",
         **environment(options.device),
     }
-    output = options.output or Path(__file__).with_name(f"training-{machine.device.type}.json")
+    name = machine.device.type + ("-135m" if options.shape == "135m" else "")
+    output = options.output or Path(__file__).with_name(f"training-{name}.json")
     Record(output).write(report)
     print(json.dumps({key: value for key, value in report.items() if isinstance(value, dict)}, indent=2))
     print(f"written to {output.name}")
