@@ -7,6 +7,7 @@ file holds yet is "not measured".
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -212,15 +213,15 @@ def decoding() -> str:
     return table(header, shorter(rows), names=2) + str(notes)
 
 
-def shorter(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The same, what is not measured said once in a row, and once for all rows of a length."""
-    lack, kept = "not measured", []
+def shorter(rows: list[tuple[str, ...]]) -> list[list[str]]:
+    """The same, what is not measured, or why, said once in a row, and once for all rows of a length."""
+    kept = []
     lengths = Counter(each[0] for each in rows)
-    unknown = Counter(each[0] for each in rows if each[2] == lack)
+    unknown = Counter(each[0] for each in rows if each[2] == "not measured")
     for each in rows:
         if lengths[each[0]] > 1 and lengths[each[0]] == unknown[each[0]]:
             each = (each[0], "all", *each[2:])
-        cells = tuple("" if cell == lack and lack in each[:place] else cell for place, cell in enumerate(each))
+        cells = [cell if cell not in each[:place] or re.search(r"\d", cell) else "" for place, cell in enumerate(each)]
         if cells not in kept:
             kept.append(cells)
     return kept

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hydrahead.benchmarks import decode, gpu
+from hydrahead.benchmarks import decode, gpu, report
 
 SHAPE = gpu.TINY | {"num_hidden_layers": 8}
 
@@ -153,3 +153,41 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, monkeypatch):
             gpu.main()
         assert stop.value.code == 2
         assert capsys.readouterr().err.strip().count("error:") == 1
+
+
+def measured(what: str, tokens: int, model: str, **numbers) -> dict:
+    return {(what, tokens, model): {"what": what, "tokens": tokens, "model": model} | numbers}
+
+
+def test_a_target_is_judged_against_the_best_teacher_and_only_where_that_is_measured(monkeypatch):
+    def line() -> str:
+        return next(line for line in report.targets().splitlines() if line.startswith("| decoding, 128K: speed"))
+
+    rows = {}
+    for model, ms in ((report.TEACHER, 30.0), (report.GROUPS, 5.0)):
+        rows |= measured("decode", 128 * 1024, model, ms_per_token=ms, tokens_per_second=1e3 / ms)
+    monkeypatch.setattr(report, "ROWS", rows)
+    assert line().split("|")[3:6] == [" not measured ", "  ", " 6 "]
+    rows |= measured("decode", 128 * 1024, report.BEST_TEACHER, ms_per_token=12.0, tokens_per_second=83.3)
+    monkeypatch.setattr(report, "ROWS", rows)
+    assert line().split("|")[3:6] == [" 2.4 ", " missed ", " 6 "]
+
+
+def test_what_failed_says_so_in_its_row_and_in_what_is_computed_from_it(monkeypatch):
+    rows = measured("decode", 512 * 1024, report.BEST_TEACHER, error="out of memory")
+    rows |= measured("decode", 512 * 1024, report.GROUPS, ms_per_token=5.0, tokens_per_second=200.0)
+    monkeypatch.setattr(report, "ROWS", rows)
+    lines = [line for line in report.decoding().splitlines() if line.startswith("| 524,288")]
+    assert "out of memory" in lines[1] and lines[2].split("|")[3:5] == [" 5.00 ", " out of memory "]
+
+
+def test_the_picture_is_drawn_whole_or_with_what_there_is(monkeypatch, tmp_path):
+    rows = {}
+    for tokens in report.LENGTHS:
+        for model in report.MODELS:
+            rows |= measured("decode", tokens, model, ms_per_token=tokens / 1e3)
+            rows |= measured("eager", tokens, model, prefill_seconds=tokens / 1e4)
+    for found in ({}, rows):
+        monkeypatch.setattr(report, "ROWS", found)
+        report.draw(tmp_path / "decode.png")
+        assert (tmp_path / "decode.png").stat().st_size > 1000
