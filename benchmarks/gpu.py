@@ -77,6 +77,7 @@ TINY = QWEN3_1_7B | {
 BYTES_PER_SECOND = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}  # from their data sheets
 HYBRIDS = ("12.5% kv_groups", "12.5% heads", LAYERWISE)
 K = 1024
+MOST = 32  # sequences of a batch
 START = 64  # tokens whose forward pass makes a cache, and room for those of a turn
 TURN = 40
 RULE = "torch_recurrent_gated_delta_rule"  # of transformers: fla's where that is installed
@@ -162,9 +163,9 @@ class CompiledStep:
         self.model = machine.build(name)
         self.note = None
         free = machine.free_bytes() - ROOM if machine.device == "cuda" else machine.free_bytes()
-        self.batch = batch or most_sequences(self.model, length, 32, free, self.begin)
         if batch:
             self.begin(batch)
+        self.batch = batch or most_sequences(self.model, length, MOST, free, self.try_out)
         self.compile_seconds = seconds_of(self.compile, self.model.device)
         self.seconds: list[float] = []
 
@@ -175,6 +176,9 @@ class CompiledStep:
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=self.model.device)
         self.place = torch.full_like(self.token, self.length)
         self.call = self.step
+
+    def try_out(self, batch: int) -> None:
+        self.begin(batch)
         self.steps(1)
 
     def compile(self) -> None:
@@ -205,8 +209,9 @@ class CompiledStep:
             self.call(self.token, self.place)
 
     def measure(self) -> None:
-        self.steps(TURN // 2)  # clocks and caches as in a long text
-        self.seconds.append(seconds_of(lambda: self.steps(TURN), self.model.device) / TURN)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            self.steps(TURN // 2)  # clocks and caches as in a long text
+            self.seconds.append(seconds_of(lambda: self.steps(TURN), self.model.device) / TURN)
 
     def rows(self) -> list[dict]:
         kernels = kernels_of(lambda: self.steps(1), self.model.device)
@@ -252,8 +257,7 @@ class Decode:
         return [{"what": "decode" if self.batch else "batches", "tokens": self.tokens, "model": self.model}]
 
     def open(self, machine: Machine) -> CompiledStep:
-        with torch.no_grad():
-            return CompiledStep(machine, self.model, machine.tokens(self.tokens), self.batch)
+        return CompiledStep(machine, self.model, machine.tokens(self.tokens), self.batch)
 
 
 class Found(list):
@@ -276,7 +280,6 @@ class Prefill:
     def about(self) -> list[dict]:
         return [{"what": "eager", "tokens": self.tokens, "model": name} for name in self.models]
 
-    @torch.no_grad()
     def open(self, machine: Machine) -> Found:
         length, found = machine.tokens(self.tokens), Found()
         models = {name: machine.build(name) for name in self.models}
@@ -312,7 +315,6 @@ class Sequences:
     def about(self) -> list[dict]:
         return [{"what": "sequences", "tokens": self.tokens, "model": name} for name in self.models]
 
-    @torch.no_grad()
     def open(self, machine: Machine) -> Found:
         length, found = machine.tokens(self.tokens), Found()
         for name in self.models:
@@ -381,6 +383,7 @@ PARTS = {
 }
 
 
+@torch.no_grad()
 def serve(connection, machine: Machine, job) -> None:
     """A process: opens a job, measures it whenever it is told to, and gives out its rows."""
     try:

@@ -120,6 +120,7 @@ def test_every_part_measures_rows_of_its_own():
 
 
 @pytest.mark.parametrize("part", ["prefill", "sequences", "chunks"])
+@torch.no_grad()
 def test_a_part_runs_on_a_tiny_model(part):
     (job,) = gpu.PARTS[part]
     rows = job.open(gpu.REHEARSAL).rows()
@@ -130,6 +131,8 @@ def test_a_part_runs_on_a_tiny_model(part):
 def test_a_compiled_step_of_the_largest_batch():
     (job,) = gpu.PARTS["batches-teacher"]
     run = job.open(gpu.REHEARSAL)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="recompile"):
+        run.measure()
     run.measure()
     (row,) = run.rows()
     assert row["batch"] == gpu.REHEARSAL.free_bytes() // gpu.bytes_of_sequence(run.model, 64)
