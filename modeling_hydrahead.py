@@ -40,7 +40,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hydrahead import HydraHeadConfig
-from .ops_hydrahead import HydraHeadPackedLinear, Packing, Padding, attend_to_cache, gated_delta_rule
+from .ops_hydrahead import (
+    HydraHeadPackedLinear,
+    Packing,
+    Padding,
+    attend_to_cache,
+    fuse_heads,
+    gated_delta_rule,
+    has_kernels,
+    prepare_heads,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -52,10 +61,13 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 
 
 class HydraHeadRMSNorm(Qwen3RMSNorm):
-    """The same, rounded at the same places, in two kernels where the original has six."""
+    """The same in one or two kernels where the original has eight, in the dtype that comes in."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.variance_epsilon)
+        weight, shape = self.weight.to(hidden_states.dtype), hidden_states.shape[-1:]
+        if weight.dtype == torch.float32:
+            return F.rms_norm(hidden_states, shape, weight, self.variance_epsilon)
+        return weight * F.rms_norm(hidden_states, shape, eps=self.variance_epsilon)  # rounded where the original is
 
 
 class HydraHeadRotaryEmbedding(Qwen3RotaryEmbedding):
@@ -130,6 +142,14 @@ def find_packing(
     return Packing.of(restarts)
 
 
+def for_products(hidden_states: torch.Tensor) -> torch.Tensor:
+    """In autocast's dtype, where it is on: each of the linear layers that read this would cast it for itself."""
+    device = hidden_states.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device))
+
+
 def log_position_scale(config: HydraHeadConfig, position_ids: torch.Tensor) -> torch.Tensor | None:
     """
     `log(t + a) / log(a)` `[B, T]` fp32 for full-attention queries at positions `t`, or `None` without a scale.
@@ -178,6 +198,25 @@ class HydraHeadFullAttentionBlock(nn.Module):
         )
 
 
+def step_places(blocks: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """
+    How queries are laid out where each KV head has as many as the one with most.
+
+    Args:
+        blocks: queries of a KV head and number of such KV heads, as in `HeadLayout`.
+
+    Returns:
+        for each place the query that stands in it, and for each query its first place.
+    """
+    most, first, slots, places = max((size for size, _ in blocks), default=0), 0, [], []
+    for size, count in blocks:
+        for _ in range(count):
+            places += [len(slots) + query for query in range(size)]
+            slots += [first + min(query, size - 1) for query in range(most)]
+            first += size
+    return slots, places
+
+
 class HydraHeadOutputGate(nn.Linear):
     """Logits of the output gate, zero at initialisation: a class by which `_init_weights` can tell them apart."""
 
@@ -211,6 +250,9 @@ class HydraHeadFullAttention(nn.Module):
             self.output_gate = HydraHeadOutputGate(config.hidden_size, query_dim, bias=False)
         self.query_splits = [size * count for size, count in layout.blocks]
         self.key_splits = [count for _, count in layout.blocks]
+        self.slots, self.places = step_places(layout.blocks)
+        self.slot_index = nn.Buffer(torch.tensor(self.slots), persistent=False)
+        self.place_index = nn.Buffer(torch.tensor(self.places), persistent=False)
         self.blocks = nn.ModuleList(HydraHeadFullAttentionBlock(config, layer_idx, size) for size, _ in layout.blocks)
         self.whole = HydraHeadFullAttentionBlock(config, layer_idx, 1)
 
@@ -226,16 +268,20 @@ class HydraHeadFullAttention(nn.Module):
         query_scale: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        projected: Sequence[torch.Tensor] | None = None,
+        projected: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `[B, T, D]` to head outputs `[B, T, |F|, d]`, in the order of `HeadLayout.full_heads`, and weights.
 
         Args:
-            projected: what the `linears` make of `hidden_states`, where that is known.
+            projected: what the `linears` make of `hidden_states`, behind each other, where that is known.
         """
-        projected = projected or [linear(hidden_states) for linear in self.linears()]
+        linears = self.linears()
+        if projected is None:
+            projected = [linear(hidden_states) for linear in linears]
+        else:
+            projected = projected.split([linear.out_features for linear in linears], dim=-1)
         query, key, value, *gate = (x.unflatten(-1, (-1, self.head_dim)) for x in projected)
         query, key, value = (x.transpose(1, 2) for x in (self.q_norm(query), self.k_norm(key), value))
         if self.use_rope:
@@ -264,18 +310,14 @@ class HydraHeadFullAttention(nn.Module):
         return is_one and is_usual and not torch.is_grad_enabled()
 
     def _attend_once(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, None]:
-        """As `_attend` for one token, in one call: KV heads with fewer queries than others get empty ones beside."""
-        largest = max(block.num_key_value_groups for block in self.blocks)
-        parts = [
-            F.pad(part.view(len(query), count, -1, query.shape[-1]), (0, 0, 0, largest - block.num_key_value_groups))
-            for block, count, part in zip(self.blocks, self.key_splits, query.split(self.query_splits, dim=1))
-        ]
-        output = attend_to_cache(torch.cat(parts, dim=1), key, value, attention_mask)  # [B, |G_F|, n, d]
-        parts = [
-            part[:, :, : block.num_key_value_groups].flatten(1, 2)
-            for block, part in zip(self.blocks, output.split(self.key_splits, dim=1))
-        ]
-        return torch.cat(parts, dim=1).unsqueeze(1), None
+        """As `_attend` for one token, in one call: KV heads with fewer queries than others get one of them twice."""
+        if len(self.blocks) > 1:
+            query = query.index_select(1, self.slot_index)
+        query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+        output = attend_to_cache(query, key, value, attention_mask).flatten(1, 2)  # [B, |G_F| * n, d]
+        if len(self.blocks) > 1:
+            output = output.index_select(1, self.place_index)
+        return output.unsqueeze(1), None
 
     def _attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, |F|, T, d]`, `[B, |G_F|, S, d]` to outputs `[B, T, |F|, d]` and weights, by the attention interface."""
@@ -317,7 +359,11 @@ class HydraHeadGates(nn.Module):
         """`[B, T, D]` to β in (0, 1) and log decay g < 0, both `[B, T, h]` fp32."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             hidden_states = hidden_states.to(self.A_log.dtype)
-            beta, step = self.projections(hidden_states, self.linears())
+            projected = self.projections(hidden_states, self.linears())
+            if projected is None:
+                beta, step = self.b_proj(hidden_states), self.a_proj(hidden_states)
+            else:
+                beta, step = projected.chunk(2, dim=-1)
             step = F.softplus(step.float() + self.dt_bias.float())
             return beta.float().sigmoid(), -self.A_log.float().exp() * step
 
@@ -357,6 +403,16 @@ class HydraHeadShortConvolution(nn.Module):
             output = output.gather(1, padding.place.unsqueeze(-1).expand_as(output))
         return output, inputs[:, -self.kernel_size :].transpose(1, 2)
 
+    def next_context(self, x: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor | None:
+        """The last inputs after `x`, or `None` where `prepare_heads` has moved them on itself."""
+        if context is not None and x.shape[1] == 1:
+            return None
+        last = x[:, -self.kernel_size :].transpose(1, 2)
+        missing = self.kernel_size - last.shape[2]
+        if not missing:
+            return last
+        return F.pad(last, (missing, 0)) if context is None else torch.cat([context[..., -missing:], last], dim=2)
+
     def _sum_of_taps(self, inputs: torch.Tensor, packing: Packing | None) -> torch.Tensor:
         """Inputs `[B, kernel_size + T, C]` to outputs `[B, T, C]`; no tap reaches back over a sequence's beginning."""
         kernel_size, seq_len = self.kernel_size, inputs.shape[1] - self.kernel_size
@@ -386,6 +442,7 @@ class HydraHeadGatedDeltaNet(nn.Module):
         num_heads = len(config.head_layout(layer_idx).linear_heads)
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
+        self.eps = config.rms_norm_eps
         dim = num_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, dim, bias=config.attention_bias)
@@ -408,21 +465,21 @@ class HydraHeadGatedDeltaNet(nn.Module):
         padding: Padding | None = None,
         packing: Packing | None = None,
         cache: Cache | None = None,
-        projected: Sequence[torch.Tensor] | None = None,
+        projected: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         `[B, T, D]` to head outputs `[B, T, h, d]`, in the order of `HeadLayout.linear_heads`.
 
         Args:
-            projected: what the `linears` make of `hidden_states`, where that is known.
+            projected: what the `linears` make of `hidden_states`, behind each other, where that is known.
 
         A token that is padding writes nothing into the convolution or the state and does not decay it, whatever stands
         in it.
         """
-        batch_size, seq_len, _ = hidden_states.shape
         beta, g = self.gates(hidden_states)  # [B, T, h]
-        projected = projected or [linear(hidden_states) for linear in self.linears()]
-        qkv = torch.cat(projected, dim=-1)  # [B, T, 3 * h * d]
+        qkv = projected  # [B, T, 3 * h * d]
+        if qkv is None:
+            qkv = torch.cat([linear(hidden_states) for linear in self.linears()], dim=-1)
         if padding is not None:
             # Filled, not multiplied: 0 · inf in a padded position would be NaN. After the projection: it has a bias.
             qkv, beta, g = (x.masked_fill(padding.mask, 0) for x in (qkv, beta, g))
@@ -431,18 +488,34 @@ class HydraHeadGatedDeltaNet(nn.Module):
         if cache is not None:
             state = cache.get_recurrent_state(self.layer_idx)
             context = cache.get_conv_state(self.layer_idx)
-        qkv, context = self.short_conv(qkv, context, padding, packing)
-        if cache is not None:
+        query, key, value, context = self._prepare(qkv, context, position_embeddings, padding, packing)
+        if cache is not None and context is not None:
             cache.update_conv_state(context, self.layer_idx)
-
-        query, key, value = qkv.view(batch_size, seq_len, 3, -1, self.head_dim).unbind(2)  # [B, T, h, d]
-        query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
-        # Under autocast fp32 norms and rotations promote what the projections gave in bf16: the kernel gets that.
-        query, key = query.to(value.dtype), key.to(value.dtype)
         output, state = gated_delta_rule(query, key, value, g, beta, state, cache is not None, packing)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return output
+
+    def _prepare(self, qkv, context, position_embeddings, padding: Padding | None, packing: Packing | None):
+        """q, k and v `[B, T, h, d]` as the recurrence reads them, and the context, where it has not been moved on."""
+        has_gradient = torch.is_grad_enabled() and context is not None  # of which the kernel has none
+        if padding is None and not has_gradient and has_kernels(qkv):
+            heads = prepare_heads(
+                qkv,
+                self.short_conv.weight,
+                getattr(self.q_norm, "weight", None),
+                getattr(self.k_norm, "weight", None),
+                self.eps,
+                *position_embeddings,
+                None if packing is None else packing.offset,
+                context,
+            )
+            return *heads, self.short_conv.next_context(qkv, context)
+        qkv, context = self.short_conv(qkv, context, padding, packing)
+        query, key, value = qkv.unflatten(-1, (3, -1, self.head_dim)).unbind(2)  # [B, T, h, d]
+        query, key = apply_rotary_pos_emb(self.q_norm(query), self.k_norm(key), *position_embeddings, unsqueeze_dim=2)
+        # Under autocast fp32 rotations promote what the projections gave in bf16: the recurrence gets that.
+        return query.to(value.dtype), key.to(value.dtype), value, context
 
 
 class HydraHeadFusion(nn.Module):
@@ -470,8 +543,14 @@ class HydraHeadFusion(nn.Module):
             self.proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
         self.index = nn.Buffer(torch.tensor(self.order), persistent=False)
 
-    def forward(self, heads: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        """heads `[B, T, H, d]`, full-attention ones first, and `x` `[B, T, D]` to `[B, T, H, d]` in teacher order."""
+    def forward(
+        self, full: torch.Tensor | None, linear: torch.Tensor | None, hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """full heads `[B, T, |F|, d]`, linear ones `[B, T, h, d]` and `x` `[B, T, D]` to `[B, T, H, d]`."""
+        heads = [branch for branch in (full, linear) if branch is not None]
+        if self.fusion == "scale" and has_kernels(heads[0]):
+            return fuse_heads(full, linear, self.weight, self.index, self.eps, not self.first_normalized)
+        heads = torch.cat(heads, dim=2) if len(heads) > 1 else heads[0]
         dtype = heads.dtype
         if self.fusion != "concat":
             full, rest = heads.float().split([self.first_normalized, self.num_heads - self.first_normalized], dim=2)
@@ -520,18 +599,18 @@ class HydraHeadAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """`[B, T, D]` to fused head outputs `[B, T, H, d]`, in the teacher's order: what `o_proj` reads."""
-        heads, linears = [], self.linears()
-        projected = self.projections(hidden_states, linears)
+        full = linear = for_full = for_linear = None
+        projected = self.projections(hidden_states, self.linears())
+        if projected is not None:
+            count = sum(layer.out_features for layer in self.full_attention.linears()) if self.full_attention else 0
+            for_full, for_linear = projected[..., :count], projected[..., count:]
         if self.full_attention is not None:
-            count = len(self.full_attention.linears())
-            output, _ = self.full_attention(
-                hidden_states, position_embeddings, query_scale, attention_mask, cache, projected[:count], **kwargs
+            full, _ = self.full_attention(
+                hidden_states, position_embeddings, query_scale, attention_mask, cache, for_full, **kwargs
             )
-            projected = projected[count:]
-            heads.append(output)
         if self.linear_attention is not None:
-            heads.append(self.linear_attention(hidden_states, position_embeddings, padding, packing, cache, projected))
-        return self.fusion(torch.cat(heads, dim=2) if len(heads) > 1 else heads[0], hidden_states)
+            linear = self.linear_attention(hidden_states, position_embeddings, padding, packing, cache, for_linear)
+        return self.fusion(full, linear, hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """`[B, T, D]` to `[B, T, D]`; keywords as in `head_outputs`."""
@@ -558,7 +637,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         residual = hidden_states
-        hidden_states = self.input_layernorm(hidden_states)
+        hidden_states = for_products(self.input_layernorm(hidden_states))
         hidden_states = self.self_attn(
             hidden_states,
             position_embeddings=position_embeddings,
@@ -572,7 +651,7 @@ class HydraHeadDecoderLayer(GradientCheckpointingLayer):
         hidden_states = residual + hidden_states
 
         residual = hidden_states
-        hidden_states = self.post_attention_layernorm(hidden_states)
+        hidden_states = for_products(self.post_attention_layernorm(hidden_states))
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
 
@@ -626,6 +705,9 @@ class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
             identity = torch.zeros_like(module.weight)
             identity[:, -1] = 1
             init.copy_(module.weight, identity)
+        elif isinstance(module, HydraHeadFullAttention):
+            init.copy_(module.slot_index, torch.tensor(module.slots, device=module.slot_index.device))
+            init.copy_(module.place_index, torch.tensor(module.places, device=module.place_index.device))
         elif isinstance(module, HydraHeadFusion):
             init.copy_(module.index, torch.tensor(module.order, device=module.index.device))
             if module.fusion != "concat":

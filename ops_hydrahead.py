@@ -35,6 +35,11 @@ except Exception as error:  # not installed, or in pieces: the PyTorch reference
     chunk_gated_delta_rule = fused_recurrent_gated_delta_rule = None
     fla_error = f"{type(error).__name__}: {error}"
 
+try:
+    from .kernels_hydrahead import fuse_heads, prepare_heads
+except ImportError:  # Triton comes with PyTorch's builds for GPUs
+    fuse_heads = prepare_heads = None
+
 logger = logging.get_logger(__name__)
 
 # cuDNN's attention makes a plan for every length: in generation, for every token.
@@ -45,6 +50,11 @@ PIECES = 32  # of a cache, that a GPU reads beside each other
 # where its kernels cannot run. The unwrapped functions are the plain PyTorch reference; we choose per call, by device.
 reference_chunk_gated_delta_rule = inspect.unwrap(torch_chunk_gated_delta_rule)
 reference_recurrent_gated_delta_rule = inspect.unwrap(torch_recurrent_gated_delta_rule)
+
+
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether `prepare_heads` and `fuse_heads` run where a tensor is."""
+    return x.is_cuda and prepare_heads is not None
 
 
 class Padding(NamedTuple):
@@ -311,17 +321,15 @@ class HydraHeadPackedLinear(nn.Module):
             place += linear.weight.nbytes
         return True
 
-    def forward(self, hidden_states: torch.Tensor, linears: list[nn.Linear]) -> tuple[torch.Tensor, ...]:
-        """What every layer makes of `[B, T, D]`."""
+    def forward(self, hidden_states: torch.Tensor, linears: list[nn.Linear]) -> torch.Tensor | None:
+        """What the layers make of `[B, T, D]`, behind each other, or `None` where they are to be called one by one."""
         if torch.is_grad_enabled() or not self.holds(linears):
-            return tuple(linear(hidden_states) for linear in linears)
+            return None
         if self.weight.dtype == torch.float32 and hidden_states.shape[1] == 1 and torch.compiler.is_compiling():
             # One kernel, with what follows in it; cuBLAS takes two for each of the gates' few numbers.
             product = (hidden_states.unsqueeze(-2) * self.weight).sum(-1)
-            product = product if self.bias is None else product + self.bias
-        else:
-            product = F.linear(hidden_states, self.weight, self.bias)
-        return product.split([linear.out_features for linear in linears], dim=-1)
+            return product if self.bias is None else product + self.bias
+        return F.linear(hidden_states, self.weight, self.bias)
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -11,7 +11,8 @@ MODEL = {"configuration_hydrahead", "modeling_hydrahead", "ops_hydrahead"}
 # What each room may import beside itself. A file at the root is a room of its own.
 ROOMS = {
     "configuration_hydrahead": set(),
-    "ops_hydrahead": set(),
+    "kernels_hydrahead": set(),
+    "ops_hydrahead": {"kernels_hydrahead"},
     "modeling_hydrahead": {"configuration_hydrahead", "ops_hydrahead"},
     "auto": MODEL,
     "console": set(),

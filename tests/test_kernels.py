@@ -1,0 +1,99 @@
+"""
+The Triton kernels around the recurrence against PyTorch, on a GPU.
+
+Where Triton is installed, `TRITON_INTERPRET=1 pytest tests/test_kernels.py` runs them on a CPU: some minutes.
+"""
+
+import os
+
+import pytest
+import torch
+
+import hydrahead.modeling_hydrahead as modeling
+from hydrahead import HydraHeadConfig, HydraHeadForCausalLM
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="Triton runs on a GPU, or interpreted"
+)
+
+
+def make_model(**options) -> HydraHeadForCausalLM:
+    """Three layers: with both kinds of heads, with blocks of two sizes, without full attention; all weights random."""
+    torch.manual_seed(0)
+    config = HydraHeadConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,  # not a power of two
+        head_masks=[[1, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]],
+        max_position_embeddings=128,
+        **{"logit_scale_base": 16.0, **options},
+    )
+    model = HydraHeadForCausalLM(config).to(DEVICE)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def ids_of(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def both_ways(monkeypatch, call) -> None:
+    """The same from the kernels and from PyTorch, within rounding."""
+    kernels = call()
+    monkeypatch.setattr(modeling, "has_kernels", lambda x: False)
+    for found, expected in zip(kernels, call()):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.detach().abs().max()))
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch):
+    monkeypatch.setattr(modeling, "has_kernels", lambda x: True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [{}, {"fusion_norm": "linear"}, {"qk_norm": False}, {"fusion": "concat"}])
+def test_logits_and_gradients(monkeypatch, options, packed):
+    model, ids = make_model(**options), ids_of(2, 70)
+    positions = torch.cat([torch.arange(29), torch.arange(2), torch.arange(39)]).expand(2, -1).to(DEVICE)
+
+    def call():
+        model.zero_grad()
+        outputs = model(ids, labels=ids, position_ids=positions if packed else None, use_cache=False)
+        outputs.loss.backward()
+        return [outputs.logits, *(parameter.grad for parameter in model.parameters())]
+
+    both_ways(monkeypatch, call)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prefill_chunk_size": 4},
+        {"num_beams": 3},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"attention_mask": torch.tensor([[0] * 4 + [1] * 5, [1] * 9])},
+    ],
+    ids=lambda options: next(iter(options), "plain"),
+)
+@pytest.mark.parametrize("length", [9, 2])
+def test_generation(monkeypatch, options, length):
+    model, ids = make_model(), ids_of(2, length)
+    if "attention_mask" in options:
+        options = {"attention_mask": options["attention_mask"][:, -length:].to(DEVICE)}
+
+    def call():
+        found = model.generate(
+            ids, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True, **options
+        )
+        return found.logits
+
+    with torch.no_grad():
+        both_ways(monkeypatch, call)
