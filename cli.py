@@ -1,5 +1,6 @@
 """The command `hydrahead`: parses, calls, prints. Imports what a command needs when it runs, so that help is quick."""
 
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -335,6 +336,40 @@ def demo(
     from .pipeline import ask
 
     ask(road)
+
+
+@app.command()
+def plan(
+    teacher: Annotated[
+        str | None, typer.Argument(help="Hub id or folder, trained as in the paper; or a recipe.")
+    ] = None,
+    overrides: Annotated[list[str] | None, OVERRIDES] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of heads (or KV groups) that stay full attention; else the recipe's.")
+    ] = None,
+    budget_unit: Annotated[str | None, typer.Option(help="heads, or kv_groups; else the recipe's.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 131_072,
+    batch: Annotated[int, typer.Option(help="Sequences that are prefilled and decoded together.")] = 1,
+    gpus: Annotated[int, typer.Option(help="How many GPUs train.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print what would have been said of all that was measured, and the errors.")
+    ] = False,
+) -> None:
+    """Say what a hybrid will hold and take, and what its training costs, from the teacher's config alone."""
+    if not check and teacher is None:
+        raise ValueError("TEACHER is missing: expected a Hub id, a folder or a recipe, or --check")
+    from .training.plan import make_plan, show_check, show_plan
+    from .training.speed import check_points
+
+    found = None if check else make_plan(teacher, overrides or (), ratio, budget_unit, context, batch, gpus, gpu)
+    if as_json:
+        typer.echo(json.dumps(check_points() if check else found, indent=2))
+    elif check:
+        show_check()
+    else:
+        show_plan(found)
 
 
 @app.command()

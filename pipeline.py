@@ -25,13 +25,12 @@ from rich.table import Column, Table
 
 from .configuration_hydrahead import HydraHeadConfig
 from .convert.forms import check_forms
-from .convert.masks import Exchange, parse_heads, read_masks, select_to_file
+from .convert.masks import Exchange, select_to_file
 from .convert.options import options_of
 from .convert.scoring.command import check_settings, score_to_folder
 from .convert.scoring.probes import check_length
-from .convert.scoring.scores import HeadScores
 from .convert.scoring.settings import ScoreSettings
-from .convert.selection import Masks, select_heads
+from .convert.selection import Masks
 from .convert.teachers import EMBEDDED_TEACHER, Teacher, open_teacher, public_name
 from .data.corpus import encode_corpus, load_corpus
 from .data.needles import make_niah, needle_text
@@ -45,10 +44,10 @@ from .hub.card import model_card
 from .hub.checkpoint import answer_in_clean_process, read_made_from
 from .provenance import Record, digest, first_difference
 from .training.align import run_align
-from .training.cost import print_cost
 from .training.data import token_folder
 from .training.distill import run_distill
 from .training.finetune import run_finetune
+from .training.plan import planned_masks, print_cost
 from .training.recipe import RECIPES, STAGES, load_recipe
 from .training.stage import Stage
 
@@ -142,22 +141,9 @@ class Road:
             steps += [self.evaluate(), self.card()]
         return steps
 
-    def masks(self) -> Masks:
+    def masks(self) -> Masks | None:
         """The head masks; before they are chosen, some that the same budget could give."""
-        recipe, chosen = self.recipe, self.recipe.select
-        if recipe.masks != str(recipe.chosen_masks) or recipe.chosen_masks.is_file():
-            return read_masks(Path(recipe.masks)) if isinstance(recipe.masks, str) else recipe.masks
-        adapter = self.teacher.adapter
-        blank = [[0.0] * adapter.num_heads] * adapter.num_layers
-        return select_heads(
-            HeadScores(blank, blank, adapter.num_kv_heads, [], {}, "", ""),
-            chosen.ratio,
-            chosen.strategy,
-            chosen.budget_unit,
-            keep=parse_heads(chosen.keep),
-            drop=parse_heads(chosen.drop),
-            tensor_parallel=chosen.tensor_parallel,
-        )
+        return None if self.recipe.masks is None else planned_masks(self.recipe, self.teacher)
 
     def stage(self, name: str) -> Step:
         """A stage of training: in this process, or through Accelerate where the recipe says how."""

@@ -2,6 +2,8 @@
 
     python benchmarks/report.py
 
+Writes training/measured.json too, the points that `hydrahead plan` computes with.
+
 `report.md` is the document with places for tables and figures; no number of a table is written by hand, and what no
 file holds yet is "not measured".
 """
@@ -16,8 +18,10 @@ from matplotlib.ticker import LogLocator
 
 from hydrahead.benchmarks.decode import BEST_TEACHER, LAYERWISE, TEACHER
 from hydrahead.benchmarks.decode import MODELS as CPU_MODELS
+from hydrahead.benchmarks.measured import OUTPUT, measured
 from hydrahead.evaluation.figures import BLUE, GREEN, GREY, RED, plt, save_picture
 from hydrahead.files import atomic_file
+from hydrahead.provenance import Record
 
 FOLDER = Path(__file__).parent
 DOCUMENTS = FOLDER.parent / "docs"
@@ -411,9 +415,20 @@ def first_passes() -> str:
     return table(("", "first pass, s", "other heads and rows after it, s", "configurations timed"), rows)
 
 
+def predictions() -> str:
+    """What `hydrahead plan --check` says."""
+    from hydrahead.training.plan import checked  # reads the points, which have to be there
+
+    notes, rows = Notes(), []
+    for what, case, *numbers, note in checked():
+        rows.append((what, case + notes.mark(Found({"note": note} if note else None)), *numbers))
+    return table(("", "", "predicted", "measured", "error"), rows, names=2) + str(notes)
+
+
 TABLES = (
     targets, decoding, eager, batches, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
     operation_counts, shortlists, training, first_passes,
+    predictions,
 )  # fmt: skip
 
 
@@ -448,10 +463,11 @@ def draw(path: Path) -> None:
 
 
 def main() -> None:
+    Record(OUTPUT).write(measured())
     with atomic_file(DOCUMENTS / "benchmarks.md") as partial:
         partial.write_text(document())
     draw(DOCUMENTS / "decode.png")
-    print("written: docs/benchmarks.md, docs/decode.png")
+    print("written: docs/benchmarks.md, docs/decode.png, training/measured.json")
 
 
 if __name__ == "__main__":

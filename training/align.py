@@ -27,9 +27,9 @@ from ..convert.hooks import visit_heads
 from ..convert.options import options_of
 from ..data.batches import Batch
 from ..files import atomic_file
-from .cost import print_cost
 from .loop import Run, Schedule, train
 from .losses import head_matching_loss, mean_square
+from .plan import print_cost
 from .recipe import Recipe, read_arguments
 from .stage import Job, Stage
 

@@ -121,6 +121,19 @@ def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int
     Args:
         max_length: positions that the teacher knows.
     """
+    check_rows(recipe, stage, max_length, processes)
+    section = recipe.stage(stage)
+    if section.long_share and recipe.long_data is None:
+        raise ValueError(f"{stage}.long_share needs a section long_data")
+    if section.retrieval_share + section.long_share > 1:
+        raise ValueError(f"{stage}: retrieval_share and long_share add up to more than 1")
+    for data, folder in ((recipe.data, "tokens"), (recipe.long_data if section.long_share else None, "long_tokens")):
+        if data is not None and not (token_folder(recipe, data, folder) / "tokens.json").is_file():
+            open_source(data)
+
+
+def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) -> None:
+    """The same for lengths and batches alone."""
     section, micro = recipe.stage(stage), recipe.run.micro_batch_tokens
     curriculum = getattr(section, "curriculum", None)
     if curriculum is not None and not (
@@ -143,13 +156,6 @@ def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int
         )
     if section.tokens < section.batch_tokens:
         raise ValueError(f"{stage}.tokens ({section.tokens}) must be at least one batch ({section.batch_tokens})")
-    if section.long_share and recipe.long_data is None:
-        raise ValueError(f"{stage}.long_share needs a section long_data")
-    if section.retrieval_share + section.long_share > 1:
-        raise ValueError(f"{stage}: retrieval_share and long_share add up to more than 1")
-    for data, folder in ((recipe.data, "tokens"), (recipe.long_data if section.long_share else None, "long_tokens")):
-        if data is not None and not (token_folder(recipe, data, folder) / "tokens.json").is_file():
-            open_source(data)
 
 
 def main(arguments: list[str] | None = None) -> None:

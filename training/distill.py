@@ -20,8 +20,8 @@ from ..convert.migration import convert_model
 from ..convert.options import options_of
 from ..data.batches import Batch
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from .cost import print_cost
 from .losses import TeacherChunk, teacher_chunks
+from .plan import print_cost
 from .recipe import Recipe, read_arguments
 from .stage import Job, Stage
 from .student import check_adapters, train_and_save

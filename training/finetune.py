@@ -13,7 +13,7 @@ import torch
 
 from ..console import one_line_errors
 from ..modeling_hydrahead import HydraHeadForCausalLM
-from .cost import print_cost
+from .plan import print_cost
 from .recipe import Recipe, read_arguments
 from .stage import Job, Stage
 from .student import check_adapters, train_and_save

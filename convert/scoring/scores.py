@@ -174,6 +174,12 @@ class HeadScores:
     evidence: dict = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
+    @classmethod
+    def drawn(cls, layers: int, heads: int, num_key_value_heads: int, seed: int = 0) -> "HeadScores":
+        """A ranking at random, for masks before anything is measured: they spread over layers and KV groups."""
+        scores = np.random.default_rng(seed).random((layers, heads)).tolist()
+        return cls(scores, [[0.0] * heads] * layers, num_key_value_heads, [], {}, "drawn at random", "", seed=seed)
+
     def using(self, method: str) -> "HeadScores":
         """
         The ranking of another method that was measured too.

@@ -1,0 +1,79 @@
+"""What `hydrahead plan` computes with: points from `decode-cuda.json` and `training-cuda*.json`, for the package.
+
+`report.py` writes them to training/measured.json, beside the page.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydrahead.benchmarks.decode import BUDGETS, LAYERWISE, TEACHER
+
+FOLDER = Path(__file__).parent
+OUTPUT = FOLDER.parent / "training" / "measured.json"
+# Of the rows of `gpu.py`: what a plan calls it, the value, and its unit in that of a plan.
+VALUES = {
+    "decode": ("decode", "ms_per_token", 1e-3),
+    "batches": ("decode", "ms_per_token", 1e-3),
+    "eager": ("prefill", "prefill_seconds", 1),
+    "sequences": ("sequences", "sequences", 1),
+}
+STRATEGIES = {"kv_groups": "layer", "heads": "global"}  # by which the hybrids' heads are chosen, at random
+
+
+def measured() -> dict:
+    """The points, from the JSON files beside this one."""
+    decode = json.loads((FOLDER / "decode-cuda.json").read_text())
+    training = [json.loads(file.read_text()) for file in FOLDER.glob("training-cuda*.json")]
+    training.sort(key=lambda report: -report["shape"]["hidden_size"])
+    return {
+        "inference": {"shape": decode["shape"], "points": list(inference(decode["parts"]))},
+        "training": [stages(report) for report in training],
+    }
+
+
+def inference(parts: dict) -> Iterator[dict]:
+    """
+    Seconds of compiled steps and of eager prefills, and sequences that fit, one point each; of two measurements of one
+    thing, the later.
+
+    What a plan does not predict is not fitted: the step of a teacher whose attention repeats keys and values.
+    """
+    rows = {
+        (row["what"], row["tokens"], row["model"]): row | {"hardware": part["hardware"]}
+        for part in parts.values()
+        for row in part["rows"]
+    }
+    for (what, tokens, model), row in rows.items():
+        if "error" in row or what not in VALUES or model == LAYERWISE:
+            continue
+        as_planned, value, unit = VALUES[what]
+        point = {"what": as_planned, "model": model, "length": tokens, "batch": row.get("batch", 1)}
+        point |= {"measured": row[value] * unit, "hardware": row["hardware"], "is_fitted": True}
+        if as_planned == "decode":
+            point |= {"kernels": row["kernels_per_token"], "is_fitted": model != TEACHER}
+        if model in BUDGETS:
+            ratio, budget_unit = BUDGETS[model]
+            point |= {"ratio": ratio, "budget_unit": budget_unit, "strategy": STRATEGIES[budget_unit]}
+        yield point | ({"note": row["note"]} if "note" in row else {})
+
+
+def stages(report: dict) -> dict:
+    """Tokens a second of each stage, and peaks of memory above weights, gradients and optimiser where measured."""
+    settings, speed, peaks = report["settings"], report["speed"]["tokens_per_second"], {}
+    if "alignment_peak_bytes" in report:
+        by_layers = report["alignment_peak_bytes"]["layer_by_layer"]
+        peaks = {
+            "align": by_layers[max(filter(str.isdigit, by_layers), key=int)],
+            "distill": report["distillation_peak_bytes"]["chunked"],
+        }
+    return {
+        "hardware": report["hardware"],
+        "shape": {key: value for key, value in report["shape"].items() if key != "name"}
+        | {"vocab_size": settings["speed_vocabulary"]},
+        "rows": settings["rows"],
+        "length": settings["length"],
+        "tokens_per_second": {stage: speed[stage] for stage in ("align", "distill", "finetune")},
+        "align_rows": settings["align_rows"],
+        "peak_bytes": peaks,
+    }

@@ -1,0 +1,236 @@
+"""How fast a GPU is at this: its data sheet, times the shares of it that were measured (`hydrahead plan --check`)."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import geometric_mean
+from typing import NamedTuple
+
+from ..configuration_hydrahead import HydraHeadConfig
+from ..convert.scoring.scores import HeadScores
+from ..convert.selection import select_heads
+from ..data.tokens import DataSection
+from .cost import Cost, decode_bytes, decode_flops, estimate, prefill_flops, weight_bytes
+from .recipe import AlignSection, DistillSection, FinetuneSection, Recipe, RunSection, TeacherSection
+
+# The only numbers of a plan that are neither counted nor from a data sheet: points of benchmarks/decode-cuda.json and
+# benchmarks/training-cuda.json. `python benchmarks/report.py` writes them anew; everything here follows.
+MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text())
+ALIGN_LENGTH = 512  # tokens of a row where alignment's memory is measured
+
+
+class Gpu(NamedTuple):
+    """A GPU by its data sheet: bytes, bytes a second, and operations a second in dense bf16."""
+
+    name: str
+    memory: float
+    bandwidth: float
+    flops: float
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 SXM", 80e9, 3.35e12, 989e12),
+    "h200": Gpu("NVIDIA H200 SXM", 141e9, 4.8e12, 989e12),
+    "a100": Gpu("NVIDIA A100 SXM 80GB", 80e9, 2.039e12, 312e12),
+}
+
+
+def gpu_of(hardware: str) -> Gpu:
+    """The GPU that its driver calls so."""
+    return next(gpu for name, gpu in GPUS.items() if name.upper() in hardware)
+
+
+def kind_of(config: HydraHeadConfig) -> str:
+    """
+    What decides how many kernels a model runs: a `teacher`, or a hybrid whose full-attention heads are one block in
+    every layer that has some (`uniform`: whole KV groups) or several (`irregular`).
+    """
+    layouts = [config.head_layout(layer) for layer in range(config.num_hidden_layers)]
+    if not any(layout.linear_heads for layout in layouts):
+        return "teacher"
+    return "irregular" if any(len(layout.blocks) > 1 for layout in layouts) else "uniform"
+
+
+def decode_bound(config: HydraHeadConfig, context: int, batch: int, gpu: Gpu) -> float:
+    """The least seconds of a step of decoding: of what it moves or, in large batches, of what it computes."""
+    moving = decode_bytes(config, context, batch) / gpu.bandwidth
+    return max(moving, decode_flops(config, context, batch) / gpu.flops)
+
+
+def sequences_that_fit(config: HydraHeadConfig, context: int, _: int, gpu: Gpu) -> int:
+    """How many sequences of a length one GPU holds beside the weights."""
+    each = config.kv_bytes_per_token() * context + config.state_bytes()
+    return max(0, int((gpu.memory - weight_bytes(config)) // each))
+
+
+def prefill_bound(config: HydraHeadConfig, context: int, batch: int, gpu: Gpu) -> float:
+    """The least seconds of a prefill."""
+    return prefill_flops(config, context, batch) / gpu.flops
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """
+    What was measured, by the kind of model where that matters.
+
+    Attributes:
+        decode_share: of the bound, in a step of decoding.
+        kernel_seconds, kernels: of such a step, one CUDA graph: what each kernel adds, and how many a layer has.
+        launch_seconds: of an eager prefill, a layer's launches.
+        prefill_share: of the bound, in a prefill too long for launches to matter.
+    """
+
+    decode_share: float
+    kernel_seconds: float
+    kernels: dict[str, float]
+    launch_seconds: dict[str, float]
+    prefill_share: dict[str, float]
+
+    def decode(self, config: HydraHeadConfig, context: int, batch: int, gpu: Gpu) -> float | None:
+        """Seconds of a step of decoding; `None` where no model of this kind was measured."""
+        if (kernels := self.kernels.get(kind_of(config))) is None:
+            return None
+        launched = kernels * config.num_hidden_layers * self.kernel_seconds
+        return decode_bound(config, context, batch, gpu) / self.decode_share + launched
+
+    def prefill(self, config: HydraHeadConfig, context: int, batch: int, gpu: Gpu) -> float | None:
+        """Seconds of a prefill; `None` where no model of this kind was measured."""
+        if (share := self.prefill_share.get(kind := kind_of(config))) is None:
+            return None
+        launches = config.num_hidden_layers * self.launch_seconds[kind]
+        return max(launches, prefill_bound(config, context, batch, gpu) / share)
+
+
+class Point(NamedTuple):
+    """A measurement, and what a prediction of it is made from."""
+
+    facts: dict
+    config: HydraHeadConfig
+    length: int
+    batch: int
+    gpu: Gpu
+
+    @property
+    def case(self) -> tuple[HydraHeadConfig, int, int, Gpu]:
+        return self[1:]
+
+
+@cache
+def points() -> tuple[Point, ...]:
+    """The measurements of decoding and prefill."""
+    found = MEASURED["inference"]
+    return tuple(
+        Point(facts, config_of(found["shape"], facts), facts["length"], facts["batch"], gpu_of(facts["hardware"]))
+        for facts in found["points"]
+    )
+
+
+def config_of(shape: dict, hybrid: dict) -> HydraHeadConfig:
+    """A teacher of a shape, or a hybrid by ratio, unit and strategy, its heads drawn at random."""
+    if "ratio" not in hybrid:
+        return HydraHeadConfig(**shape, full_attention_position="rope", full_attention_gate=False, fusion="concat")
+    sizes = (shape[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"))
+    masks = select_heads(HeadScores.drawn(*sizes), hybrid["ratio"], hybrid["strategy"], hybrid["budget_unit"])
+    return HydraHeadConfig(**shape, head_masks=masks)
+
+
+@cache
+def efficiency() -> Efficiency:
+    """What fits the measurements best."""
+    fitted = [point for point in points() if point.facts["is_fitted"]]
+    steps, prefills = ([p for p in fitted if p.facts["what"] == what] for what in ("decode", "prefill"))
+    inverse_share, kernel_seconds = least_squares(
+        (decode_bound(*point.case) / point.facts["measured"], point.facts["kernels"] / point.facts["measured"])
+        for point in steps
+    )
+    kernels, launches, shares = {}, {}, {}
+    for point in sorted(steps, key=lambda point: -point.length):  # the shortest, where they weigh most, comes last
+        kernels[kind_of(point.config)] = point.facts["kernels"] / point.config.num_hidden_layers
+    shortest = min(point.length for point in prefills)
+    for point in prefills:
+        kind, seconds = kind_of(point.config), point.facts["measured"]
+        if point.length == shortest:
+            launches[kind] = seconds / point.config.num_hidden_layers
+        else:
+            shares.setdefault(kind, []).append(prefill_bound(*point.case) / seconds)
+    prefill_share = {kind: geometric_mean(found) for kind, found in shares.items()}
+    return Efficiency(1 / inverse_share, kernel_seconds, kernels, launches, prefill_share)
+
+
+def least_squares(rows: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """`x` and `y` for which `a x + b y` is nearest to 1 over all rows `(a, b)`."""
+    aa = ab = bb = a = b = 0.0
+    for left, right in rows:
+        aa, ab, bb, a, b = aa + left**2, ab + left * right, bb + right**2, a + left, b + right
+    determinant = aa * bb - ab**2
+    return (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+
+
+@cache
+def stage_share(stage: str) -> float:
+    """The share of a GPU's peak at which a stage trains the largest model that was measured."""
+    found = MEASURED["training"][0]
+    cost = measured_stage(found, stage, found["rows"], found["length"])
+    return found["tokens_per_second"][stage] * cost.flops / cost.tokens / gpu_of(found["hardware"]).flops
+
+
+def stage_seconds(cost: Cost, gpu: Gpu) -> float:
+    """How long a stage takes one GPU."""
+    return cost.flops / (gpu.flops * stage_share(cost.stage))
+
+
+def measured_stage(report: dict, stage: str, rows: int, length: int, checkpointing: bool = False) -> Cost:
+    """One step of a stage as benchmarks/training.py measures it: a quarter of the heads of each layer, one batch."""
+    shape, tokens = report["shape"], rows * length
+    section = {"tokens": tokens, "batch_tokens": tokens, "length": length}
+    section |= {"learning_rate": 0.0, "final_learning_rate": 0.0}
+    recipe = Recipe(
+        "",
+        TeacherSection(""),
+        DataSection(""),
+        run=RunSection(micro_batch_tokens=tokens),
+        align=AlignSection(**section),
+        distill=DistillSection(**section, gradient_checkpointing=checkpointing),
+        finetune=FinetuneSection(**section),
+    )
+    student = config_of(shape, {"ratio": 0.25, "strategy": "layer", "budget_unit": "heads"})
+    return estimate(recipe, stage, student, config_of(shape, {}))
+
+
+def check_points() -> list[dict]:
+    """What a plan would have said of everything that was measured: predicted, measured, and the error of it."""
+    rows = []
+
+    def add(what: str, case: str, predicted: float | None, measured: float, note: str = "") -> None:
+        error = None if predicted is None else predicted / measured - 1
+        note = "fitted to it" if error is not None and abs(error) < 1e-9 else note
+        rows.append(
+            {"what": what, "case": case, "predicted": predicted, "measured": measured, "error": error, "note": note}
+        )
+
+    ways = {"decode": efficiency().decode, "prefill": efficiency().prefill, "sequences": sequences_that_fit}
+    for point in points():
+        facts, case = point.facts, f"{point.facts['model']}, {point.batch} x {point.length:,}"
+        note = facts.get("note", "") if facts["is_fitted"] else "repeats keys and values, which no plan counts"
+        add(facts["what"], case, ways[facts["what"]](*point.case), facts["measured"], note)
+    for report in MEASURED["training"]:
+        batch, gpu = (report["rows"], report["length"]), gpu_of(report["hardware"])
+        size = f"{report['shape']['num_hidden_layers']} layers of {report['shape']['hidden_size']:,}"
+        for stage, speed in report["tokens_per_second"].items():
+            cost = measured_stage(report, stage, *batch)
+            case = "{}, {} x {:,}".format(size, *batch)
+            add(f"{stage}, tokens/s", case, cost.tokens / stage_seconds(cost, gpu), speed)
+        for stage, measured in report["peak_bytes"].items():
+            shape = (report["align_rows"], ALIGN_LENGTH) if stage == "align" else batch
+            cost = measured_stage(report, stage, *shape, checkpointing=True)
+            kept, note = cost.activation_bytes + cost.cast_bytes, "above weights, gradients and optimiser"
+            add(f"{stage}, bytes", "{}, {} x {:,}".format(size, *shape), kept, measured, note)
+    return rows
+
+
+def sources() -> str:
+    """What was measured, where."""
+    found = {point.gpu.name for point in points()} | {gpu_of(MEASURED["training"][0]["hardware"]).name}
+    return f"one {' and one '.join(sorted(found))} at Qwen3-1.7B's shape"
