@@ -412,10 +412,15 @@ def evaluate(
     dtype: Annotated[Dtype, typer.Option(help="Of models that are no students; auto: their own.")] = Dtype.auto,
     teacher: Annotated[str | None, typer.Option(help="Of a lone student; else as it says.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the teacher on the Hub; of others, ID@REVISION.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Of a lone student: head_scores.json that its heads were chosen by.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code of checkpoints.")] = False,
 ) -> None:
     """Measure any models side by side: RULER's needles, loss on text, cost; leaves report.json, .md and .html."""
     _check_models(models)
+    if scores is not None and not scores.is_file():
+        raise ValueError(f"{scores}: no such file")
     student = Path(models[0]) if len(models) == 1 and _is_student(Path(models[0])) else None
     if student is None and output is None:
         raise ValueError("--output: a folder for the report is needed; only a lone student has one of its own")
@@ -437,7 +442,7 @@ def evaluate(
 
     variants, where = (rope_scaling, template), (text, heldout_tokens)
     if student is not None:
-        evaluate_student(student, settings, teacher, revision, dtype.value, *where, output, *variants)
+        evaluate_student(student, settings, teacher, revision, dtype.value, *where, output, *variants, scores)
     else:
         columns = with_variants(side_by_side(models, dtype.value, trust_remote_code), *variants)
         evaluate_models(columns, settings, output, *where)

@@ -268,6 +268,8 @@ class Road:
 
         more = {"teacher": teacher.name, "revision": teacher.revision, "dtype": teacher.dtype, "text": tokens}
         more |= {"heldout_tokens": recipe.data.heldout_tokens}
+        scored = recipe.score is not None and recipe.masks == str(recipe.chosen_masks)
+        more |= {"scores": self.scores / "head_scores.json"} if scored else {}
         measured = {name: getattr(section, name) for name in MEASURED}
         words = ["evaluate", str(self.student), *flags_of(measured | more)]
         launched = [*self.launched(), "-m", "hydrahead", *words]
@@ -410,6 +412,7 @@ def evaluate_student(
     output: Path | None = None,
     rope_scaling: str | None = None,
     template: bool = False,
+    scores: Path | None = None,
 ) -> None:
     """
     Measure a student folder against its teacher and write the report into it (`evaluation/evaluator.py`).
@@ -420,6 +423,7 @@ def evaluate_student(
         text, heldout_tokens: as in `evaluation_texts`.
         output: another folder for the report.
         rope_scaling, template: as in `with_variants`.
+        scores: head scores that the student's heads were chosen by, for the page.
 
     Raises:
         ValueError: no text, another teacher, or a report made otherwise; one line.
@@ -428,7 +432,8 @@ def evaluate_student(
     opened = open_teacher(teacher or made_from.get("teacher", "demo"), revision or made_from.get("revision"))
     opened.check_made_from(folder, made_from)
     models = with_variants(student_and_teacher(folder, opened, dtype), rope_scaling, template)
-    evaluate_models(models, settings, output or folder, text, heldout_tokens)
+    heads = heads_of(folder, scores, output or folder)
+    evaluate_models(models, settings, output or folder, text, heldout_tokens, heads)
 
 
 def evaluate_models(
@@ -437,16 +442,35 @@ def evaluate_models(
     output: Path,
     text: str | Path | None = None,
     heldout_tokens: int | None = None,
+    heads: dict | None = None,
 ) -> None:
     """
     Measure models side by side on the same text, and write the report into a folder.
 
     Args:
-        models, settings, output: as in `evaluation.evaluator.evaluate`.
+        models, settings, output, heads: as in `evaluation.evaluator.evaluate`.
         text, heldout_tokens: as in `evaluation_texts`.
     """
     texts = evaluation_texts(models[0].tokenizer(), text, heldout_tokens)
-    evaluate(models, settings, texts, output, {"text_name": text_name(text)})
+    evaluate(models, settings, texts, output, {"text_name": text_name(text)}, heads)
+
+
+def heads_of(student: Path, scores: Path | None, output: Path) -> dict | None:
+    """
+    What a report shows of a student's heads: which are full attention, and what they were scored.
+
+    Args:
+        scores: a score file; without, the report in `output` may know them already.
+    """
+    masks = HydraHeadConfig.from_pretrained(student).head_masks
+    if scores is None:
+        known = (read_report(output) or {}).get("heads") or {}
+        return known if known.get("masks") == masks else {"masks": masks}
+    found = HeadScores.load(scores)
+    evidence = dict(found.evidence)
+    data = {name: getattr(found, name) for name in ("method", "scores", "capabilities", "warnings")}
+    data |= {"masks": masks, "stability": evidence.pop("stability", {}), "knockout": evidence}
+    return json.loads(json.dumps(data), parse_constant=lambda _: None)  # NaN is unknown
 
 
 def show_report(folder: Path) -> None:

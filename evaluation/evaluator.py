@@ -88,7 +88,8 @@ def evaluate(
     texts: Mapping[str, Sequence[int]],
     output: Path,
     made_from: Mapping,
-) -> dict:
+    heads: Mapping | None = None,
+) -> None:
     """
     Measure models side by side, and write the report into a folder (`evaluation/report.py`).
 
@@ -100,6 +101,7 @@ def evaluate(
         texts: by domain, text that no model was trained on, in tokens of the reference's tokenizer. Needles are hidden
             in all of it.
         made_from: what else the report is to say of itself, such as the name of the text.
+        heads: what is known of a student's heads, see `evaluation/report.py`; by default what it knows already.
 
     Raises:
         ValueError: the folder holds a report made otherwise; one line, before anything is measured.
@@ -120,8 +122,10 @@ def evaluate(
         run.text()
     if "lm-eval" in settings.suites:
         run.harness()
-    if state.is_main_process and (cells.news or cells.report is None):
-        write_report(build_report(made | environment(), cells.all()), output)
+    known = (cells.report or {}).get("heads")
+    heads = known if heads is None else dict(heads)
+    if state.is_main_process and (cells.news or cells.report is None or heads != known):
+        write_report(build_report(made | environment(), cells.all(), heads), output)
         cells.remove()
     state.wait_for_everyone()
 

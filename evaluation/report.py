@@ -17,6 +17,8 @@ The report of an evaluation: `report.json`, and what is made of it: `report.md`,
                   agreement (share of positions with the same likeliest token); seconds
     lm_eval       model, task, length (null where a task has none); metrics {name: [value, standard error or null]},
                   samples, scores by the first metric, seconds
+    heads         of a student, where they are known: masks; and where they were scored, method, scores, capabilities,
+                  stability, knockout and warnings, as `convert.scoring.scores.HeadScores` has them
     differences   suite (one of the lists above), model, task or domain, length: against the reference; see
                   `statistics.paired_difference`
 
@@ -37,9 +39,9 @@ FEW_TASKS = 3  # columns of their own in the short table
 DEPTHS = 5  # parts of a text, where needles stand at random depths
 
 
-def build_report(made: Mapping, cells: Mapping[str, Sequence[dict]]) -> dict:
+def build_report(made: Mapping, cells: Mapping[str, Sequence[dict]], heads: Mapping | None = None) -> dict:
     """A report of all cells, as the module describes it."""
-    return {**made, **cells, "differences": _differences(cells)}
+    return {**made, **cells, "differences": _differences(cells), "heads": heads}
 
 
 def read_report(folder: Path) -> dict | None:
@@ -49,10 +51,11 @@ def read_report(folder: Path) -> dict | None:
 
 
 def write_report(report: Mapping, folder: Path) -> None:
-    """Write a report, its table and its pictures; `report.json` last, because it says that all are there."""
+    """Write a report, its tables, page and pictures; `report.json` last, because it says that all are there."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_report(report, folder)
-    for name, text in {"report.md": markdown(report), "report.json": json.dumps(report, indent=1) + "\n"}.items():
+    data = json.dumps(report, indent=1)
+    for name, text in {"report.md": markdown(report), "report.html": page(report), "report.json": data + "\n"}.items():
         with atomic_file(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -159,6 +162,12 @@ def markdown(report: Mapping) -> str:
         words += " first metric."
         parts += ["## lm-eval", words, as_markdown(_harness_table(report))]
     return "\n\n".join(parts) + "\n"
+
+
+def page(report: Mapping) -> str:
+    """The whole report as one HTML file, which needs no network."""
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+    return template.replace("/*DATA*/", json.dumps(report).replace("<", "\\u003c"))
 
 
 def _models_table(report: Mapping) -> list[list[str]]:

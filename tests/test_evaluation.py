@@ -150,6 +150,7 @@ def test_a_report_holds_every_cell_with_intervals_and_differences(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
         "accuracy.png",
         "depths.png",
+        "report.html",
         "report.json",
         "report.md",
     ]

@@ -133,6 +133,7 @@ def test_killed_between_and_inside_steps_nothing_is_done_twice_and_the_result_is
     for name in ("model.safetensors", "config.json", "README.md"):
         assert students[0].joinpath(name).read_bytes() == students[1].joinpath(name).read_bytes(), name
     assert report_of(students[0]) == report_of(students[1])
+    assert report_of(students[0])["heads"]["method"] == "replacement"
     one, two = (json.loads((folder / "scores" / "head_scores.json").read_text()) for folder in (plain, output))
     assert one["scores"] == two["scores"] and [path.name for path in output.glob(".*")] == []
     assert sorted(path.name for path in students[0].glob("*.png")) == ["accuracy.png", "depths.png", "head_map.png"]
@@ -167,7 +168,7 @@ def test_the_demo_shows_its_student_answering_without_hydrahead_and_does_nothing
     assert "single key" in said
     # What is meant for the Hub says nothing of this machine.
     student = finished[0] / "finetune" / "student"
-    for file in [*student.glob("*.json"), student / "README.md"]:
+    for file in [*student.glob("*.json"), *student.glob("*.md"), student / "report.html"]:
         assert str(recipe.parent) not in file.read_text(), file
 
 
