@@ -408,7 +408,10 @@ def evaluate(
         ),
     ] = None,
     harness_limit: Annotated[int | None, typer.Option(help="Questions of each of them; else all.", min=1)] = None,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of prompts answered together.", min=1)] = 4096,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of prompts answered together; else 65,536 on a GPU, 4,096 elsewhere.", min=1),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of models that are no students; auto: their own.")] = Dtype.auto,
     teacher: Annotated[str | None, typer.Option(help="Of a lone student; else as it says.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the teacher on the Hub; of others, ID@REVISION.")] = None,

@@ -6,6 +6,7 @@ it is done, so that work which was killed goes on after the last one. Launched t
 the model and takes its share of prompts and windows.
 """
 
+import gc
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,7 @@ class Settings:
         depths: see `data.ruler.make_prompts`.
         new_tokens: that a model may answer with; by default as many as RULER gives for the task.
         text_tokens: that the loss is measured on at each length, in each domain: two windows at the least.
-        batch_tokens: tokens of the prompts that are answered together.
+        batch_tokens: of the prompts that are answered together; by default 65,536 on a GPU, and 4,096 elsewhere.
         harness_tasks: of lm-eval, or names of `harness.GROUPS`.
         harness_limit: questions that are asked of each of them; by default all.
     """
@@ -60,7 +61,7 @@ class Settings:
     depths: int = 0
     new_tokens: int | None = None
     text_tokens: int = 16_384
-    batch_tokens: int = 4096
+    batch_tokens: int | None = None
     harness_tasks: Sequence[str] = ("offline",)
     harness_limit: int | None = None
 
@@ -149,69 +150,80 @@ class _Run:
 
     def needles(self) -> None:
         settings = self.settings
+        names = [(task, length) for length in settings.lengths for task in settings.tasks]
         for model in self.models:
-            names = [(model.label, task, length) for length in settings.lengths for task in settings.tasks]
-            todo = self.todo("needles", names)
-            if not todo:
-                continue
-            loaded = None  # the one before it leaves the GPU first
-            loaded, tokenizer = self.open(model), model.tokenizer()
-            total = sum(length for *_, length in todo) * settings.prompts
-            with progress(f"{model.label}: tokens of prompts", total, active=self.state.is_main_process) as advance:
-                for _, task, length in todo:
-                    cell = _NeedleCell(self, model, loaded, tokenizer, task, length, advance)
-                    self.measure("needles", {"model": model.label, "task": task, "length": length}, cell)
+            if todo := self.todo("needles", model, names):
+                self._needles_of(model, todo)
+
+    def _needles_of(self, model: Model, todo: Sequence[tuple]) -> None:
+        settings, loaded, tokenizer = self.settings, self.open(model), model.tokenizer()
+        total = sum(length for _, length in todo) * settings.prompts
+        with progress(f"{model.label}: tokens of prompts", total, active=self.state.is_main_process) as advance:
+            for task, length in todo:
+                cell = _NeedleCell(self, model, loaded, tokenizer, task, length, advance)
+                self.measure("needles", {"model": model.label, "task": task, "length": length}, cell)
+        if loaded.dtype != torch.float32 and self.todo("batching", model, [()]):
             first = (settings.tasks[0], min(settings.lengths))
-            if loaded.dtype != torch.float32 and self.todo("batching", [(model.label,)]):
-                cell = _BatchingCell(self, model, loaded, tokenizer, *first, lambda count: None)
-                self.measure("batching", {"model": model.label}, cell)
+            cell = _BatchingCell(self, model, loaded, tokenizer, *first, lambda count: None)
+            self.measure("batching", {"model": model.label}, cell)
 
     def text(self) -> None:
         first, reference = self.models[0], None
+        names = [(domain, length) for domain in self.texts for length in self.settings.lengths]
         for model in self.models:
-            todo = self.todo("text", [(model.label, d, n) for d in self.texts for n in self.settings.lengths])
-            if not todo or model.template:
+            todo = self.todo("text", model, names)
+            if not todo or model.template:  # which asks the same weights another way
                 continue
-            loaded, tokenizer = None, model.tokenizer()
-            comparable = same_vocabulary(tokenizer, self.tokenizer)
+            comparable = same_vocabulary(model.tokenizer(), self.tokenizer)
             if reference is None and (model is first or comparable):
                 reference = self.open(first)
-            loaded = reference if model is first else self.open(model)
-            against = reference if model is not first and comparable else None
-            total = sum(max(self.settings.text_tokens, LEAST_WINDOWS * length) for *_, length in todo)
-            with progress(f"{model.label}: tokens of text", total, active=self.state.is_main_process) as advance:
-                for _, domain, length in todo:
-                    ids = self.texts[domain]
-                    if not comparable:
-                        ids = tokenizer(self.tokenizer.decode(ids), add_special_tokens=False, verbose=False).input_ids
-                    cell = _TextCell(self, loaded, tokenizer, against, ids, length, advance)
-                    self.measure("text", {"model": model.label, "domain": domain, "length": length}, cell)
+            self._text_of(model, todo, reference if comparable else None)
+
+    def _text_of(self, model: Model, todo: Sequence[tuple], reference: PreTrainedModel | None) -> None:
+        """Args: reference: the first model, where its vocabulary is this one's."""
+        is_first, tokenizer = model is self.models[0], model.tokenizer()
+        loaded = reference if is_first else self.open(model)
+        total = sum(max(self.settings.text_tokens, LEAST_WINDOWS * length) for _, length in todo)
+        with progress(f"{model.label}: tokens of text", total, active=self.state.is_main_process) as advance:
+            for domain, length in todo:
+                ids = self.texts[domain]
+                if reference is None:
+                    ids = tokenizer(self.tokenizer.decode(ids), add_special_tokens=False, verbose=False).input_ids
+                cell = _TextCell(self, loaded, tokenizer, None if is_first else reference, ids, length, advance)
+                self.measure("text", {"model": model.label, "domain": domain, "length": length}, cell)
 
     def harness(self) -> None:
-        asked = [
+        lengths = self.settings.lengths
+        names = [
             (task, length)
             for task in harness.expand(self.settings.harness_tasks)
-            for length in (self.settings.lengths if harness.has_lengths(task) else [None])
+            for length in (lengths if harness.has_lengths(task) else [None])
         ]
         for model in self.models:
-            todo = self.todo("lm_eval", [(model.label, *names) for names in asked])
-            if not todo:
-                continue
-            loaded = None
-            loaded, tokenizer = self.open(model), model.tokenizer()
-            with progress(f"{model.label}: tasks of lm-eval", len(todo)) as advance:
-                for _, task, length in todo:
-                    cell = _HarnessCell(self, model, loaded, tokenizer, task, length)
-                    self.measure("lm_eval", {"model": model.label, "task": task, "length": length}, cell)
-                    advance()
+            if todo := self.todo("lm_eval", model, names):
+                self._harness_of(model, todo)
 
-    def todo(self, kind: str, names: Sequence[tuple]) -> list[tuple]:
-        """Those cells that are not measured yet, as the first process sees it."""
-        found = [[name for name in names if not self.cells.is_done(kind, *name)]]
+    def _harness_of(self, model: Model, todo: Sequence[tuple]) -> None:
+        loaded, tokenizer = self.open(model), model.tokenizer()
+        with progress(f"{model.label}: tasks of lm-eval", len(todo)) as advance:
+            for task, length in todo:
+                cell = _HarnessCell(self, model, loaded, tokenizer, task, length)
+                self.measure("lm_eval", {"model": model.label, "task": task, "length": length}, cell)
+                advance()
+
+    def todo(self, kind: str, model: Model, names: Sequence[tuple]) -> list[tuple]:
+        """Those of a model's cells that are not measured yet, as the first process sees it."""
+        found = [[name for name in names if not self.cells.is_done(kind, model.label, *name)]]
         return broadcast_object_list(found)[0]
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of prompts that are answered together."""
+        return self.settings.batch_tokens or (65_536 if torch.cuda.is_available() else 4096)
 
     def open(self, model: Model) -> PreTrainedModel:
         """A model on this process's device; what the report says of it is kept."""
+        gc.collect()  # the one before it leaves the GPU first
         loaded = model.load(self.state.device if self.state.num_processes > 1 else None)
         if self.state.is_main_process and not self.cells.is_done("models", model.label):
             self.cells.keep("models", {"label": model.label, **model.identity(), **facts(loaded)})
@@ -281,7 +293,7 @@ class _NeedleCell:
 
     def do(self) -> list[tuple[int, str]]:
         places = self.run.share(range(len(self.prompts)))
-        return list(zip(places, self.answers(places, self.run.settings.batch_tokens)))
+        return list(zip(places, self.answers(places, self.run.batch_tokens)))
 
     def finish(self, answers: list[str]) -> dict:
         scores = [score(answer, prompt.answers) for answer, prompt in zip(answers, self.prompts)]
@@ -314,7 +326,7 @@ class _HarnessCell:
 
     def do(self) -> list[tuple[int, dict]]:
         settings = self.run.settings
-        limits = (self.length, settings.harness_limit, settings.batch_tokens)
+        limits = (self.length, settings.harness_limit, self.run.batch_tokens)
         return [(0, harness.run_task(self.loaded, self.tokenizer, self.task, *limits, self.model.template))]
 
     def finish(self, results: list[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,21 @@ def test_a_finished_report_takes_further_lengths_and_models_and_refuses_other_se
     swapped = [Model("one", models[1].source, "one", dtype="float32")]
     with pytest.raises(ValueError, match=r"made with another one\.weights"):
         evaluate(swapped, FEW, texts, output, {"text_name": "library"})
+
+
+def test_a_model_has_left_the_memory_before_the_next_one_comes(models, texts, tmp_path, monkeypatch):
+    loaded, load = [], Model.load
+
+    def load_alone(self, device=None):
+        assert [kept() for kept in loaded] == [None] * len(loaded)
+        model = load(self, device)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Model, "load", load_alone)
+    settings = Settings(**vars(FEW) | {"suites": ("needles",), "lengths": (200,)})
+    evaluate(models, settings, texts, tmp_path, {"text_name": "library"})
+    assert len(loaded) == 2
 
 
 def test_a_length_that_cannot_be_read_says_so_and_the_others_stand(texts, tokenizer, tmp_path):
