@@ -20,6 +20,7 @@ from hydrahead.benchmarks.decode import BEST_TEACHER, LAYERWISE, TEACHER
 from hydrahead.benchmarks.decode import MODELS as CPU_MODELS
 from hydrahead.benchmarks.measured import OUTPUT, measured
 from hydrahead.evaluation.figures import BLUE, GREEN, GREY, RED, plt, save_picture
+from hydrahead.evaluation.report import as_markdown, short_table
 from hydrahead.files import atomic_file
 from hydrahead.provenance import Record
 
@@ -319,7 +320,9 @@ def cpu_decoding() -> str:
 
 
 def demo() -> str:
-    rows = []
+    if "models" in FILES["demo"]:
+        return as_markdown(short_table(FILES["demo"]))
+    rows = []  # of a file from before models were evaluated side by side
     prompts, results = FILES["demo"]["prompts"], FILES["demo"]["results"]
     for tokens in results["teacher"]:
         both = [results[model][tokens] for model in ("teacher", "student")]
