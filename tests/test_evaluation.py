@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer, FalconH1Config, FalconH1ForCausalLM, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
+from hydrahead.cli import app
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.ruler import TASKS, Haystack, make_prompts
@@ -364,3 +366,47 @@ def test_two_processes_share_the_samples_of_every_cell(finished, folders, texts,
         assert json.loads(json.dumps(second)) == first | {
             name: pytest.approx(first[name], rel=1e-6) for name in ("loss", "kl", "window_losses") if name in first
         } | {"by_position": second["by_position"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["demo"], "--output: a folder for the report is needed"),
+        (["nothing", "--output", "out"], "nothing: no model there (no config.json), and no Hub id (OWNER/NAME)"),
+        (
+            ["demo", "--output", "out", "--suite", "needle"],
+            "suite needle: there is no such one, only needles, text, lm-",
+        ),
+        (["demo", "--output", "out", "--tasks", "niah"], "task niah: there is no such one, only niah_single_1, "),
+        (["demo", "--output", "out", "--lengths", "0"], "lengths: 0, expected tokens of a prompt"),
+        (["demo", "--output", "out", "--rope-scaling", "yarn"], "rope scaling yarn: expected KIND:FACTOR"),
+        (["demo", "--output", "out", "--text", "none.txt"], "data: none.txt: no such file or folder of .txt"),
+        (["demo", "--output", "out", "--scores", "none.json"], "none.json: no such file"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(words, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["evaluate", *words])
+    assert result.exit_code == 1 and result.stderr.startswith(f"hydrahead: {line}"), result.stderr
+    assert result.stderr.strip().count("\n") == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_the_command_compares_models_on_a_folder_of_texts_with_variants_of_each(folders, texts, tokenizer, tmp_path):
+    chat = shutil.copytree(folders[0], tmp_path / "chat")
+    file = json.loads((chat / "tokenizer_config.json").read_text())
+    file["chat_template"] = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (chat / "tokenizer_config.json").write_text(json.dumps(file))
+    (tmp_path / "texts").mkdir()
+    for name in ("books", "code"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(tokenizer.decode(texts["library"][:4000]))
+    words = ["--output", tmp_path / "out", "--text", tmp_path / "texts", "--rope-scaling", "yarn:2", "--template"]
+    words += ["--lengths", 200, "--tasks", "niah_single_1", "--prompts", 1, "--new-tokens", 2, "--text-tokens", 400]
+    result = CliRunner().invoke(app, list(map(str, ["evaluate", chat, folders[1], *words])), catch_exceptions=False)
+    assert result.exit_code == 0 and "chat / chat, yarn:2 / chat, template / two" in result.stdout
+    report = read_report(tmp_path / "out")
+    assert [model["template"] for model in report["models"]] == [False, False, True, False]
+    assert {(cell["model"], cell["domain"]) for cell in report["text"]} == {
+        (model, domain) for model in ("chat", "chat, yarn:2", "two") for domain in ("books", "code")
+    }
+    assert len(report["needles"]) == 4 and report["text_name"] == "texts"
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
