@@ -29,6 +29,7 @@ from .convert.masks import Exchange, select_to_file
 from .convert.options import options_of
 from .convert.scoring.command import check_settings, score_to_folder
 from .convert.scoring.probes import check_length
+from .convert.scoring.scores import HeadScores
 from .convert.scoring.settings import ScoreSettings
 from .convert.selection import Masks
 from .convert.teachers import EMBEDDED_TEACHER, Teacher, open_teacher, public_name
