@@ -17,7 +17,7 @@ from hydrahead.training import speed
 from hydrahead.training.cost import decode_bytes, parameters, weight_bytes
 from hydrahead.training.plan import make_plan
 from hydrahead.training.recipe import STAGES
-from hydrahead.training.speed import GPUS, check_points, efficiency, points
+from hydrahead.training.speed import GPUS, check_points, efficiency, least_squares, points
 
 ROOT = Path(__file__).parents[1]
 QWEN3 = {
@@ -154,16 +154,18 @@ def test_a_point_is_predicted_from_the_bytes_that_the_benchmark_counted():
             assert point.config.kv_bytes_per_token() == pytest.approx(exact, rel=0.05 if irregular else 0)
 
 
-def test_a_share_and_a_time_for_each_kernel_are_what_fits_all_steps_best():
-    found, rows = efficiency(), []
-    for point in points():
-        if point.facts["what"] == "decode" and point.facts["is_fitted"]:
-            rows.append([speed.decode_bound(*point.case), point.facts["kernels"]])
-            rows[-1] = [each / point.facts["measured"] for each in rows[-1]]
-    inverse_share, kernel_seconds = np.linalg.lstsq(np.array(rows), np.ones(len(rows)))[0]
-    assert found.decode_share == pytest.approx(1 / inverse_share)
-    assert found.kernel_seconds == pytest.approx(kernel_seconds)
-    assert 0.1 < found.decode_share < 1 and 0 < found.kernel_seconds < 2e-5
+def test_least_squares_are_those_of_what_is_not_negative():
+    rows = np.array([(0.5, 0.1), (0.5, 0.2), (0.6, 0.1)])
+    assert least_squares(rows) == pytest.approx(np.linalg.lstsq(rows, np.ones(3))[0])
+    rows = np.array([(0.5, 0.1), (0.7, 0.9), (0.6, 0.5)])
+    assert np.linalg.lstsq(rows, np.ones(3))[0][1] < 0
+    assert least_squares(rows) == pytest.approx((1.8 / 1.1, 0))  # of the first column alone
+    assert least_squares(rows[:, ::-1]) == pytest.approx((0, 1.8 / 1.1))
+
+
+def test_efficiencies_are_shares_of_what_a_gpu_can_do():
+    found = efficiency()
+    assert 0.1 < found.decode_share < 1 and 0 <= found.kernel_seconds < 2e-5
     assert all(0.05 < share < 0.7 for share in found.prefill_share.values())
     assert all(0.05 < speed.stage_share(stage) < 0.7 for stage in STAGES)
 

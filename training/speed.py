@@ -39,7 +39,10 @@ GPUS = {
 
 def gpu_of(hardware: str) -> Gpu:
     """The GPU that its driver calls so."""
-    return next(gpu for name, gpu in GPUS.items() if name.upper() in hardware)
+    for name, gpu in GPUS.items():
+        if name.upper() in hardware:
+            return gpu
+    raise ValueError(f"{hardware}: its data sheet is not known; add it to GPUS in training/speed.py")
 
 
 def kind_of(config: HydraHeadConfig) -> str:
@@ -99,7 +102,7 @@ class Efficiency:
         """Seconds of a prefill; `None` where no model of this kind was measured."""
         if (share := self.prefill_share.get(kind := kind_of(config))) is None:
             return None
-        launches = config.num_hidden_layers * self.launch_seconds[kind]
+        launches = config.num_hidden_layers * self.launch_seconds.get(kind, 0.0)
         return max(launches, prefill_bound(config, context, batch, gpu) / share)
 
 
@@ -160,12 +163,14 @@ def efficiency() -> Efficiency:
 
 
 def least_squares(rows: Iterable[tuple[float, float]]) -> tuple[float, float]:
-    """`x` and `y` for which `a x + b y` is nearest to 1 over all rows `(a, b)`."""
+    """`x` and `y`, not negative, for which `a x + b y` is nearest to 1 over all rows `(a, b)`."""
     aa = ab = bb = a = b = 0.0
     for left, right in rows:
         aa, ab, bb, a, b = aa + left**2, ab + left * right, bb + right**2, a + left, b + right
-    determinant = aa * bb - ab**2
-    return (a * bb - b * ab) / determinant, (b * aa - a * ab) / determinant
+    x, y = a * bb - b * ab, b * aa - a * ab
+    if x < 0 or y < 0:
+        return (a / aa, 0.0) if y < 0 else (0.0, b / bb)
+    return x / (aa * bb - ab**2), y / (aa * bb - ab**2)
 
 
 @cache
