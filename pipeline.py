@@ -6,6 +6,7 @@ anywhere. A step whose file is there is not done again; one that was interrupted
 """
 
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -314,17 +315,23 @@ def flags_of(values: dict) -> list[str]:
 
 def launch_stage(arguments: list[str]) -> None:
     """`accelerate launch` a step; its processes save themselves when this one is asked to stop."""
-    process = subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *arguments])
-    # A terminal interrupts the processes by itself; a second signal would kill them before they have saved.
-    handlers = {signal.SIGINT: lambda *_: None, signal.SIGTERM: lambda number, _: process.send_signal(number)}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    # Large checkpoints take their time: from PyTorch 2.13 on its launcher can be told to wait longer than 30 seconds.
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"} | os.environ
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    process, received = subprocess.Popen(command, env=environment, start_new_session=True), []
+
+    def hand_on(number: int, _) -> None:
+        received.append(number)
+        os.killpg(process.pid, number)  # to all: Accelerate's launcher of a single process hands nothing on
+
+    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         status = process.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if status:
-        raise SystemExit(status if status > 0 else 128 - status)
+        raise SystemExit(128 + received[0] if received else status if status > 0 else 128 - status)
 
 
 def text_name(text: str | Path | None) -> str:

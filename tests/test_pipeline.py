@@ -278,7 +278,7 @@ def test_stages_of_several_processes_go_through_accelerate(recipe, tmp_path, mon
     started = []
 
     class Process:
-        def __init__(self, words):
+        def __init__(self, words, **_):
             started.append(words)
 
         def wait(self) -> int:

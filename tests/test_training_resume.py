@@ -6,11 +6,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
@@ -18,11 +22,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hydrahead.data.batches import Batch
 from hydrahead.hub.checkpoint import read_made_from
-from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, start_stage, write_recipe
+from hydrahead.tests.training_runs import (
+    finish_stage,
+    free_ports,
+    make_inputs,
+    metrics_of,
+    start_stage,
+    write_recipe,
+)
 from hydrahead.training.checkpoints import Checkpoints, keep_metrics_before
 from hydrahead.training.data import prepare_tokenizer, stage_batches
-from hydrahead.training.loop import Run, Schedule, train
-from hydrahead.training.recipe import load_recipe
+from hydrahead.training.loop import Run, Schedule, _stop_signals, train
+from hydrahead.training.recipe import RECIPES, load_recipe
 from hydrahead.training.stage import Stage
 
 KILLS = 7  # of each stage, 21 in all; three or more of them with something to resume from
@@ -210,6 +221,46 @@ def test_a_stop_signal_finishes_the_step_and_saves(number, finished, tmp_path):
     assert sent_after <= done < 100 and len(metrics_of(out / "align")) == done
     said = (tmp_path / "errors.txt").read_text().splitlines()[-1]
     assert said.startswith(f"hydrahead: stopped by {number.name}; ") and checkpoint.name in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, finished, tmp_path):
+    """As `hydrahead run` launches it; on one process Accelerate's launcher would leave it running."""
+    folder, path, _ = finished
+    out, file = tmp_path / "out", tmp_path / "launch.yaml"
+    settings = yaml.safe_load((RECIPES / "accelerate" / "ddp_cpu.yaml").read_text())
+    kind = {1: "NO", 2: "MULTI_GPU"}[processes]
+    file.write_text(yaml.safe_dump(settings | {"distributed_type": kind, "num_processes": processes}))
+    arguments = ["--config", path, f"output={out}", f"data.cache={folder / 'out' / 'tokens'}", "run.save_every=1000"]
+    launch = ["--config_file", str(file), "--main_process_port", *free_ports(1), "-m", "hydrahead.training.align"]
+    words = "import sys; from hydrahead.pipeline import launch_stage; launch_stage(sys.argv[1:])"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    launched = [sys.executable, "-c", words, *launch, *arguments, "align.tokens=25600"]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(launched, env=environment, stderr=log)
+    while not recorded(out / "align"):
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    (checkpoint,) = Checkpoints(out / "align", 1).all()
+    done = len(metrics_of(out / "align"))
+    assert checkpoint.name == f"checkpoint-{done}" and done < 100
+    finish_stage("align", [*arguments, "align.tokens=25600"], processes=3 - processes)
+    assert [line["step"] for line in metrics_of(out / "align")] == list(range(100))
+
+
+def test_a_signal_that_arrives_twice_is_one_and_a_later_one_interrupts(monkeypatch):
+    """A scheduler signals every process, and a launcher hands on what it got."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with pytest.raises(KeyboardInterrupt), _stop_signals(True) as received:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT] * 2
+        now += 6
+        signal.raise_signal(signal.SIGINT)
 
 
 class Line(torch.nn.Module):

@@ -20,6 +20,7 @@ from ..data.batches import Batch
 from .checkpoints import Checkpoints, keep_metrics_before
 
 REPLICAS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+ECHO_SECONDS = 5  # a scheduler signals every process, and a launcher hands on what it got itself
 SPIKE_WINDOW = 50
 SHORTEST_WINDOW = 20
 
@@ -225,16 +226,21 @@ def _check_step(step: int, metrics: dict, grad_norm: float, losses: list[float],
 
 @contextlib.contextmanager
 def _stop_signals(active: bool) -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT instead of dying of them; a second one kills as ever."""
+    """Collect SIGTERM and SIGINT instead of dying of them; a later one is handled as ever."""
     received: list[int] = []
     if not active:
         yield received
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers, first = (signal.SIGTERM, signal.SIGINT), math.inf
 
     def handle(number: int, _) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if now - first > ECHO_SECONDS:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        first = min(first, now)
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
