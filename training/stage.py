@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
@@ -211,6 +211,18 @@ class Stage:
         return made_from
 
 
+def open_accelerator(**options) -> Accelerator:
+    """What joins this process with those that Accelerate launched beside it."""
+    return Accelerator(
+        # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",  # autocast is ours: FSDP's own policy would round gates and decay to bf16
+        # Of replicas: gradients lie in the buffers that are averaged, instead of beside them.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        **options,
+    )
+
+
 class Job:
     """A stage that is running: its data, its processes, and its way of ending."""
 
@@ -221,10 +233,7 @@ class Job:
         self.data = stage_batches(recipe, stage.name, self.tokenizer, stage.parts)
         self.prompts = self.make_prompts() if stage.name != "align" else {}
         stage.teacher.fetch()
-        self.accelerator = Accelerator(
-            # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision="no",  # autocast is ours: FSDP's own policy would round gates and decay to bf16
+        self.accelerator = open_accelerator(
             gradient_accumulation_steps=section.batch_tokens // recipe.run.micro_batch_tokens // stage.processes,
             log_with=recipe.run.report_to,
             project_dir=str(stage.folder),
