@@ -1,4 +1,4 @@
-"""What `hydrahead plan` computes with: points from `decode-cuda.json` and `training-cuda*.json`, for the package.
+"""What `hydrahead plan` computes with: points from `decode-`, `training-` and `scaling-cuda.json`, for the package.
 
 `report.py` writes them to training/measured.json, beside the page.
 """
@@ -26,9 +26,11 @@ def measured() -> dict:
     decode = json.loads((FOLDER / "decode-cuda.json").read_text())
     training = [json.loads(file.read_text()) for file in FOLDER.glob("training-cuda*.json")]
     training.sort(key=lambda report: -report["shape"]["hidden_size"])
+    several = FOLDER / "scaling-cuda.json"
     return {
         "inference": {"shape": decode["shape"], "points": list(inference(decode["parts"]))},
         "training": [stages(report) for report in training],
+        "scaling": list(scaling(json.loads(several.read_text()))) if several.is_file() else [],
     }
 
 
@@ -69,11 +71,33 @@ def stages(report: dict) -> dict:
         }
     return {
         "hardware": report["hardware"],
-        "shape": {key: value for key, value in report["shape"].items() if key != "name"}
-        | {"vocab_size": settings["speed_vocabulary"]},
+        "shape": shape_of(report),
         "rows": settings["rows"],
         "length": settings["length"],
         "tokens_per_second": {stage: speed[stage] for stage in ("align", "distill", "finetune")},
         "align_rows": settings["align_rows"],
         "peak_bytes": peaks,
     }
+
+
+def scaling(report: dict) -> Iterator[dict]:
+    """Tokens a second of one GPU and of several, by the micro-batches that each accumulates, and bytes on each."""
+    settings = report["settings"]
+    common = {"hardware": report["hardware"], "shape": shape_of(report)}
+    common |= {"rows": settings["rows"], "length": settings["length"]}
+    for way, run in report["runs"].items():
+        for stage, found in run.items():
+            if isinstance(found, dict) and "error" not in found:
+                yield common | {
+                    "stage": stage,
+                    "way": way,
+                    "gpus": run["processes"],
+                    "tokens_per_second": found["tokens_per_second"],
+                    "bytes": found["memory_gb"] * 1e9,
+                }
+
+
+def shape_of(report: dict) -> dict:
+    """Fields of a configuration."""
+    shape = {key: value for key, value in report["shape"].items() if key != "name"}
+    return shape | {"vocab_size": report["settings"]["speed_vocabulary"]}

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from hydrahead import HydraHeadConfig, HydraHeadForCausalLM
-from hydrahead.benchmarks.measured import OUTPUT, measured
+from hydrahead.benchmarks.measured import OUTPUT, measured, scaling
 from hydrahead.cli import app
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, make_student, student_fields
@@ -172,12 +172,36 @@ def test_efficiencies_are_shares_of_what_a_gpu_can_do():
 
 def test_the_check_names_every_measurement_and_its_error():
     rows = check_points()
-    stages = speed.MEASURED["training"]
-    assert len(rows) == len(points()) + sum(3 + len(report["peak_bytes"]) for report in stages)
+    stages, several = speed.MEASURED["training"], speed.MEASURED["scaling"]
+    assert len(rows) == len(points()) + sum(3 + len(report["peak_bytes"]) for report in stages) + 3 * len(several)
     for row in rows:
         assert row["predicted"] is None or row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
-    memory = [row for row in rows if "bytes" in row["what"]]
+    memory = [row for row in rows if row["note"].startswith("above weights")]
     assert memory and all(abs(row["error"]) < 0.1 for row in memory)
+
+
+def test_runs_on_several_gpus_are_checked_too(monkeypatch):
+    found = {"tokens_per_second": {"1": 9e3, "4": 1e4}, "memory_gb": 50.0, "first_step_seconds": 1.0}
+    training = speed.MEASURED["training"][0]
+    report = {
+        "shape": {"name": "1.7b"} | {key: value for key, value in training["shape"].items() if key != "vocab_size"},
+        "settings": {"rows": 2, "length": 4096, "speed_vocabulary": 151936},
+        "runs": {
+            "one": {"distill": found, "processes": 1, "seconds": 1.0},
+            "fsdp2": {"distill": found, "finetune": {"error": "out of memory"}, "processes": 2},
+        },
+        "hardware": "NVIDIA H100 80GB HBM3",
+    }
+    monkeypatch.setitem(speed.MEASURED, "scaling", list(scaling(report)))
+    rows = check_points()[-6:]
+    assert [row["what"] for row in rows] == 2 * ["distill, tokens/s", "distill, tokens/s", "distill, bytes"]
+    assert rows[3]["case"] == "fsdp2, 2 x 1 x 2 x 4,096"
+    assert rows[3]["predicted"] == pytest.approx(2 * rows[0]["predicted"])
+    trained = speed.measured_stage(training, "distill", 2, 4096).trained
+    # Weights and optimiser are divided, gradients of four micro-batches are not.
+    assert rows[2]["predicted"] - rows[5]["predicted"] == pytest.approx(
+        6 * trained - speed.measured_stage(training, "distill", 2, 4096).gathered_bytes
+    )
 
 
 def test_what_nobody_measured_is_not_predicted(monkeypatch):

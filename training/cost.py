@@ -120,15 +120,11 @@ class Cost:
         Args:
             sharded: weights, gradients and optimiser are divided (FSDP2); else every GPU has a whole replica (DDP).
         """
-        if sharded:
-            # Accelerate divides gradients when a step's last micro-batch has been accumulated, not before.
-            gradients, weights = 4 if self.micro_batches > gpus else 4 / gpus, 12 / gpus
-        else:
-            # DDP's buckets are a second copy; alignment averages gradients by itself.
-            gradients, weights = 8 if gpus > 1 and self.stage != "align" else 4, 12
+        # Accelerate divides gradients when a step's last micro-batch has been accumulated, not before.
+        divided = gpus if sharded and self.micro_batches <= gpus else 1
         return {
-            "weights and optimiser": weights * self.trained,
-            "gradients": gradients * self.trained,
+            "weights and optimiser": 12 * self.trained / (gpus if sharded else 1),
+            "gradients": 4 * self.trained / divided,
             "gathered layers": self.gathered_bytes if sharded else 0,
             "weights in bf16": self.cast_bytes,
             "activations": self.activation_bytes,

@@ -186,10 +186,12 @@ def stage_seconds(cost: Cost, gpu: Gpu) -> float:
     return cost.flops / (gpu.flops * stage_share(cost.stage))
 
 
-def measured_stage(report: dict, stage: str, rows: int, length: int, checkpointing: bool = False) -> Cost:
-    """One step of a stage as benchmarks/training.py measures it: a quarter of the heads of each layer, one batch."""
+def measured_stage(
+    report: dict, stage: str, rows: int, length: int, checkpointing: bool = False, micro_batches: int = 1
+) -> Cost:
+    """One step of a stage as the benchmarks of training measure it, with a quarter of the heads of each layer."""
     shape, tokens = report["shape"], rows * length
-    section = {"tokens": tokens, "batch_tokens": tokens, "length": length}
+    section = {"tokens": tokens * micro_batches, "batch_tokens": tokens * micro_batches, "length": length}
     section |= {"learning_rate": 0.0, "final_learning_rate": 0.0}
     recipe = Recipe(
         "",
@@ -232,6 +234,15 @@ def check_points() -> list[dict]:
             cost = measured_stage(report, stage, *shape, checkpointing=True)
             kept, note = cost.activation_bytes + cost.cast_bytes, "above weights, gradients and optimiser"
             add(f"{stage}, bytes", "{}, {} x {:,}".format(size, *shape), kept, measured, note)
+    for report in MEASURED["scaling"]:
+        stage, gpus, gpu = report["stage"], report["gpus"], gpu_of(report["hardware"])
+        for count, speed in report["tokens_per_second"].items():
+            most = int(count) * gpus  # micro-batches
+            cost = measured_stage(report, stage, report["rows"], report["length"], True, most)
+            case = f"{report['way']}, {gpus} x {count} x {report['rows']} x {report['length']:,}"
+            add(f"{stage}, tokens/s", case, gpus * cost.tokens / stage_seconds(cost, gpu), speed)
+        held = sum(cost.memory(gpus, report["way"] == "fsdp2").values())
+        add(f"{stage}, bytes", case, held, report["bytes"], "all that a GPU holds")
     return rows
 
 
