@@ -54,7 +54,9 @@ reference_recurrent_gated_delta_rule = inspect.unwrap(torch_recurrent_gated_delt
 
 def has_kernels(x: torch.Tensor) -> bool:
     """Whether `prepare_heads` and `fuse_heads` run where a tensor is."""
-    return x.is_cuda and prepare_heads is not None
+    # Of more than one token the compiler makes nearly as few kernels itself, and it knows no length beforehand.
+    is_traced = torch.compiler.is_compiling() and x.shape[1] > 1
+    return x.is_cuda and prepare_heads is not None and not is_traced
 
 
 class Padding(NamedTuple):

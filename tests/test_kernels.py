@@ -45,11 +45,14 @@ def ids_of(rows: int, length: int) -> torch.Tensor:
 
 
 def both_ways(monkeypatch, call) -> None:
-    """The same from the kernels and from PyTorch, within rounding."""
+    """The same logits from the kernels and from PyTorch, and the same gradients, if any, within rounding."""
     kernels = call()
     monkeypatch.setattr(modeling, "has_kernels", lambda x: False)
-    for found, expected in zip(kernels, call()):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3 * float(expected.detach().abs().max()))
+    for place, (found, expected) in enumerate(zip(kernels, call())):
+        # On a GPU fla multiplies in tf32: what differs by rounding before it differs by 1e-3 of its terms after it,
+        # and gradients are sums of terms of both signs.
+        tolerance = 2e-2 if DEVICE == "cuda" and kernels[0].requires_grad and place else 1e-3
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.detach().abs().max()))
 
 
 @pytest.fixture(autouse=True)
