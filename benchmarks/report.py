@@ -69,7 +69,8 @@ def read(name: str):
 
 
 FILES = {name.replace("-", "_"): read(name) for name in (
-    *("decode-cpu", "scoring-cpu", "scoring-cuda", "training-cpu", "training-cuda", "training-cuda-135m", "demo"),
+    *("decode-cpu", "scoring-cpu", "scoring-cuda", "training-cpu", "training-cuda", "training-cuda-135m"),
+    *("scaling-cuda", "demo"),
 )}  # fmt: skip
 FOUND = {name: Found(value) for name, value in FILES.items()}
 PARTS = read("decode-cuda")["parts"]
@@ -409,6 +410,22 @@ def training() -> str:
     return table(("", "CPU", "GPU"), rows)
 
 
+def scaling() -> str:
+    """Tokens per second of all GPUs, their share of as many times one GPU's, and the memory of one of them."""
+    found, rows = FOUND["scaling_cuda"], []
+    for stage in ("align", "distill", "finetune"):
+        one, *several = (found["runs"][way][stage] for way in ("one", "ddp", "fsdp2"))
+        for micro in (1, 4):
+            cells = [f"{one['tokens_per_second'][micro]:,.0f}"]
+            for way, run in zip(("ddp", "fsdp2"), several):
+                share = found["scaling"][stage][way]["efficiency"][micro]
+                cells.append(f"{run['tokens_per_second'][micro]:,.0f}" + (f" ({share:.0%})" if share else ""))
+            rows.append((f"{stage}, {micro} micro-batch{'es' if micro > 1 else ''} a step", *cells))
+        memory = [f"{run['memory_gb']:.0f}" for run in (one, *several)]
+        rows.append((f"{stage}, peak GB of a GPU", *memory))
+    return table(("tokens/s (share of the ideal)", "one GPU", "DDP", "FSDP2"), rows)
+
+
 def first_passes() -> str:
     rows = []
     for (is_tuned, backward, cache), run in PASSES.items():
@@ -432,7 +449,7 @@ def predictions() -> str:
 
 TABLES = (
     targets, decoding, eager, batches, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
-    operation_counts, shortlists, training, first_passes, predictions,
+    operation_counts, shortlists, training, scaling, first_passes, predictions,
 )  # fmt: skip
 
 
