@@ -40,7 +40,7 @@ from hydrahead.training.align import align
 from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.recipe import RECIPES
-from hydrahead.training.stage import open_accelerator
+from hydrahead.training.stage import open_accelerator, open_autocast
 from hydrahead.training.student import StudentLoss, prepare_student, train_student
 
 STAGES = ("align", "distill", "finetune")
@@ -72,7 +72,7 @@ def measure_stage(stage: str, machine: Machine, accelerator: Accelerator, teache
         machine.synchronize()
         marks.append(time.perf_counter())
 
-    arguments = {"autocast": machine.autocast, "on_step": on_step}
+    arguments = {"autocast": open_autocast(accelerator, machine.is_cuda), "on_step": on_step}
     if machine.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     if stage == "align":
@@ -109,6 +109,8 @@ def measure(options: argparse.Namespace) -> None:
             result[stage] = {"error": "out of memory"}
         accelerator.free_memory()
         gc.collect()
+        if accelerator.is_fsdp2:
+            accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None  # the next stage's layers are others
         if accelerator.is_main_process:
             print(f"{stage}: {result[stage]}, {time.monotonic() - started:.0f} s", flush=True)
             Record(options.result).write(result)

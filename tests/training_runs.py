@@ -67,6 +67,7 @@ class ShardedAccelerator(Accelerator):
     """FSDP2 on a CPU: Accelerate's own path, but for its refusal to take it without a GPU."""
 
     def __init__(self, **options):
+        del os.environ["ACCELERATE_USE_FSDP"]
         super().__init__(**options)
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -88,6 +89,8 @@ def run_stage(
     """What a child process does: a stage's command line, with what it says on stderr in a file if one is given."""
     os.environ.update(environment)
     stage_module.Accelerator = ShardedAccelerator if sharded else CheckedAccelerator
+    if sharded:
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")  # what Accelerate's launcher tells
     if errors is not None:
         sys.stderr = errors.open("w")
     MAINS[stage](arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 from transformers import PreTrainedModel
 
 from ..configuration_hydrahead import HydraHeadConfig
@@ -211,16 +211,25 @@ class Stage:
         return made_from
 
 
-def open_accelerator(**options) -> Accelerator:
-    """What joins this process with those that Accelerate launched beside it."""
+def open_accelerator(accumulated: int = 1, **options) -> Accelerator:
+    """What joins this process with those launched beside it, for steps of `accumulated` micro-batches on each."""
+    # Where weights are sharded, gradients are too, after every micro-batch: whole ones would be as large as the model.
+    is_sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true"
     return Accelerator(
         # Without this, Accelerate starts processes on a machine without a GPU that know nothing of each other.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # autocast is ours: FSDP's own policy would round gates and decay to bf16
+        gradient_accumulation_plugin=GradientAccumulationPlugin(accumulated, sync_each_batch=is_sharded),
         # Of replicas: gradients lie in the buffers that are averaged, instead of beside them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         **options,
     )
+
+
+def open_autocast(accelerator: Accelerator, enabled: bool = True) -> Callable[[], torch.autocast]:
+    """Computing in bf16; what it casts of sharded weights is not kept, or all of them would be there after all."""
+    cached = not accelerator.is_fsdp2
+    return partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled, cache_enabled=cached)
 
 
 class Job:
@@ -234,7 +243,7 @@ class Job:
         self.prompts = self.make_prompts() if stage.name != "align" else {}
         stage.teacher.fetch()
         self.accelerator = open_accelerator(
-            gradient_accumulation_steps=section.batch_tokens // recipe.run.micro_batch_tokens // stage.processes,
+            section.batch_tokens // recipe.run.micro_batch_tokens // stage.processes,
             log_with=recipe.run.report_to,
             project_dir=str(stage.folder),
         )
@@ -249,8 +258,7 @@ class Job:
             stage.earlier.write(stage.record() | {"parts": stage.parts})
         if recipe.run.report_to:
             self.accelerator.init_trackers(stage.name)
-        device, in_bf16 = self.accelerator.device.type, recipe.run.mixed_precision == "bf16"
-        self.autocast = partial(torch.autocast, device, dtype=torch.bfloat16, enabled=in_bf16)
+        self.autocast = open_autocast(self.accelerator, recipe.run.mixed_precision == "bf16")
 
     def load_teacher(self) -> PreTrainedModel:
         """The teacher in the recipe's dtype, without gradients, on this process's device."""
