@@ -322,9 +322,10 @@ def launch_stage(arguments: list[str]) -> None:
 
     def hand_on(number: int, _) -> None:
         received.append(number)
-        os.killpg(process.pid, number)  # to all: Accelerate's launcher of a single process hands nothing on
+        os.killpg(process.pid, signal.SIGTERM)  # all: Accelerate's launcher of a single process hands nothing on
 
-    previous = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # which Windows lacks
+    previous = {each: signal.signal(each, hand_on) for each in numbers if signal.getsignal(each) != signal.SIG_IGN}
     try:
         status = process.wait()
     finally:

@@ -224,8 +224,8 @@ def test_a_stop_signal_finishes_the_step_and_saves(number, finished, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, finished, tmp_path):
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGHUP), (2, signal.SIGTERM)])
+def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, number, finished, tmp_path):
     """As `hydrahead run` launches it; on one process Accelerate's launcher would leave it running."""
     folder, path, _ = finished
     out, file = tmp_path / "out", tmp_path / "launch.yaml"
@@ -242,8 +242,8 @@ def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, fi
     while not recorded(out / "align"):
         assert process.poll() is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait() == 128 + number
     (checkpoint,) = Checkpoints(out / "align", 1).all()
     done = len(metrics_of(out / "align"))
     assert checkpoint.name == f"checkpoint-{done}" and done < 100
