@@ -16,7 +16,7 @@ from hydrahead.configuration_hydrahead import AUTO_MAP
 from hydrahead.tests.families import make_student, random_ids
 
 ROOT = Path(__file__).parents[1]
-CODE = ("configuration_hydrahead.py", "modeling_hydrahead.py", "ops_hydrahead.py")
+CODE = tuple(f"{name}_hydrahead.py" for name in ("configuration", "modeling", "ops", "kernels"))
 
 
 @pytest.fixture(scope="module")

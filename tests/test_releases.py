@@ -24,7 +24,7 @@ from hydrahead.tests.families import ALL_FULL, make_student, make_teacher, rando
 OLD = Path(__file__).parent / "checkpoint_0_1"  # written by version 0.1: weights, configuration, what they gave
 CODE = [
     Path(inspect.getfile(HydraHeadForCausalLM)).parent / f"{kind}_hydrahead.py"
-    for kind in ("modeling", "ops", "configuration")
+    for kind in ("modeling", "ops", "kernels", "configuration")
 ]
 EMBEDDED_TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 DEMO_MASKS = [  # as the demo chose them once
