@@ -8,13 +8,16 @@ READY = $(VENV)/.ready
 RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/modeling tests/test_linear_attention.py \
 	tests/test_configuration.py tests/test_conversion.py
 
-.PHONY: demo test test-releases test-all lint format bench clean always
+.PHONY: demo test test-slow test-releases test-all lint format bench clean always
 
 demo: $(READY)
 	$(BIN)/hydrahead demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
 	for release in lowest newest; do \
@@ -22,7 +25,7 @@ test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
 	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) || exit 1; \
 	done
 
-test-all: test test-releases
+test-all: test test-slow test-releases
 
 lint: $(READY)
 	$(BIN)/ruff check .
