@@ -261,8 +261,10 @@ def test_a_checkpoint_of_version_0_1_gives_what_it_gave(tmp_path):
     model = load(folder).eval()
     expected = load_file(OLD / "expected.safetensors")
     with torch.no_grad():
-        # Another processor sums in another order, and the norm of a head's output near zero makes that 2e-4.
-        assert (model(expected["input_ids"]).logits - expected["logits"]).abs().max() < 1e-3
+        off = (model(expected["input_ids"]).logits - expected["logits"]).abs().amax((1, 2))
+    # Noise of 6e-8 in the weights, in fp64, moves the first row by 1e-4 and the second by 8e-6: a head's output near zero
+    # is normalised there, and processors sum in different orders.
+    assert off[0] < 5e-4 and off[1] < 1e-5
     assert torch.equal(model.generate(expected["input_ids"], **NO_END)[:, LENGTH:], expected["generated"])
 
 
