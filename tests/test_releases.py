@@ -262,8 +262,8 @@ def test_a_checkpoint_of_version_0_1_gives_what_it_gave(tmp_path):
     expected = load_file(OLD / "expected.safetensors")
     with torch.no_grad():
         off = (model(expected["input_ids"]).logits - expected["logits"]).abs().amax((1, 2))
-    # Noise of 6e-8 in the weights, in fp64, moves the first row by 1e-4 and the second by 8e-6: a head's output near zero
-    # is normalised there, and processors sum in different orders.
+    # Noise of 6e-8 in the weights moves the first row by 1e-4, even in fp64, the second by 8e-6: a norm of what is
+    # nearly zero, and processors sum in different orders.
     assert off[0] < 5e-4 and off[1] < 1e-5
     assert torch.equal(model.generate(expected["input_ids"], **NO_END)[:, LENGTH:], expected["generated"])
 
