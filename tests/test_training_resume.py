@@ -223,7 +223,18 @@ def test_a_stop_signal_finishes_the_step_and_saves(number, finished, tmp_path):
     assert said.startswith(f"hydrahead: stopped by {number.name}; ") and checkpoint.name in said
 
 
+@pytest.fixture
+def heard_signals():
+    """Signals as a terminal leaves them: `nohup` and a shell's `&` hand down that they are ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    previous = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGHUP), (2, signal.SIGTERM)])
 def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, number, finished, tmp_path):
     """As `hydrahead run` launches it; on one process Accelerate's launcher would leave it running."""
@@ -251,7 +262,7 @@ def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, nu
     assert [line["step"] for line in metrics_of(out / "align")] == list(range(100))
 
 
-def test_a_signal_that_arrives_twice_is_one_and_a_later_one_interrupts(monkeypatch):
+def test_a_signal_that_arrives_twice_is_one_and_a_later_one_interrupts(monkeypatch, heard_signals):
     """A scheduler signals every process, and a launcher hands on what it got."""
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
