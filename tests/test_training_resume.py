@@ -36,7 +36,7 @@ from hydrahead.training.loop import Run, Schedule, _stop_signals, train
 from hydrahead.training.recipe import RECIPES, load_recipe
 from hydrahead.training.stage import Stage
 
-KILLS = 7  # of each stage, or up to 21 until three of them leave something to resume from
+KILLS = 7  # of each stage, 21 in all; three or more of them with something to resume from
 RESULTS = {
     "align": "head_forms.safetensors",
     "distill": "student/model.safetensors",
@@ -77,7 +77,7 @@ def test_a_run_killed_at_random_instants_is_the_uninterrupted_run_bit_for_bit(st
     rng, out = random.Random(stage), folder / f"killed-{stage}"
     kills = halfway = 0
     arguments = ["--config", path, f"output={out}", f"data.cache={folder / 'out' / 'tokens'}"]
-    while kills < KILLS or (halfway < KILLS // 2 and kills < 3 * KILLS):
+    while kills < KILLS or halfway < KILLS // 2:
         shutil.rmtree(out, ignore_errors=True)
         put_earlier_stages(folder, out, stage)
         while True:
