@@ -14,6 +14,7 @@
 """What HydraHead layers compute with, by device: the recurrence, a step of attention, one product for several."""
 
 import inspect
+import os
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,6 +27,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_recurrent_gated_delta_rule,
 )
 from transformers.utils import logging
+
+# fla keeps what it derives from the bounds of the last four shapes; a mask has as many as its layers have head counts.
+os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
 
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
@@ -116,7 +120,7 @@ class Packing(NamedTuple):
         return self.of_heads[heads]
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def even_bounds(
     sequences: int, length: int, device: torch.device, is_inference: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

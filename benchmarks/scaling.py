@@ -45,8 +45,8 @@ from hydrahead.training.student import StudentLoss, prepare_student, train_stude
 
 STAGES = ("align", "distill", "finetune")
 # Micro-batches of each step in turn. Accelerate counts them from the start: as many as a multiple come before a four.
-STEPS = (1, 1, 1, 1, 4, 4, 4)
-WARM_UP = 2  # steps
+STEPS = (*[1] * 8, 4, 4, 4)
+WARM_UP = 4  # steps, the recording of one among them
 SECONDS = 270  # that a launch on GPUs may take
 
 

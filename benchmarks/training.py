@@ -36,6 +36,7 @@ from hydrahead.provenance import Record, environment
 from hydrahead.training.align import FittedHeads, align, teacher_heads
 from hydrahead.training.distill import read_teacher
 from hydrahead.training.loop import Schedule
+from hydrahead.training.replay import WARM_UP
 from hydrahead.training.student import StudentLoss, prepare_student, train_student
 
 SHAPES = {
@@ -225,8 +226,8 @@ def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -
     def stage_step(train: Callable) -> float:
         seconds = []
         accelerator = Accelerator(cpu=not machine.is_cuda)
-        train(accelerator, Schedule(2, 1e-6, 1e-6, 1), lambda _, metrics: seconds.append(metrics["seconds"]))
-        return seconds[-1]  # the first step allocates the optimiser's state
+        train(accelerator, Schedule(WARM_UP + 3, 1e-6, 1e-6, 1), lambda _, metrics: seconds.append(metrics["seconds"]))
+        return seconds[-1]  # the first steps allocate the optimiser's state, and record the others
 
     def run_align(accelerator, schedule, on_step):
         align(accelerator, teacher, module, lambda _: aligned, schedule, autocast=machine.autocast, on_step=on_step)

@@ -1,12 +1,19 @@
 """What only a GPU can show: fla's kernels against the reference, and the choice between them by device."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import CompileConfig
 
 from hydrahead import HydraHeadConfig, HydraHeadForCausalLM, modeling_hydrahead, ops_hydrahead
+from hydrahead.data.batches import Batch
+from hydrahead.training import loop
+from hydrahead.training.loop import Schedule
+from hydrahead.training.replay import Replayed
+from hydrahead.training.student import StudentLoss, prepare_student, train_student
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or ops_hydrahead.chunk_gated_delta_rule is None,
@@ -142,6 +149,44 @@ def test_autocast_trains_like_fp32(models, ids):
         if exact[name].norm() > 1e-6 and not name.endswith("A_log"):
             assert torch.cosine_similarity(parameter.grad.flatten(), exact[name].flatten(), 0) > 0.98, name
     gpu.zero_grad()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_recorded_step_trains_like_one_that_runs(models, ids, checkpointing, monkeypatch):
+    """Over steps of two micro-batches, a new shape and an evaluation among them: the same losses and weights."""
+    others = torch.randint(0, 128, (2, 200), generator=torch.Generator().manual_seed(2))
+    records = []
+
+    class Watched(Replayed):
+        def _record(self, *args):
+            records.append(super()._record(*args))
+            return records[-1]
+
+    def run(is_recorded: bool) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        student, metrics = copy.deepcopy(models[1]), []
+        prepare_student(student, None, checkpointing)
+        monkeypatch.setattr(loop, "Replayed", Watched)
+        monkeypatch.setattr(Watched, "serves", staticmethod(lambda _: is_recorded))
+
+        def micro_batches(step: int) -> list[Batch]:
+            rows = others if step == 5 else ids
+            return [Batch(each.view(1, -1).roll(step, 1), torch.ones(1, rows.shape[1])) for each in rows]
+
+        train_student(
+            Accelerator(gradient_accumulation_steps=2),
+            StudentLoss(student),
+            micro_batches,
+            Schedule(9, 1e-3, 1e-4, 2),
+            autocast=partial(torch.autocast, "cuda", torch.bfloat16),
+            on_step=lambda _, found: metrics.append(found),
+        )
+        return metrics, student.state_dict()
+
+    (found, weights), (expected, others_weights) = run(True), run(False)
+    assert records == [True, True]  # anew after the one step of another shape, which was over before it was recorded
+    for name in ("loss", "grad_norm"):
+        assert [each[name] for each in found] == pytest.approx([each[name] for each in expected], rel=2e-3)
+    assert all(relative_error(weights[name], others_weights[name]) < 2e-3 for name in weights)
 
 
 def test_bf16_stays_close_to_fp32(models, ids):

@@ -18,6 +18,7 @@ from torch import nn
 from ..console import Stopped, progress
 from ..data.batches import Batch
 from .checkpoints import Checkpoints, keep_metrics_before
+from .replay import Backward, Replayed
 
 REPLICAS = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 ECHO_SECONDS = 5  # a scheduler signals every process, and a launcher hands on what it got itself
@@ -79,11 +80,12 @@ def train(
     accelerator: Accelerator,
     model: nn.Module,
     micro_batches: Callable[[int], list[Batch]],
-    backward: Callable[[nn.Module, Batch, float], dict[str, torch.Tensor]],
+    backward: Backward,
     schedule: Schedule,
     run: Run | None = None,
     on_step: Callable[[int, dict], None] | None = None,
     by_layers: bool = False,
+    replays: bool = True,
 ) -> nn.Module:
     """
     Train the parameters of `model` that require a gradient with AdamW.
@@ -100,6 +102,7 @@ def train(
         on_step: called after each step with the steps done and what was recorded.
         by_layers: `backward` goes back once for every layer, which the hooks of DistributedDataParallel cannot follow:
             gradients of replicas are averaged when a step's last one is there.
+        replays: `backward` does the same for all batches of a shape and reads nothing else: a GPU may record it.
 
     Returns:
         the trained model, as prepared by `accelerator`.
@@ -118,6 +121,8 @@ def train(
         metrics_file = run.folder / "metrics.jsonl"
         keep_metrics_before(metrics_file, first)
     model.train()
+    replayed = Replayed(backward) if replays and Replayed.serves(accelerator) else None
+    backward = replayed or backward
     seed = torch.initial_seed() + accelerator.process_index
     shown = progress(run.name if run else "", schedule.steps, first, active=records)
     with _stop_signals(run is not None) as received, shown as advance:
@@ -132,12 +137,14 @@ def train(
             grad_norm = _finish_gradients(accelerator, model, schedule.max_grad_norm, by_layers)
             _check_step(step, metrics, grad_norm, losses, run, checkpoints)
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=replayed is None)
             losses = [*losses, metrics["loss"]][-SPIKE_WINDOW:]
             seconds = time.perf_counter() - started
             metrics |= {"grad_norm": grad_norm, "learning_rate": schedule.learning_rate_at(step), "seconds": seconds}
             metrics |= {"tokens_per_second": tokens / seconds, "memory_gb": _memory_gb(accelerator)}
             if run and run.evaluate_every and ((step + 1) % run.evaluate_every == 0 or step + 1 == schedule.steps):
+                if replayed:
+                    replayed.forget()
                 metrics |= run.evaluate()
                 model.train()
             if records:

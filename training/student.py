@@ -66,12 +66,14 @@ def train_student(
     run: Run | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[int, dict], None] | None = None,
+    replays: bool = True,
 ) -> nn.Module:
     """
     Train a student's parameters that require a gradient.
 
     Args:
         teacher_of: the teacher's view of a batch, without gradient.
+        replays: as in `loop.train`.
 
     Returns:
         the trained `StudentLoss`, as prepared by `accelerator`.
@@ -91,7 +93,7 @@ def train_student(
             batch.weights[:, 0] = 0  # nothing predicts the first token: it must not count in the mean
         return batches
 
-    return train(accelerator, model, predicted, backward, schedule, run, on_step)
+    return train(accelerator, model, predicted, backward, schedule, run, on_step, replays=replays)
 
 
 def prepare_student(
@@ -110,7 +112,9 @@ def prepare_student(
     # Renamed in transformers 5.23; the old name is the one that all supported versions know, PEFT among its users.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     if checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The generator's state, which cannot be recorded (`Replayed`), is asked for only where something is drawn.
+        settings = {"use_reentrant": False, "preserve_rng_state": student.config.attention_dropout > 0}
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if lora is None:
         return lambda: student
     settings = LoraConfig(
@@ -139,6 +143,7 @@ def train_and_save(
     config: HydraHeadConfig,
     load: Callable[[], HydraHeadForCausalLM],
     teacher_of: Callable[[Batch], TeacherChunk | None] = lambda batch: None,
+    replays: bool = True,
     **weights: float,
 ) -> None:
     """
@@ -147,6 +152,7 @@ def train_and_save(
     Args:
         config: of the student.
         load: gives it as the stage starts from it, in fp32.
+        teacher_of, replays: as in `train_student`.
         weights: of the losses, as in `StudentLoss`.
     """
     made_from = job.stage.made_from(config)
@@ -157,7 +163,9 @@ def train_and_save(
 
     student, _ = build()
     model, run = StudentLoss(student, **weights), job.run(lambda: job.evaluate_student(student))
-    trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast)
+    trained = train_student(
+        job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast, replays=replays
+    )
     state = job.accelerator.get_state_dict(trained)
     del trained  # for `end` to let go of it
 
