@@ -22,14 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# fla keeps what it derives from the bounds of the last four shapes, and a mask has as many shapes as its layers have
+# counts of heads. It asks when it is imported, which transformers does below.
+os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
+
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     torch_chunk_gated_delta_rule,
     torch_recurrent_gated_delta_rule,
 )
 from transformers.utils import logging
-
-# fla keeps what it derives from the bounds of the last four shapes; a mask has as many as its layers have head counts.
-os.environ.setdefault("FLA_TENSOR_CACHE_SIZE", "64")
 
 try:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule

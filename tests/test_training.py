@@ -87,12 +87,12 @@ def test_distillation_on_the_likeliest_tokens_is_a_lower_bound_and_exact_for_all
 def test_a_teacher_cache_reads_logits_in_chunks_and_claims_no_row_before_its_data_is_on_disk(tmp_path, monkeypatch):
     """What a power failure leaves is what was flushed: tokens first, then what says that they are there."""
     monkeypatch.setattr(teacher_cache, "CHUNK_TOKENS", 8)
-    log_p = F.log_softmax(torch.randn(60, 11, generator=torch.Generator().manual_seed(0)), -1)
-    asked, flushed = [], []
+    logits = torch.randn(60, 11, generator=torch.Generator().manual_seed(0))
+    log_p, asked, flushed = F.log_softmax(logits, -1), [], []
 
     def teacher(part: slice):
-        asked.append(len(log_p[part]))
-        return log_p[part], None
+        asked.append(len(logits[part]))
+        return logits[part], None
 
     def flush(self):
         name = Path(self.filename).name

@@ -37,6 +37,14 @@ def read_teacher(teacher: PreTrainedModel, batch: Batch, temperature: float = 1.
     return teacher_chunks(states.flatten(0, 1), teacher.lm_head.weight, temperature)
 
 
+def compiled_layers(teacher: PreTrainedModel) -> PreTrainedModel:
+    """A teacher whose layers run compiled on a GPU: all are alike, so that one is compiled for each length of rows."""
+    if teacher.device.type == "cuda":
+        for layer in teacher.model.layers:
+            layer.compile(dynamic=False)
+    return teacher
+
+
 def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
     """The whole stage, from a recipe to a student folder; nothing where that is there already."""
     stage = Stage(recipe, "distill")
@@ -58,7 +66,8 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
         )
 
     cache, job = open_cache(stage), Job(stage)
-    teacher, weights = job.load_teacher(), {key: getattr(stage.section, key) for key in WEIGHTS}
+    teacher = compiled_layers(job.load_teacher())
+    weights = {key: getattr(stage.section, key) for key in WEIGHTS}
 
     def teacher_of(batch: Batch) -> TeacherChunk:
         read = partial(read_teacher, teacher, batch, stage.section.temperature)

@@ -9,8 +9,8 @@ CHUNK_TOKENS = 1024  # rows of logits that exist at once
 
 TeacherChunk = Callable[[slice], tuple[torch.Tensor, torch.Tensor | None]]
 """
-The teacher's log probabilities of some tokens, at the temperature of the loss: `[n, V]` fp32 and `None`, or those of
-its `k` likeliest tokens `[n, k]` and which ones they are.
+The teacher's view of some tokens, at the temperature of the loss: its logits `[n, V]` and `None`, or the log
+probabilities of its `k` likeliest tokens `[n, k]` fp32 and which ones they are.
 """
 
 
@@ -36,6 +36,42 @@ def _divergence(
     return kl + rest_p * (rest_p.log() - rest_q.log()), target
 
 
+def _losses_of_chunk(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    kl_scale: torch.Tensor,
+    ce_scale: torch.Tensor,
+    teacher: tuple[torch.Tensor, torch.Tensor | None] | None,
+    temperature: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    KL and cross entropy of each token `[n]`, and the gradient of the scaled losses' sum by the logits, in their dtype.
+
+    Args:
+        logits: `[n, V]`.
+        labels, kl_scale, ce_scale: `[n]`.
+        temperature: `None` for 1.
+    """
+    whole = logits.float()
+    log_q = F.log_softmax(whole if temperature is None else whole / temperature, dim=-1)
+    kl, grad = torch.zeros_like(kl_scale), 0.0
+    if teacher is not None:
+        values, indices = teacher
+        log_p = F.log_softmax(values.float(), dim=-1) if indices is None else values
+        kl, target = _divergence(log_q, log_p, indices)
+        grad = (log_q.exp() - target) * kl_scale.unsqueeze(-1)
+    if temperature is not None:
+        log_q = F.log_softmax(whole, dim=-1)
+    ce = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    is_label = torch.arange(whole.shape[-1], device=whole.device) == labels.unsqueeze(-1)
+    grad = grad + (log_q.exp() - is_label.float()) * ce_scale.unsqueeze(-1)
+    return kl, ce, grad.to(logits.dtype)
+
+
+# Over logits of a large vocabulary there are some twenty operations, which a GPU does in three kernels.
+_compiled_losses = torch.compile(_losses_of_chunk, dynamic=False)
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Computes the gradient where the logits are at hand, in the forward pass: nothing is computed twice."""
 
@@ -44,24 +80,20 @@ class _ChunkedLoss(torch.autograd.Function):
         wants_states, wants_head = ctx.needs_input_grad[:2]
         states_grad = torch.empty_like(states) if wants_states else None
         head_grad = torch.zeros_like(head_weight) if wants_head else None
+        losses_of = _compiled_losses if states.is_cuda else _losses_of_chunk
+        kl_scale, ce_scale = weights * (kl_weight * temperature), weights * ce_weight
         sums = torch.zeros(2, device=states.device)
         for start in range(0, len(states), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = F.linear(states[part], head_weight).float()  # [n, V]
-            weight, label = weights[part], labels[part].unsqueeze(-1)
-            log_q = F.log_softmax(logits / temperature, dim=-1)
-            logits_grad = torch.zeros((), device=states.device)
-            if teacher is not None:
-                kl, target = _divergence(log_q, *teacher(part))
-                sums[0] += (kl * weight).sum() * temperature**2
-                scale = (kl_weight * temperature * weight).unsqueeze(-1)
-                logits_grad = target.neg_().add_(log_q.exp()).mul_(scale)
-            log_q = log_q if temperature == 1 else F.log_softmax(logits, dim=-1)
-            sums[1] -= (log_q.gather(-1, label).squeeze(-1) * weight).sum()
-            if ce_weight and (wants_states or wants_head):
-                scale = (ce_weight * weight).unsqueeze(-1)
-                grad = log_q.exp_().mul_(scale)
-                logits_grad = logits_grad + grad.scatter_add_(-1, label, -scale)
+            kl, ce, logits_grad = losses_of(
+                F.linear(states[part], head_weight),
+                labels[part],
+                kl_scale[part],
+                ce_scale[part],
+                None if teacher is None else teacher(part),
+                None if temperature == 1 else temperature,
+            )
+            sums += torch.stack([(kl * weights[part]).sum() * temperature**2, (ce * weights[part]).sum()])
             if wants_states:
                 states_grad[part] = F.linear(logits_grad, head_weight.t()).to(states.dtype)
             if wants_head:
@@ -113,7 +145,8 @@ def teacher_chunks(states: torch.Tensor, head_weight: torch.Tensor, temperature:
     """The whole distribution of a teacher with final hidden states `[N, D]`, computed when it is asked for."""
 
     def chunk(part: slice) -> tuple[torch.Tensor, None]:
-        return F.log_softmax(F.linear(states[part], head_weight).float() / temperature, dim=-1), None
+        logits = F.linear(states[part], head_weight)
+        return (logits if temperature == 1 else logits.float() / temperature), None
 
     return chunk
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..data.batches import Batch
 from ..files import force_to_disk
@@ -70,8 +71,8 @@ class TeacherCache:
         for place, sample in enumerate(samples):
             for start in range(0, length, CHUNK_TOKENS):
                 end = min(start + CHUNK_TOKENS, length)
-                log_probs, _ = teacher(slice(place * length + start, place * length + end))
-                values, indices = log_probs.topk(self.top_k, dim=-1)
+                logits, _ = teacher(slice(place * length + start, place * length + end))
+                values, indices = F.log_softmax(logits.float(), dim=-1).topk(self.top_k, dim=-1)
                 self.log_probs[sample, start:end] = values.cpu().numpy()
                 self.indices[sample, start:end] = indices.cpu().numpy()
         # What says that rows are there goes to the disk after them.
