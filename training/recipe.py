@@ -15,7 +15,8 @@ from ..data.tokens import DataSection
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("align", "distill", "finetune")
-NOT_A_STAGES = (*STAGES, "output", "evaluate", "launch", "score", "select")  # what does not decide a stage's numbers
+# What does not decide a stage's numbers: `retrieval_share` does, where it has become the stage's own.
+NOT_A_STAGES = (*STAGES, "output", "evaluate", "launch", "score", "select", "retrieval_share")
 
 
 @dataclass
@@ -223,6 +224,7 @@ class Recipe:
         masks: JSON file of head masks `[layers][heads]`, or the masks themselves; what `select` writes by default.
             Alignment by heads needs none.
         long_data: long documents, for stages with a `long_share`.
+        retrieval_share: as in `StageSection`, of all stages at once; else each has its own.
         launch: file for `accelerate launch --config_file`, or `ddp`, `fsdp2` or `ddp_cpu`, which ship: how
             `hydrahead run` starts stages of several processes.
     """
@@ -235,6 +237,7 @@ class Recipe:
     long_data: DataSection | None = None
     run: RunSection = field(default_factory=RunSection)
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    retrieval_share: float | None = None
     launch: str | None = None
     align: AlignSection | None = None
     score: ScoreSection | None = None
@@ -310,6 +313,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if missing := OmegaConf.missing_keys(recipe):
         raise ValueError(f"{min(missing)}: missing from the recipe")
     recipe = OmegaConf.to_object(recipe)
+    for section in filter(None, (recipe.align, recipe.distill, recipe.finetune)):
+        if recipe.retrieval_share is not None:
+            section.retrieval_share = recipe.retrieval_share
     if recipe.masks is None and recipe.select is not None:
         recipe.masks = str(recipe.chosen_masks)
     return recipe
