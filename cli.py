@@ -73,6 +73,7 @@ class Fusion(StrEnum):
     concat = "concat"
 
 
+TEACHER = "Hub id, folder or GGUF file: Qwen3, Qwen2.5, Llama, Mistral, Phi-3."
 POSITION = Annotated[
     Position | None,
     typer.Option(help="Full-attention heads without position or with RoPE; else nope, or as the forms say."),
@@ -93,7 +94,7 @@ def _given(**options) -> dict:
 
 @app.command()
 def score(
-    teacher: Annotated[str, typer.Argument(help="Hub id or folder: Qwen3, Qwen2.5, Llama, Mistral, Phi-3.")],
+    teacher: Annotated[str, typer.Argument(help=TEACHER)],
     output: Annotated[Path, typer.Argument(help="Folder to write: head_scores.json, forms, pictures.")],
     method: Annotated[
         list[str] | None,
@@ -195,7 +196,7 @@ def select(
     exchange: Annotated[
         int, typer.Option(help="Improve the choice by so many greedy exchanges; needs --teacher and --forms.", min=0)
     ] = 0,
-    teacher: Annotated[str | None, typer.Option(help="Hub id or folder, for exchanges.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file, for exchanges.")] = None,
     forms: Annotated[Path | None, typer.Option(help="Its head_forms.safetensors, for exchanges.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text for exchanges; else Python's standard library.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a prompt in exchanges; as in score.")] = None,
@@ -231,7 +232,7 @@ def select(
 
 @app.command()
 def convert(
-    teacher: Annotated[str, typer.Argument(help="Hub id or folder: Qwen3, Qwen2.5, Llama, Mistral, Phi-3.")],
+    teacher: Annotated[str, typer.Argument(help=TEACHER)],
     output: Annotated[Path, typer.Argument(help="Folder to write, a valid Hub repository.")],
     masks: Annotated[Path, typer.Option(help="JSON file of head masks, as select writes it; 1 for full attention.")],
     text: Annotated[Path | None, typer.Option(help="Text to calibrate on; else Python's standard library.")] = None,
@@ -322,7 +323,7 @@ NOW_KEYS = {  # of the recipe: what options of `demo` are called
 @app.command(context_settings={"ignore_unknown_options": True})
 def demo(
     overrides: Annotated[list[str] | None, OVERRIDES] = None,
-    teacher: Annotated[str | None, typer.Option(help="Hub id or folder; else the one that ships.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file; else the one that ships.")] = None,
     config: Annotated[str, typer.Option(help="Recipe.")] = "demo",
 ) -> None:
     """Walk the demo's recipe, reload its student in a process without hydrahead, and ask it for a needle."""
@@ -341,7 +342,7 @@ def demo(
 @app.command()
 def plan(
     teacher: Annotated[
-        str | None, typer.Argument(help="Hub id or folder, trained as in the paper; or a recipe.")
+        str | None, typer.Argument(help="Hub id, folder or GGUF file, trained as in the paper; or a recipe.")
     ] = None,
     overrides: Annotated[list[str] | None, OVERRIDES] = None,
     ratio: Annotated[
@@ -359,7 +360,7 @@ def plan(
 ) -> None:
     """Say what a hybrid will hold and take, and what its training costs, from the teacher's config alone."""
     if not check and teacher is None:
-        raise ValueError("TEACHER is missing: expected a Hub id, a folder or a recipe, or --check")
+        raise ValueError("TEACHER is missing: expected a Hub id, a folder, a GGUF file or a recipe, or --check")
     from .training.plan import make_plan, show_check, show_plan
     from .training.speed import check_points
 
@@ -375,7 +376,10 @@ def plan(
 @app.command()
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids, compared with the first; a lone student with its teacher.")
+        list[str],
+        typer.Argument(
+            help="Folders, GGUF files or Hub ids, compared with the first; a lone student with its teacher."
+        ),
     ],
     output: Annotated[Path | None, typer.Option(help="Folder for the report; else that of the lone student.")] = None,
     suite: Annotated[str, typer.Option(help="needles, text, lm-eval, or all; several with commas.")] = "needles,text",
@@ -453,8 +457,12 @@ def evaluate(
 
 
 def _check_models(names: Sequence[str]) -> None:
-    """What is no folder and cannot be a Hub id."""
+    """What is no folder or GGUF file and cannot be a Hub id."""
     for name in names:
+        if Path(name).suffix.lower() == ".gguf":
+            if not Path(name).is_file():
+                raise ValueError(f"{name}: no such file")
+            continue
         if name == "demo" or (Path(name) / "config.json").is_file():
             continue
         if Path(name).exists() or "/" not in name or name.startswith((".", "/")):

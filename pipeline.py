@@ -26,6 +26,7 @@ from rich.table import Column, Table
 
 from .configuration_hydrahead import HydraHeadConfig
 from .convert.forms import check_forms
+from .convert.gguf_files import is_gguf, open_gguf
 from .convert.masks import Exchange, select_to_file
 from .convert.options import options_of
 from .convert.scoring.command import check_settings, score_to_folder
@@ -384,12 +385,19 @@ def student_and_teacher(folder: Path, teacher: Teacher, dtype: str) -> list[Mode
 
 
 def side_by_side(names: Sequence[str], dtype: str, trust_remote_code: bool = False) -> list[Model]:
-    """The columns of a report on folders and Hub ids, called by their own names; `REVISION` of a Hub id after an @."""
+    """
+    The columns of a report on folders, GGUF files and Hub ids, called by their own names; `REVISION` of a Hub id after
+    an @.
+
+    Raises:
+        ValueError: a GGUF file cannot be read; one line.
+    """
     models: list[Model] = []
     for given in names:
         source, _, revision = given.partition("@") if not Path(given).exists() else (given, "", "")
         source = str(EMBEDDED_TEACHER) if source == "demo" else source
-        name = public_name(source)
+        name = Path(source).name if is_gguf(source) else public_name(source)
+        source = str(open_gguf(source)[0]) if is_gguf(source) else source
         label = Path(name).name
         count = sum(model.label.split(" (")[0] == label for model in models)
         label += f" ({count + 1})" if count else ""

@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .gguf_files import FACTS, is_gguf, open_gguf
+
 Read = Callable[[str], torch.Tensor]
 """Gives the tensor of a name in the teacher's checkpoint, as memory of the caller's own."""
 
@@ -211,30 +213,36 @@ class Teacher:
     A pretrained transformer that has been found and can be represented; `open_teacher` gives it.
 
     Attributes:
-        name, revision: as asked for: a folder, a Hub id, or `demo`; and a revision on the Hub.
-        public_name: its name in records, which travel: a Hub id, a folder's own name, or `demo`.
+        name, revision: as asked for: a folder, a GGUF file, a Hub id, or `demo`; and a revision on the Hub, or the
+            SHA-256 of the file.
+        public_name: its name in records, which travel: a Hub id, a folder's or a file's own name, or `demo`.
         source: a folder or a Hub id.
         config, adapter: read from its config alone.
+        gguf: what a GGUF file says of itself (`gguf_files.open_gguf`); `None` for any other teacher.
     """
 
-    def __init__(self, name: str, revision: str | None, source: str, config: PreTrainedConfig):
+    def __init__(
+        self, name: str, revision: str | None, source: str, config: PreTrainedConfig, gguf: dict | None = None
+    ):
         self.name, self.revision, self.config = name, revision, config
-        self.adapter, self.public_name = adapter_for(config), public_name(source)
-        self.source = source
+        self.adapter, self.public_name = adapter_for(config), gguf["file"] if gguf else public_name(source)
+        self.source, self.gguf = source, gguf
 
     @property
     def identity(self) -> dict:
         """What files that are made from it say of it."""
-        return {"teacher": self.public_name, "revision": self.revision}
+        named = {"teacher": self.public_name, "revision": self.revision}
+        return named | ({"gguf": self.gguf} if self.gguf else {})
 
     def check_made_from(self, file: Path, made_from: Mapping) -> None:
         """
         Raises:
             ValueError: a file says that it was made from another teacher. What says nothing is taken as it is.
         """
-        found = {key: made_from.get(key) for key in self.identity}
-        if found["teacher"] and found != self.identity:
-            of, asked = (" at ".join(filter(None, each.values())) for each in (found, self.identity))
+        found = {key: made_from.get(key) for key in ("teacher", "revision")}
+        wanted = {"teacher": self.public_name, "revision": self.revision}
+        if found["teacher"] and found != wanted:
+            of, asked = (" at ".join(filter(None, each.values())) for each in (found, wanted))
             raise ValueError(f"{file}: made from the teacher {of}, not from {asked}: choose that one, or make it anew")
 
     def fetch(self) -> Path:
@@ -263,14 +271,22 @@ class Teacher:
 
 def open_teacher(name: str | Path, revision: str | None = None) -> Teacher:
     """
-    Find a teacher by name; only its config is read, so that one which cannot be converted costs no download.
+    Find a teacher by name; only its config is read, so that one which cannot be converted costs no download. A GGUF
+    file is dequantised the first time (`gguf_files.open_gguf`).
 
     Args:
-        name: a folder, else a Hub id; `demo` is the teacher that ships with the package.
+        name: a folder or a file `….gguf`, else a Hub id; `demo` is the teacher that ships with the package.
+        revision: on the Hub; of a GGUF file only its own, `sha256:` and its digest.
 
     Raises:
-        ValueError: there is no such model, the folder holds none, or it cannot be represented; one line.
+        ValueError: there is no such model, the folder or file holds none, or it cannot be represented; one line.
     """
+    if is_gguf(name):
+        folder, facts = open_gguf(name, check=adapter_for)
+        own = f"sha256:{facts['sha256']}"
+        if revision not in (None, own):
+            raise ValueError(f"{name}: is {own}, asked for was {revision}; a GGUF file has no other revision")
+        return Teacher(str(name), own, str(folder), AutoConfig.from_pretrained(folder), facts)
     source = str(EMBEDDED_TEACHER) if name == "demo" else str(name)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -295,10 +311,15 @@ def open_teacher(name: str | Path, revision: str | None = None) -> Teacher:
 
 
 def public_name(name_or_path: str) -> str:
-    """A Hub id as it is; of a folder its own name only, and `demo` for the teacher that ships with the package."""
+    """
+    A Hub id as it is; of a folder its own name only, `demo` for the teacher that ships with the package, and of the
+    folder that a GGUF file became the file's name.
+    """
     path = Path(name_or_path)
     if not name_or_path or not path.is_dir():  # a model that was never saved has no name
         return name_or_path
+    if (path / FACTS).is_file():
+        return json.loads((path / FACTS).read_text(encoding="utf-8"))["file"]
     return "demo" if path.resolve() == EMBEDDED_TEACHER.resolve() else path.resolve().name
 
 

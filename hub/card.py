@@ -43,8 +43,11 @@ def describe(config: HydraHeadConfig) -> dict[str, str]:
 def origin(made_from: Mapping) -> dict[str, str]:
     """What a student was made from, in words; nothing that is not recorded."""
     teacher, masks, forms, stages = map(made_from.get, ("teacher", "masks", "forms", "stages"))
+    gguf = made_from.get("gguf")
     shown = {"demo": "the one that ships with hydrahead"}.get(teacher, teacher if "/" in teacher else "a local folder")
-    rows = {"Teacher": shown, "Revision": made_from["revision"] or "default"}
+    rows = {"Teacher": _gguf_in_words(gguf) if gguf else shown, "Revision": made_from["revision"] or "default"}
+    if gguf:
+        rows["Teacher's licence"] = gguf.get("license_name") or gguf.get("license") or "not stated in the file"
     if "method" in masks:
         words = f"{masks['method']} score, {masks['strategy']}, {masks['ratio']:g} of {masks['budget_unit']}"
         words += f"; {masks['without_evidence']} of {masks['kept']} without evidence (score 0 or less)"
@@ -59,6 +62,17 @@ def origin(made_from: Mapping) -> dict[str, str]:
     return rows
 
 
+def _gguf_in_words(gguf: Mapping) -> str:
+    """A teacher that was a GGUF file: the file, how it is quantised, and what its header calls it."""
+    words = f"{gguf['file']} (GGUF, {gguf['quantisation']})"
+    words += f", {gguf['name']}" if "name" in gguf else ""
+    return words + (f", of {', '.join(gguf['base_models'])}" if "base_models" in gguf else "")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def model_card(config: HydraHeadConfig, made_from: Mapping, results: str | None = None) -> str:
     """
     The README of a student.
@@ -68,18 +82,20 @@ def model_card(config: HydraHeadConfig, made_from: Mapping, results: str | None 
         results: a Markdown section of measurements.
     """
     base = made_from["teacher"] if "/" in made_from["teacher"] else None  # a Hub id, and not a folder's name
+    gguf = made_from.get("gguf") or {}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=base,
         base_model_relation="finetune" if base else None,
+        **{name: gguf.get(name) for name in ("license", "license_name", "license_link")},
         tags=TAGS,
     )
     rows = describe(config) | origin(made_from)
-    table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    table = "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {_cell(value)} |" for name, value in rows.items())])
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# HydraHead of {base or 'a local teacher'}",
+        f"# HydraHead of {base or gguf.get('file') or 'a local teacher'}",
         "A pretrained transformer in which some query heads of every layer stay full attention and all others became "
         "Gated DeltaNet heads with a state of constant size (HydraHead, arXiv 2606.20097; an independent code base).",
         f"## Model at a glance\n\n{table}",

@@ -83,7 +83,8 @@ class Unfinished:
     def __init__(self, output: Path, settings: ScoreSettings):
         self.folder = output.absolute().parent / f".{output.name}.unfinished"
         read = (settings.text, settings.forms, *settings.probe_files)
-        weights = [file.stat() for file in sorted(Path(settings.teacher).glob("*.safetensors"))]
+        path = Path(settings.teacher)
+        weights = [file.stat() for file in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))]
         self.settings = {
             "settings": asdict(settings),
             "files": [digest(file) for file in read if file],
@@ -163,7 +164,8 @@ def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = Fal
         points *= len(pairs) * (1 if forms is None else 2)
         with progress("replace many heads", points) as advance:
             scores = with_evidence(teacher, scores, settings.methods, pairs, forms, advance)
-    scores.teacher = opened.public_name  # a model from the Hub calls itself by the folder that it is kept in
+    # A model from the Hub, or of a GGUF file, calls itself by the folder that it is kept in.
+    scores.teacher, scores.revision = opened.public_name, opened.revision
     scores.made_from = scores_made_from(settings, length, forms_file)
     with atomic_folder(output, overwrite) as partial:
         scores.save(partial / "head_scores.json")
