@@ -12,7 +12,7 @@ RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/modeling tests/t
 SMOLLM2 = build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # The recipe at the size of two CPU cores: every step runs, and its numbers mean nothing.
 SMOLLM2_SIZE = output=runs/smollm2 data.name=demo data.subset=null data.heldout_tokens=16384 \
-	run.micro_batch_tokens=1024 run.mixed_precision=no evaluate.every=0 \
+	run.micro_batch_tokens=1024 run.mixed_precision=no teacher.dtype=float32 evaluate.every=0 \
 	align.tokens=8192 align.batch_tokens=1024 align.length=512 align.warmup_steps=1 align.calibration_tokens=2048 \
 	score.method=[attribution] score.pairs=2 score.length=512 score.only=[niah-single.value] score.evidence=false \
 	distill.tokens=8192 distill.batch_tokens=1024 distill.length=512 distill.warmup_steps=1 \

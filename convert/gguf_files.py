@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -121,14 +122,15 @@ def _facts(path: Path, sha256: str, reader) -> dict:
     import gguf
 
     kind = _field(reader, "general.file_type")
-    words = {each.value: each.name.split("_", 1)[1] for each in gguf.LlamaFileType if each.name != "GUESSED"}
+    words = {str(each.value): each.name.split("_", 1)[1] for each in gguf.LlamaFileType if each.name != "GUESSED"}
     sizes = Counter()
     for tensor in reader.tensors:
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
-    facts = {"file": path.name, "sha256": sha256, "quantisation": words.get(kind) or sizes.most_common(1)[0][0]}
+    facts = {"file": path.name, "sha256": sha256, "quantisation": words.get(str(kind)) or sizes.most_common(1)[0][0]}
     keys = {"name": "name", "license": "license", "license_name": "license.name", "license_link": "license.link"}
     facts |= {name: _line(reader, f"general.{key}") for name, key in keys.items()}
-    bases = [f"general.base_model.{base}" for base in range(_field(reader, "general.base_model.count") or 0)]
+    names = [key for key in reader.fields if re.fullmatch(r"general\.base_model\.\d+\.name", key)]
+    bases = [key.removesuffix(".name") for key in names]
     named = [[_line(reader, f"{base}.{key}") for key in ("organization", "name")] for base in bases]
     facts["base_models"] = [" ".join(filter(None, words)) for words in named if any(words)]
     return {name: value for name, value in facts.items() if value}
@@ -148,15 +150,13 @@ def _read_config(path: Path, reader) -> PreTrainedConfig:
     except Exception as error:  # a KeyError for a key that the header lacks, a ValueError for an unknown architecture
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{path}: no model that transformers can read, {architecture} ({reason})") from None
-    scaling = _field(reader, f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "none"):
-        raise ValueError(f"{path}: RoPE scaled by its header ({scaling}) is not supported in a GGUF file")
     vars(config).pop("_model_name_or_path", None)  # the header's general.name, which is no path
     if hasattr(config, "rms_norm_eps"):
         config.rms_norm_eps = _shortest(config.rms_norm_eps)
     head_dim = _field(reader, f"{architecture}.attention.key_length")
     if head_dim and hasattr(config, "head_dim"):  # which transformers takes for its default in some families
         config.head_dim = head_dim
+    _check_header(path, reader, config)
     frequencies = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
     if frequencies is not None:
         config.rope_parameters = _llama3_rope(path, config, torch.tensor(frequencies))
@@ -172,6 +172,30 @@ def _read_config(path: Path, reader) -> PreTrainedConfig:
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
     config.dtype = torch.bfloat16 if kinds == {"BF16"} else torch.float32
     return config
+
+
+def _check_header(path: Path, reader, config: PreTrainedConfig) -> None:
+    """
+    transformers reads nothing of what a header says here, and would give another model without a word.
+
+    Raises:
+        ValueError: the header scales RoPE, rotates a part of each head only, or has a sliding window.
+    """
+    prefix = _field(reader, "general.architecture")
+    keys = ("scaling.type", "scaling.factor", "scale_linear", "dimension_count")
+    kind, factor, linear, rotated = (_field(reader, f"{prefix}.rope.{key}") for key in keys)
+    if kind not in (None, "none") or factor not in (None, 0, 1) or linear not in (None, 0, 1):
+        raise ValueError(f"{path}: RoPE scaled by its header ({kind or 'linear'}) is not supported in a GGUF file")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if rotated not in (None, head_dim):
+        raise ValueError(
+            f"{path}: rotary embedding of {rotated} of {head_dim} dimensions is not supported, only of all"
+        )
+    window = _field(reader, f"{prefix}.attention.sliding_window")
+    if window and window < config.max_position_embeddings and not getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"{path}: sliding-window attention ({window} positions) is not supported, only full attention"
+        )
 
 
 def _shortest(number: float) -> float:

@@ -218,10 +218,12 @@ def test_the_teacher_of_a_student_is_the_file_with_its_bytes(tmp_path):
 
 def write_broken(path: Path, what: str) -> None:
     """A file that is no teacher."""
-    model = teacher_of("qwen2 tied" if what == "sliding" else "llama tied")
-    if what == "bias":
-        model = tiny_teacher("llama-bias")
-    header = {"scaled": {"llama__rope__scaling__type": "yarn"}}.get(what, {})
+    model = tiny_teacher("llama-bias") if what == "bias" else teacher_of("llama tied")
+    header = {
+        "scaled": {"llama__rope__scaling__type": "yarn"},
+        "scaled without a type": {"llama__rope__scaling__factor": 4},
+        "window": {"llama__attention__sliding_window": 16},
+    }.get(what, {})
     write_gguf(path, model, pre="nosuch" if what == "words" else None, **header)
     whole = path.read_bytes()
     if what == "text":
@@ -230,6 +232,9 @@ def write_broken(path: Path, what: str) -> None:
         path.write_bytes(b"")
     elif what == "architecture":
         path.write_bytes(whole.replace(b"llama", b"lrama"))
+    elif what == "rotary":  # of the little-endian number after the key
+        key = b"llama.rope.dimension_count" + (4).to_bytes(4, "little")
+        path.write_bytes(whole.replace(key + (16).to_bytes(4, "little"), key + (8).to_bytes(4, "little")))
     elif what == "tensor":
         path.write_bytes(whole.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xp.weight"))
     elif what.startswith("cut"):
@@ -244,6 +249,9 @@ BROKEN = {
     "tensor": "its tensor blk.1.ffn_xp.weight has no place",
     "bias": r"its tensor blk.0.attn_k.bias has no place",
     "scaled": r"RoPE scaled by its header \(yarn\)",
+    "scaled without a type": r"RoPE scaled by its header \(linear\)",
+    "window": r"sliding-window attention \(16 positions\)",
+    "rotary": "rotary embedding of 8 of 16 dimensions",
     "words": "how its tokenizer splits words .*nosuch",
 }
 
