@@ -454,6 +454,9 @@ def evaluate(
         columns = with_variants(side_by_side(models, dtype.value, trust_remote_code), *variants)
         evaluate_models(columns, settings, output, *where)
     show_report(output or student)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # if `accelerate launch` made one: PyTorch warns where it is left
 
 
 def _check_models(names: Sequence[str]) -> None:

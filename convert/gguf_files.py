@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import constants
 from huggingface_hub.utils import WeakFileLock
@@ -290,7 +291,10 @@ def _check_words(path: Path, tokenizer: PreTrainedTokenizerBase, loaded: PreTrai
 
 def _read_model(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The dequantised model of a file, as one that was never quantised."""
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, dtype=config.dtype)
+    options = {"config": config, "dtype": config.dtype}
+    if hasattr(transformers, "GgufConfig"):  # else weights stay packed where the package kernels is installed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     model.load_state_dict(read.state_dict(), assign=True)

@@ -177,17 +177,19 @@ def test_a_recorded_step_trains_like_one_that_runs(models, ids, checkpointing, m
             Accelerator(gradient_accumulation_steps=2),
             StudentLoss(student),
             micro_batches,
-            Schedule(9, 1e-4, 1e-5, 2),  # at ten times that, bf16's rounding grows to 1% in nine steps
+            Schedule(9, 1e-4, 1e-5, 2),
             autocast=partial(torch.autocast, "cuda", torch.bfloat16),
             on_step=lambda _, found: metrics.append(found),
+            replays=True,
         )
         return metrics, student.state_dict()
 
+    run(False)  # what kernels are chosen in a process is settled: the norm of this model's gradient feels it
     (found, weights), (expected, others_weights) = run(True), run(False)
     assert records == [True, True]  # anew after the one step of another shape, which was over before it was recorded
     for name in ("loss", "grad_norm"):
-        assert [each[name] for each in found] == pytest.approx([each[name] for each in expected], rel=2e-3)
-    assert all(relative_error(weights[name], others_weights[name]) < 2e-3 for name in weights)
+        assert [each[name] for each in found] == pytest.approx([each[name] for each in expected], rel=1e-3)
+    assert all(relative_error(weights[name], others_weights[name]) < 1e-3 for name in weights)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -290,7 +290,7 @@ def test_a_teacher_by_name_is_trained_as_in_the_paper_in_rows_that_it_can_read()
         (["none.yaml"], "none.yaml: no such recipe"),
         (["./none"], "none: no such folder"),
         (["no/such-model"], "no/such-model: no folder here, and not to be had from the Hub"),
-        ([], "TEACHER is missing: expected a Hub id, a folder or a recipe, or --check"),
+        ([], "TEACHER is missing: expected a Hub id, a folder, a GGUF file or a recipe, or --check"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

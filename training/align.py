@@ -166,7 +166,7 @@ def align(
     # The loss is a sum over heads that share no parameters but norms: clipping their joint gradient would make each
     # head's step depend on all others.
     schedule = replace(schedule, max_grad_norm=float("inf"))
-    trained = train(accelerator, module, micro_batches, backward, schedule, run, on_step, by_layers=True)
+    trained = train(accelerator, module, micro_batches, backward, schedule, run, on_step, by_layers=True, replays=True)
     return accelerator.get_state_dict(trained)
 
 

@@ -73,7 +73,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
         read = partial(read_teacher, teacher, batch, stage.section.temperature)
         return cache.chunks(batch, read) if cache else read()
 
-    train_and_save(job, config, load, teacher_of, replays=cache is None, **weights)
+    train_and_save(job, config, load, teacher_of, **weights)
 
 
 def open_cache(stage: Stage) -> TeacherCache | None:

@@ -85,7 +85,7 @@ def train(
     run: Run | None = None,
     on_step: Callable[[int, dict], None] | None = None,
     by_layers: bool = False,
-    replays: bool = True,
+    replays: bool = False,
 ) -> nn.Module:
     """
     Train the parameters of `model` that require a gradient with AdamW.

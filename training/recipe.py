@@ -23,7 +23,7 @@ NOT_A_STAGES = (*STAGES, "output", "evaluate", "launch", "score", "select", "ret
 class TeacherSection:
     """
     Attributes:
-        name: Hub id or folder; `demo` is the teacher that ships with the package.
+        name: Hub id, folder or GGUF file; `demo` is the teacher that ships with the package.
         revision: of a Hub id.
         dtype: in which the teacher computes.
     """

@@ -66,7 +66,7 @@ def train_student(
     run: Run | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[int, dict], None] | None = None,
-    replays: bool = True,
+    replays: bool = False,
 ) -> nn.Module:
     """
     Train a student's parameters that require a gradient.
@@ -143,7 +143,6 @@ def train_and_save(
     config: HydraHeadConfig,
     load: Callable[[], HydraHeadForCausalLM],
     teacher_of: Callable[[Batch], TeacherChunk | None] = lambda batch: None,
-    replays: bool = True,
     **weights: float,
 ) -> None:
     """
@@ -152,7 +151,6 @@ def train_and_save(
     Args:
         config: of the student.
         load: gives it as the stage starts from it, in fp32.
-        teacher_of, replays: as in `train_student`.
         weights: of the losses, as in `StudentLoss`.
     """
     made_from = job.stage.made_from(config)
@@ -163,9 +161,7 @@ def train_and_save(
 
     student, _ = build()
     model, run = StudentLoss(student, **weights), job.run(lambda: job.evaluate_student(student))
-    trained = train_student(
-        job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast, replays=replays
-    )
+    trained = train_student(job.accelerator, model, job.micro_batches, job.schedule(), teacher_of, run, job.autocast)
     state = job.accelerator.get_state_dict(trained)
     del trained  # for `end` to let go of it
 
