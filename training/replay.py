@@ -1,5 +1,6 @@
 """A micro-batch as one CUDA graph: small models otherwise wait for the processor that starts their kernels."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,7 @@ from ..data.batches import Batch
 
 Backward = Callable[[nn.Module, Batch, float], dict[str, torch.Tensor]]
 
+MEMORY = 1.5  # a recording takes up to 1.3 times what the same micro-batch takes running
 WARM_UP = 2  # micro-batches, in which kernels are compiled and what depends on shapes alone is made
 
 logger = logging.get_logger(__name__)
@@ -59,14 +61,22 @@ class Replayed:
         self.batch = Batch(batch.token_ids.clone(), batch.weights.clone())
         self.scale = torch.ones((), device=batch.token_ids.device)
         graph = torch.cuda.CUDAGraph()
+        # PyTorch gives nothing back while it records, and what a recording that fails has taken is lost.
+        gc.collect()
+        torch.cuda.empty_cache()
+        needed = MEMORY * (torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated())
+        if torch.cuda.mem_get_info()[0] < needed:
+            return self._give_up("too little memory")
         try:
             with torch.cuda.graph(graph):
                 self.outputs = self.backward(model, self.batch, self.scale)
         except RuntimeError as error:
-            self.forget()
-            self.is_possible = False
-            reason = str(error).splitlines()[0]
-            logger.warning(f"a step cannot be recorded as a CUDA graph, and runs as it is: {reason}")
-            return False
+            return self._give_up(str(error).splitlines()[0])
         self.graph = graph
         return True
+
+    def _give_up(self, reason: str) -> bool:
+        self.forget()
+        self.is_possible = False
+        logger.warning(f"a step cannot be recorded as a CUDA graph, and runs as it is: {reason}")
+        return False

@@ -1,0 +1,286 @@
+"""
+Students of one teacher on the same text, row by row: which heads, budget, position and fusion, at how many tokens.
+
+    python benchmarks/study.py smollm2-135m-3to1 data.name=plain.jsonl data.subset=null --output runs/study
+    python benchmarks/study.py smollm2-135m-3to1 … --rows default-3to1 random-3to1 --minutes 20
+    python benchmarks/study.py --tables runs/study/study.json docs/smollm2.md
+
+A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
+its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
+prompts, in one report. What is there is not done again, what was interrupted goes on, and what does not fit
+`--minutes` waits for the next call. `study.json` has everything that tables are made of: masks, every step, the score
+of every prompt.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from hydrahead.console import one_line_errors
+from hydrahead.convert.masks import read_masks, select_to_file
+from hydrahead.convert.teachers import open_teacher
+from hydrahead.evaluation.evaluator import Settings
+from hydrahead.evaluation.report import read_report
+from hydrahead.evaluation.statistics import paired_difference
+from hydrahead.files import atomic_file
+from hydrahead.pipeline import MEASURED, Road, evaluate_models, side_by_side
+from hydrahead.provenance import Record
+from hydrahead.training.data import token_folder
+from hydrahead.training.distill import run_distill
+from hydrahead.training.finetune import run_finetune
+from hydrahead.training.recipe import Recipe, load_recipe
+
+METHODS = ("replacement", "receiver+sender", "receiver", "attribution-qk")
+SCORED = f"score.method=[{','.join(METHODS)}]"
+TENTH = 0.1
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One student.
+
+    Attributes:
+        about: what its row of the table says.
+        ratio: of full attention, by `select`.
+        select: other options of `convert.masks.select_to_file`.
+        student: overrides of the recipe that change the form of heads: rows that agree in them share their alignment.
+        share: of the recipe's tokens. Only the whole is finetuned.
+        seed: of the choice at random, and of the order of the text.
+    """
+
+    about: str
+    ratio: float = 0.25
+    select: dict = field(default_factory=dict)
+    student: tuple[str, ...] = ()
+    share: float = 1.0
+    seed: int = 0
+
+
+RANDOM, LAYERWISE = {"strategy": "global-random"}, {"strategy": "layerwise"}
+PAPER, GROUPS = {"method": "receiver+sender"}, {"budget_unit": "kv_groups", "strategy": "global"}
+ROPE = ("student.full_attention_position=rope",)
+CHOICES = {
+    "default": {},
+    "random": RANDOM,
+    "layerwise": LAYERWISE,
+    "receiver-sender": PAPER,
+    "receiver": {"method": "receiver"},
+    "attribution": {"method": "attribution-qk"},
+    "fixed": {"strategy": "fixed"},
+    "layer-random": {"strategy": "layer-random"},
+}
+BUDGETS = {"3to1": 0.25, "7to1": 0.125}
+STUDENTS = {
+    "rope": ROPE,
+    "nope": ("student.logit_scale_base=1e30",),  # the logarithm of a position is nothing beside this: no scale
+    "norm-all": ("student.fusion_norm=all",),
+    "gate": ("student.fusion=gate",),
+    "concat": ("student.fusion=concat",),
+}
+
+
+def _rows() -> Iterator[tuple[str, Row]]:
+    """In the order in which they are worth a GPU's minutes."""
+    whole = [("default", 0), ("random", 0), ("default", 1), ("random", 1), ("default", 2), ("random", 2)]
+    for choice, seed in whole:
+        yield f"{choice}-3to1" + (f"-{seed}" if seed else ""), Row(f"{choice}, 3:1", select=CHOICES[choice], seed=seed)
+    yield "default-7to1", Row("default, 7:1", 0.125)
+    yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
+    yield "receiver-sender-3to1", Row("receiver-sender, 3:1", select=PAPER)
+    for budget, ratio in BUDGETS.items():
+        for choice, select in CHOICES.items():
+            words = f"{choice}, {budget.replace('to', ':')}"
+            yield f"{choice}-{budget}-tenth", Row(words, ratio, select, share=TENTH)
+    for name, student in STUDENTS.items():
+        yield f"{name}-3to1-tenth", Row(f"default, 3:1, {name}", student=student, share=TENTH)
+    yield "groups-7to1-tenth", Row("KV groups, 1/8", 0.125, GROUPS, share=TENTH)
+    yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)
+
+
+ROWS = dict(_rows())
+
+
+class Study:
+    """A folder of students of one recipe's teacher."""
+
+    def __init__(self, recipe: str, overrides: list[str], output: Path):
+        self.name, self.overrides, self.output = recipe, overrides, output
+
+    def recipe(self, row: Row, *changes: str) -> tuple[str, list[str]]:
+        """A recipe's name and overrides; what the caller asked for comes last."""
+        tokens = f"data.cache={self.output / 'tokens'}"
+        return self.name, [SCORED, "score.evidence=false", tokens, *row.student, *changes, *self.overrides]
+
+    def base(self, row: Row) -> Path:
+        """The folder of the alignment and scores that a row shares."""
+        words = [change.removeprefix("student.").replace("=", "-") for change in row.student]
+        return self.output / "-".join(["base", *words])
+
+    def make(self, name: str, row: Row) -> None:
+        """Align and score where nobody has, choose the heads, and train the student."""
+        base, folder = self.base(row), self.output / name
+        for step in Road(*self.recipe(row, f"output={base}")).steps():
+            if step.name in ("align", "score") and not step.is_done():
+                step.do()
+        masks = folder / "head_masks.json"
+        if not masks.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            options = {"strategy": "global-constrained", "budget_unit": "heads"} | row.select
+            _, lines = select_to_file(
+                [base / "scores" / "head_scores.json"], masks, row.ratio, **options, seed=row.seed
+            )
+            print(*lines, sep="\n")
+        recipe = self.student_recipe(name, row)
+        run_distill(recipe)
+        if recipe.finetune:
+            run_finetune(recipe)
+
+    def student_recipe(self, name: str, row: Row) -> Recipe:
+        """What trains a row's student; the masks and the aligned heads are given."""
+        folder = self.output / name
+        given = [f"output={folder}", f"masks={folder / 'head_masks.json'}", "align=null", "score=null", "select=null"]
+        given += [f"distill.head_forms={self.base(row) / 'align' / 'head_forms.safetensors'}", f"run.seed={row.seed}"]
+        whole = load_recipe(*self.recipe(row))
+        if row.share < 1:
+            tokens = max(whole.distill.batch_tokens, int(row.share * whole.distill.tokens))
+            steps = tokens // whole.distill.batch_tokens
+            warm_up = min(whole.distill.warmup_steps, steps // 10)
+            given += ["finetune=null", f"distill.tokens={tokens}", f"distill.warmup_steps={warm_up}"]
+        kept = [each for each in self.overrides if not each.startswith(("score.", "align."))]
+        changes = [each for each in kept if row.share == 1 or not each.startswith(("distill.tokens", "finetune"))]
+        base = [f"data.cache={self.output / 'tokens'}", *row.student]
+        return load_recipe(self.name, [*base, *changes, *given])
+
+    def student(self, name: str) -> Path:
+        """The folder of a row's student, made or not."""
+        recipe = self.student_recipe(name, ROWS[name])
+        return self.output / name / ("finetune" if recipe.finetune else "distill") / "student"
+
+    def evaluate(self, names: list[str]) -> None:
+        """The teacher and these rows' students, on the same prompts and text."""
+        recipe = load_recipe(*self.recipe(Row("")))
+        opened = open_teacher(recipe.teacher.name, recipe.teacher.revision)
+        folders = {name: str(self.student(name)) for name in names}
+        models = side_by_side([str(opened.fetch()), *folders.values()], recipe.teacher.dtype)
+        models = [replace(model, label=label) for model, label in zip(models, ["teacher", *folders])]
+        settings = Settings(**{name: getattr(recipe.evaluate, name) for name in MEASURED})
+        tokens = token_folder(recipe, recipe.data, "tokens")
+        evaluate_models(models, settings, self.output / "report", tokens, recipe.data.heldout_tokens)
+
+    def collect(self) -> dict:
+        """All that tables are made of."""
+        found = {}
+        for name, row in ROWS.items():
+            if not (self.student(name) / "config.json").is_file():
+                continue
+            recipe, folder = self.student_recipe(name, row), self.output / name
+            stages = [stage for stage in ("distill", "finetune") if (folder / stage / "metrics.jsonl").is_file()]
+            lines = {stage: (folder / stage / "metrics.jsonl").read_text().splitlines() for stage in stages}
+            found[name] = asdict(row) | {
+                "tokens": {stage: getattr(recipe, stage).tokens for stage in stages},
+                "masks": read_masks(folder / "head_masks.json", open_teacher(recipe.teacher.name)),
+                "steps": {stage: [json.loads(line) for line in each] for stage, each in lines.items()},
+            }
+        return {"recipe": self.name, "rows": found, "report": read_report(self.output / "report")}
+
+
+def tables(study: dict) -> str:
+    """Needles, text and training of every row, and what the default does beyond random choices, in Markdown."""
+    report, lines = study["report"], ["# Students of one teacher", ""]
+    tasks = list(dict.fromkeys(cell["task"] for cell in report["needles"]))
+    lengths = sorted({cell["length"] for cell in report["needles"]})
+    needles = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["needles"]}
+    text = {(cell["model"], cell["length"]): cell for cell in report["text"]}
+    shortest = min(length for _, length in text)
+
+    def accuracy(cell: dict | None) -> str:
+        if cell is None or "error" in cell:
+            return "–"
+        return f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})"
+
+    for task in tasks:
+        lines += [f"`{task}`, {report['prompts']} prompts a cell, 95% intervals:", ""]
+        lines += [f"| | distilled on | {' | '.join(f'{length:,}' for length in lengths)} |"]
+        lines += ["| --- " + "| ---: " * (len(lengths) + 1) + "|"]
+        for name in ["teacher", *study["rows"]]:
+            tokens = study["rows"][name]["tokens"]["distill"] if name in study["rows"] else 0
+            cells = " | ".join(accuracy(needles.get((name, task, length))) for length in lengths)
+            lines += [f"| {name} | {f'{tokens / 1e6:g}M' if tokens else ''} | {cells} |"]
+        lines += [""]
+    lines += [f"Text, windows of {shortest:,} tokens:", ""]
+    lines += [
+        "| | loss | KL | agreement | KL in the last steps of distillation |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in ["teacher", *study["rows"]]:
+        cell = text.get((name, shortest), {})
+        values = [f"{cell[key]:.3f}" if key in cell else "" for key in ("loss", "kl", "agreement")]
+        last = study["rows"][name]["steps"]["distill"][-10:] if name in study["rows"] else []
+        values += [f"{sum(step['kl'] for step in last) / len(last):.3f}" if last else ""]
+        lines += [f"| {name} | {' | '.join(values)} |"]
+    return "\n".join([*lines, "", *_against_random(study, needles, tasks, lengths)]) + "\n"
+
+
+def _against_random(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
+    """Every default row with its random counterpart, seeds together, by the same prompts."""
+    pairs: dict[tuple, list[tuple[str, str]]] = {}
+    for name, row in study["rows"].items():
+        if name.startswith("default") and (other := name.replace("default", "random")) in study["rows"]:
+            pairs.setdefault((row["ratio"], row["share"]), []).append((name, other))
+    if not pairs:
+        return []
+    lines = ["Default less random, seeds together, 95% bootstrap intervals:", ""]
+    lines += [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "| --- " + "| ---: " * len(lengths) + "|"]
+    for (ratio, share), names in pairs.items():
+        for task in tasks:
+            cells = []
+            for length in lengths:
+                found = [[needles.get((name, task, length), {}).get("scores") for name in pair] for pair in names]
+                both = [pair for pair in found if all(pair)]
+                if not both:
+                    cells.append("–")
+                    continue
+                one, other = ([score for pair in both for score in pair[place]] for place in (0, 1))
+                gap = paired_difference(one, other)
+                cells.append(f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})")
+            lines += [f"| {ratio:g}, {share:g} of the tokens, `{task}` | {' | '.join(cells)} |"]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", help="a recipe's name or file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, for all rows")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
+    parser.add_argument("--tables", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page, and stop")
+    options = parser.parse_intermixed_args()
+    if options.tables:
+        source, page = options.tables
+        with atomic_file(page) as partial:
+            partial.write_text(tables(json.loads(source.read_text())), encoding="utf-8")
+        return
+    if options.recipe is None:
+        parser.error("a recipe is needed, or --tables")
+    study, started, made = Study(options.recipe, options.overrides, options.output), time.monotonic(), []
+    for name in options.rows:
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"{name} and what follows it wait for the next call")
+            break
+        print(f"\n{name}: {ROWS[name].about}", flush=True)
+        study.make(name, ROWS[name])
+        made.append(name)
+        Record(options.output / "study.json").write(study.collect())
+    study.evaluate(made)
+    Record(options.output / "study.json").write(study.collect())
+    print(tables(study.collect()))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()

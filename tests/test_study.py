@@ -1,0 +1,48 @@
+"""The study of students: rows share alignment and scores, nothing is done twice, tables say what was found."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hydrahead.benchmarks.study import ROWS, TENTH, tables
+
+SMALL = [
+    *("data.heldout_tokens=4096", "run.micro_batch_tokens=512", "run.save_every=1000", "align.tokens=1024"),
+    *("align.batch_tokens=512", "align.length=256", "align.calibration_tokens=512", "align.warmup_steps=1"),
+    *("score.method=[receiver]", "score.pairs=2", "score.length=256", "score.only=[niah-single.value]"),
+    *("distill.tokens=10240", "distill.batch_tokens=1024", "distill.length=256", "distill.warmup_steps=1"),
+    *("finetune=null", "evaluate.lengths=[512]", "evaluate.prompts=2", "evaluate.text_tokens=1024"),
+]
+NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth"]
+
+
+def run(output, *rows: str) -> str:
+    command = [sys.executable, "-m", "hydrahead.benchmarks.study", "demo", *SMALL, f"--output={output}", "--rows"]
+    done = subprocess.run([*command, *rows], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_rows_share_what_they_can_and_go_on(tmp_path):
+    first = run(tmp_path, *NAMES[:2])
+    assert first.count("align 2/2") <= 1 and "| random-3to1 | 0.01024M |" in first
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    second = run(tmp_path, *NAMES)
+    assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(made) == 2
+    study = json.loads((tmp_path / "study.json").read_text())
+    assert list(study["rows"]) == NAMES
+    assert [len(study["rows"][name]["steps"]["distill"]) for name in NAMES] == [10, 10, 1]
+    assert study["rows"][NAMES[0]]["masks"] != study["rows"][NAMES[1]]["masks"]
+    assert study["rows"][NAMES[0]]["masks"] == study["rows"][NAMES[2]]["masks"]
+    assert {len(cell["scores"]) for cell in study["report"]["needles"]} == {2}
+    assert {cell["model"] for cell in study["report"]["needles"]} == {"teacher", *NAMES}
+    assert tables(study) in second and "Default less random" in tables(study)
+
+
+def test_rows_are_named_by_what_they_are():
+    assert ROWS["default-3to1"].ratio == 0.25 and ROWS["fixed-7to1-tenth"].select == {"strategy": "fixed"}
+    assert all((row.share == TENTH) == name.endswith("tenth") for name, row in ROWS.items())
+    assert [ROWS[f"random-3to1{seed}"].seed for seed in ("", "-1", "-2")] == [0, 1, 2]
