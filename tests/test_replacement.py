@@ -12,7 +12,9 @@ from hydrahead.convert.forms import HeadForms, converted_heads, linear_heads, lo
 from hydrahead.convert.hooks import each_head_replaced, visited_heads
 from hydrahead.convert.migration import convert_model
 from hydrahead.convert.options import student_config
+from hydrahead.convert.scoring import readout
 from hydrahead.convert.scoring.ablation import constant_heads, mean_heads
+from hydrahead.convert.scoring.probes import Pair
 from hydrahead.convert.scoring.readout import answer_measure, answers_found
 from hydrahead.convert.scoring.replacement import (
     answer_effects,
@@ -209,6 +211,26 @@ def test_conversion_loss_is_nothing_where_nothing_changes():
     assert found["divergence"] == pytest.approx(0, abs=1e-5)
     assert found["accuracy"] == float(answers_found(teacher, [pair])[0])
     assert math.isfinite(found["answer_loss"])
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 10_000])
+def test_answers_asked_together_are_those_asked_one_by_one(at_once, monkeypatch):
+    """Of different lengths, half of them what the model would say, with linear heads in it."""
+    teacher = make_teacher("qwen3-tied")
+    forms, masks = make_forms(teacher)[0], [[0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0]]
+    pairs = []
+    with visited_heads(teacher, linear_heads(forms, masks)):
+        for seed in range(6):
+            pair = make_pair(10 * seed, answer_tokens=1 + seed % 3)
+            clean = pair.clean[: pair.answer_start - seed]
+            asked = {"max_new_tokens": len(pair.answer), "do_sample": False, "use_cache": False}
+            said = teacher.generate(torch.tensor([clean]), **asked)[0].tolist()
+            answer = said[len(clean) :] if seed % 2 else pair.answer
+            pairs.append(Pair(clean + answer, clean + answer, len(clean), answer, pair.wrong))
+        monkeypatch.setattr(readout, "TOKENS_AT_ONCE", at_once)
+        found = answers_found(teacher, pairs)
+        assert found == [answers_found(teacher, [pair])[0] for pair in pairs]
+    assert found[1::2] == [True] * 3 and not all(found[::2])
 
 
 def named(teacher, name: str = "mine", revision: str | None = None) -> Teacher:

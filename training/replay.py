@@ -71,7 +71,8 @@ class Replayed:
             with torch.cuda.graph(graph):
                 self.outputs = self.backward(model, self.batch, self.scale)
         except RuntimeError as error:
-            return self._give_up(str(error).splitlines()[0])
+            # What went wrong first: to end the recording fails too, and says no more than that.
+            return self._give_up(str(error.__context__ or error).splitlines()[0])
         self.graph = graph
         return True
 

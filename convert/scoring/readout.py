@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..hooks import Measure, final_states, input_device
 from .probes import Pair
 
+TOKENS_AT_ONCE = 16_384  # of prompts that are read together
 DISCOUNT = 0.9  # λ: what a token of the answer weighs beside the one before it
 
 
@@ -67,12 +68,16 @@ def answers_found(model: PreTrainedModel, pairs: Sequence[Pair]) -> list[bool]:
     """
     Whether greedy generation from each clean prompt gives the answer.
 
-    One forward per pair over prompt and answer (see `is_answer`).
+    Forwards over prompts and answers (see `is_answer`), several at once.
     """
     found = []
-    for pair in pairs:
-        states = final_states(model, [pair.clean])
-        found.append(bool(is_answer(model, states[0, answer_positions(pair)], pair)))
+    longest = max((len(pair.clean) for pair in pairs), default=1)
+    at_once = max(1, TOKENS_AT_ONCE // longest)
+    for batch in (pairs[start : start + at_once] for start in range(0, len(pairs), at_once)):
+        # What stands behind an answer changes nothing before it.
+        rows = [pair.clean + pair.clean[-1:] * (longest - len(pair.clean)) for pair in batch]
+        for pair, states in zip(batch, final_states(model, rows)):
+            found.append(bool(is_answer(model, states[answer_positions(pair)], pair)))
     return found
 
 
