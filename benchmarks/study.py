@@ -160,14 +160,15 @@ class Study:
         recipe = self.student_recipe(name, ROWS[name])
         return self.output / name / ("finetune" if recipe.finetune else "distill") / "student"
 
-    def evaluate(self, names: list[str]) -> None:
+    def evaluate(self, names: list[str], batch_tokens: int | None = None) -> None:
         """The teacher and these rows' students, on the same prompts and text."""
         recipe = load_recipe(*self.recipe(Row("")))
         opened = open_teacher(recipe.teacher.name, recipe.teacher.revision)
         folders = {name: str(self.student(name)) for name in names}
         models = side_by_side([str(opened.fetch()), *folders.values()], recipe.teacher.dtype)
         models = [replace(model, label=label) for model, label in zip(models, ["teacher", *folders])]
-        settings = Settings(**{name: getattr(recipe.evaluate, name) for name in MEASURED})
+        asked = {name: getattr(recipe.evaluate, name) for name in MEASURED}
+        settings = Settings(**asked, batch_tokens=batch_tokens)
         tokens = token_folder(recipe, recipe.data, "tokens")
         evaluate_models(models, settings, self.output / "report", tokens, recipe.data.heldout_tokens)
 
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
+    parser.add_argument("--batch-tokens", type=int, help="of prompts answered together; default: the evaluator's")
     parser.add_argument("--tables", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page, and stop")
     options = parser.parse_intermixed_args()
     if options.tables:
@@ -276,7 +278,7 @@ def main() -> None:
         study.make(name, ROWS[name])
         made.append(name)
         Record(options.output / "study.json").write(study.collect())
-    study.evaluate(made)
+    study.evaluate(made, options.batch_tokens)
     Record(options.output / "study.json").write(study.collect())
     print(tables(study.collect()))
 
