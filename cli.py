@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from .console import one_line_errors
 from .convert.scoring.methods import DEFAULT_METHOD, METHODS
 from .convert.selection import STRATEGIES
+from .files import is_gguf
 
 
 class _Commands(TyperGroup):
@@ -462,7 +463,7 @@ def evaluate(
 def _check_models(names: Sequence[str]) -> None:
     """What is no folder or GGUF file and cannot be a Hub id."""
     for name in names:
-        if Path(name).suffix.lower() == ".gguf":
+        if is_gguf(name):
             if not Path(name).is_file():
                 raise ValueError(f"{name}: no such file")
             continue

@@ -16,6 +16,11 @@ except ImportError:  # Windows
     fcntl = None
 
 
+def is_gguf(name: str | Path) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return Path(name).suffix.lower() == ".gguf"
+
+
 @contextlib.contextmanager
 def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """

@@ -26,7 +26,7 @@ from rich.table import Column, Table
 
 from .configuration_hydrahead import HydraHeadConfig
 from .convert.forms import check_forms
-from .convert.gguf_files import is_gguf, open_gguf
+from .convert.gguf_files import open_gguf
 from .convert.masks import Exchange, select_to_file
 from .convert.options import options_of
 from .convert.scoring.command import check_settings, score_to_folder
@@ -42,7 +42,7 @@ from .evaluation.cells import check_report
 from .evaluation.evaluator import Settings, evaluate, text_needed
 from .evaluation.models import Model
 from .evaluation.report import as_markdown, draw_report, labels, read_report, short_table
-from .files import atomic_file
+from .files import atomic_file, is_gguf
 from .hub.card import model_card
 from .hub.checkpoint import answer_in_clean_process, read_made_from
 from .provenance import Record, digest, first_difference

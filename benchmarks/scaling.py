@@ -37,7 +37,7 @@ from hydrahead.data.batches import Batch
 from hydrahead.kernels import use_tuned_kernels
 from hydrahead.provenance import Record, environment
 from hydrahead.training.align import align
-from hydrahead.training.distill import read_teacher
+from hydrahead.training.distill import compiled_layers, read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.recipe import RECIPES
 from hydrahead.training.stage import open_accelerator, open_autocast
@@ -80,7 +80,7 @@ def measure_stage(stage: str, machine: Machine, accelerator: Accelerator, teache
     else:
         reads = stage == "distill"
         model = StudentLoss(random_student(machine, teacher), float(reads), 0.1 if reads else 1.0)
-        teacher_of: Callable = partial(read_teacher, teacher) if reads else lambda _: None
+        teacher_of: Callable = partial(read_teacher, compiled_layers(teacher)) if reads else lambda _: None
         train_student(accelerator, model, micro_batches, schedule, teacher_of, **arguments)
     seconds = [after - before for before, after in pairwise(marks)]
     speeds = {}
@@ -101,7 +101,8 @@ def measure(options: argparse.Namespace) -> None:
     # What is read is what counts; alignment reads as many tokens as the others.
     aligned = Batch(batch.token_ids[:, :-1], torch.ones_like(batch.token_ids[:, :-1], dtype=torch.float32))
     result = {}
-    for stage in options.stages:
+    # Alignment first: it visits the heads of layers that distillation compiles.
+    for stage in sorted(options.stages, key=STAGES.index):
         started = time.monotonic()
         try:
             result[stage] = measure_stage(stage, machine, accelerator, teacher, aligned if stage == "align" else batch)

@@ -34,7 +34,7 @@ from hydrahead.convert.teachers import adapter_for
 from hydrahead.data.batches import Batch
 from hydrahead.provenance import Record, environment
 from hydrahead.training.align import FittedHeads, align, teacher_heads
-from hydrahead.training.distill import read_teacher
+from hydrahead.training.distill import compiled_layers, read_teacher
 from hydrahead.training.loop import Schedule
 from hydrahead.training.replay import WARM_UP
 from hydrahead.training.student import StudentLoss, prepare_student, train_student
@@ -205,6 +205,7 @@ def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -
     """Tokens per second of a whole step of each stage, and of a plain forward and backward pass of the teacher."""
     vocabulary, rows, length = settings["speed_vocabulary"], settings["rows"], settings["length"]
     teacher = make_teacher(machine, shape, vocabulary)
+    read = compiled_layers(make_teacher(machine, shape, vocabulary))  # not the one whose heads alignment visits
     plain = make_teacher(machine, shape, vocabulary).float().requires_grad_(True)
     batch = make_batch(machine, vocabulary, rows, length)
     inputs, labels = batch.token_ids[:, :-1], batch.token_ids[:, 1:]
@@ -234,7 +235,7 @@ def measure_speed(machine: Machine, shape: dict, settings: dict, repeats: int) -
 
     def run_student(student, reads_teacher, accelerator, schedule, on_step):
         model = StudentLoss(student, float(reads_teacher), 0.1 if reads_teacher else 1.0)
-        view = partial(read_teacher, teacher) if reads_teacher else lambda _: None
+        view = partial(read_teacher, read) if reads_teacher else lambda _: None
         train_student(
             accelerator, model, lambda _: [batch], schedule, view, autocast=machine.autocast, on_step=on_step
         )

@@ -35,11 +35,6 @@ LLAMA3_ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor"
 LLAMA3_ROPE |= {"original_max_position_embeddings": 8192}  # of every Llama 3.1 to 3.3: only the factor differs
 
 
-def is_gguf(name: str | Path) -> bool:
-    """Whether a name is that of a GGUF file."""
-    return Path(name).suffix.lower() == ".gguf"
-
-
 def open_gguf(
     path: str | Path, check: Callable[[PreTrainedConfig], object] = lambda config: None
 ) -> tuple[Path, dict]:

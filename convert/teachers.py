@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .gguf_files import FACTS, is_gguf, open_gguf
+from ..files import is_gguf
+from .gguf_files import FACTS, open_gguf
 
 Read = Callable[[str], torch.Tensor]
 """Gives the tensor of a name in the teacher's checkpoint, as memory of the caller's own."""

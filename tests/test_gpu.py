@@ -205,8 +205,11 @@ def test_compiled_losses_equal_those_of_the_cpu(view, temperature):
         inputs = [each.to(device).requires_grad_(True) for each in (states, head)]
         teacher = teacher_chunks(teachers.to(device), inputs[1].detach(), temperature)
         if view == "likeliest tokens":
-            values, indices = (teacher(slice(None))[0]).log_softmax(-1).topk(7)
-            teacher = lambda part: (values[part], indices[part])  # noqa: E731
+            likeliest = teacher(slice(None))[0].log_softmax(-1).topk(7)
+
+            def teacher(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+                return likeliest.values[part], likeliest.indices[part]
+
         rest = (labels.to(device), weights.to(device), None if view == "no teacher" else teacher)
         loss, sums = distillation_loss(*inputs, *rest, 0.7, 0.3, temperature, chunk_tokens=80)
         loss.backward()

@@ -313,8 +313,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if missing := OmegaConf.missing_keys(recipe):
         raise ValueError(f"{min(missing)}: missing from the recipe")
     recipe = OmegaConf.to_object(recipe)
-    for section in filter(None, (recipe.align, recipe.distill, recipe.finetune)):
-        if recipe.retrieval_share is not None:
+    if recipe.retrieval_share is not None:
+        for section in filter(None, (recipe.align, recipe.distill, recipe.finetune)):
             section.retrieval_share = recipe.retrieval_share
     if recipe.masks is None and recipe.select is not None:
         recipe.masks = str(recipe.chosen_masks)
