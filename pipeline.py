@@ -53,6 +53,7 @@ from .training.finetune import run_finetune
 from .training.plan import planned_masks, print_cost
 from .training.recipe import RECIPES, STAGES, load_recipe
 from .training.stage import Stage
+from .usage import Usage
 
 ANEW = "choose another output, or have it made anew: remove"
 MEASURED = ("tasks", "lengths", "prompts", "depths", "new_tokens", "text_tokens")  # of `evaluate` in a recipe
@@ -95,6 +96,7 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
     for step in made[made.index(missing) + 1 :] if missing else ():
         if step.output.exists():
             raise ValueError(f"{step.output}: made before {missing.name}, which is not done; {ANEW} {step.output}")
+    whole = Usage()
     for step in steps:
         print(f"\n{step.name}: {shlex.join(step.command)}", flush=True)
         if dry_run and step.name in STAGES:
@@ -103,7 +105,12 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
         elif step.is_done():
             print(f"{step.output} is there already")
         elif not dry_run:
-            step.do()
+            with Usage() as usage:
+                step.do()
+            whole += usage
+            print(f"{step.name} took {usage}", flush=True)
+    if whole.seconds:
+        print(f"\nall of it took {whole}")
     if not dry_run and road.recipe.evaluate.lengths:
         show_report(road.student)
     return road

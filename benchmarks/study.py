@@ -7,9 +7,10 @@ Students of one teacher on the same text, row by row: which heads, budget, posit
 
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
 its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
-prompts, in one report. What is there is not done again, what was interrupted goes on, and what does not fit
-`--minutes` waits for the next call. `study.json` has everything that tables are made of: masks, every step, the score
-of every prompt.
+prompts, in one report. A row may be a folder that `hydrahead run` made, to which `base` is a link; with its scores by
+all METHODS it serves all rows of its form. What is there is not done again, what was interrupted goes on, and what
+does not fit `--minutes` waits for the next call. `study.json` has everything that tables are made of: masks, every
+step, the score of every prompt.
 """
 
 import argparse
@@ -58,6 +59,11 @@ class Row:
     student: tuple[str, ...] = ()
     share: float = 1.0
     seed: int = 0
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """What of `student` decides how heads are aligned: the gate starts as the scale does."""
+        return tuple(change for change in self.student if change != "student.fusion=gate")
 
 
 RANDOM, LAYERWISE = {"strategy": "global-random"}, {"strategy": "layerwise"}
@@ -117,13 +123,13 @@ class Study:
 
     def base(self, row: Row) -> Path:
         """The folder of the alignment and scores that a row shares."""
-        words = [change.removeprefix("student.").replace("=", "-") for change in row.student]
+        words = [change.removeprefix("student.").replace("=", "-") for change in row.forms]
         return self.output / "-".join(["base", *words])
 
     def make(self, name: str, row: Row) -> None:
         """Align and score where nobody has, choose the heads, and train the student."""
         base, folder = self.base(row), self.output / name
-        for step in Road(*self.recipe(row, f"output={base}")).steps():
+        for step in Road(*self.recipe(replace(row, student=row.forms), f"output={base}")).steps():
             if step.name in ("align", "score") and not step.is_done():
                 step.do()
         masks = folder / "head_masks.json"
@@ -142,15 +148,17 @@ class Study:
     def student_recipe(self, name: str, row: Row) -> Recipe:
         """What trains a row's student; the masks and the aligned heads are given."""
         folder = self.output / name
-        given = [f"output={folder}", f"masks={folder / 'head_masks.json'}", "align=null", "score=null", "select=null"]
-        given += [f"distill.head_forms={self.base(row) / 'align' / 'head_forms.safetensors'}", f"run.seed={row.seed}"]
+        given = [f"output={folder}", f"masks={folder / 'head_masks.json'}", "score=null", "select=null"]
+        given += [f"run.seed={row.seed}"]
+        if not (folder / "align").is_dir():  # as it is where `hydrahead run` made the row
+            given += [f"distill.head_forms={self.base(row) / 'align' / 'head_forms.safetensors'}"]
         whole = load_recipe(*self.recipe(row))
         if row.share < 1:
             tokens = max(whole.distill.batch_tokens, int(row.share * whole.distill.tokens))
             steps = tokens // whole.distill.batch_tokens
             warm_up = min(whole.distill.warmup_steps, steps // 10)
             given += ["finetune=null", f"distill.tokens={tokens}", f"distill.warmup_steps={warm_up}"]
-        kept = [each for each in self.overrides if not each.startswith(("score.", "align."))]
+        kept = [each for each in self.overrides if not each.startswith("score.")]
         changes = [each for each in kept if row.share == 1 or not each.startswith(("distill.tokens", "finetune"))]
         base = [f"data.cache={self.output / 'tokens'}", *row.student]
         return load_recipe(self.name, [*base, *changes, *given])

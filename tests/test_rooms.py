@@ -19,12 +19,13 @@ ROOMS = {
     "files": set(),
     "provenance": {"files"},
     "kernels": set(),
+    "usage": set(),
     "data": ROOT_FILES,
     "hub": {*ROOT_FILES, *MODEL},
     "evaluation": {*ROOT_FILES, "kernels", "data"},
     "convert": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", *MODEL},
     "training": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", *MODEL},
-    "pipeline": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", "training", *MODEL},
+    "pipeline": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", "training", "usage", *MODEL},
 }
 FILES = [
     path
