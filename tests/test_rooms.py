@@ -26,6 +26,8 @@ ROOMS = {
     "convert": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", *MODEL},
     "training": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", *MODEL},
     "pipeline": {*ROOT_FILES, "kernels", "data", "evaluation", "hub", "convert", "training", "usage", *MODEL},
+    "commands": {*ROOT_FILES, "evaluation", "hub", "convert", "training", "pipeline"},
+    "cli": {"console", "commands"},
 }
 FILES = [
     path

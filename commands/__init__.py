@@ -1,0 +1,1 @@
+"""The commands of `hydrahead`: each parses, calls and prints, and imports what it needs when it runs."""

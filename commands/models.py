@@ -1,0 +1,127 @@
+"""What is done with finished models: `evaluate`, `card`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..files import is_gguf
+from .options import Dtype
+
+
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders, GGUF files or Hub ids, compared with the first; a lone student with its teacher."
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder for the report; else that of the lone student.")] = None,
+    suite: Annotated[str, typer.Option(help="needles, text, lm-eval, or all; several with commas.")] = "needles,text",
+    lengths: Annotated[list[int], typer.Option(help="Tokens of a prompt; repeatable.")] = [1024, 2048, 4096],  # noqa: B006
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Of RULER's tasks; repeatable. Default: the needles.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Asked of each task at each length.", min=1)] = 20,
+    depths: Annotated[
+        int, typer.Option(help="The needle stands at so many depths in turn; 0: at random ones.", min=0)
+    ] = 0,
+    new_tokens: Annotated[int | None, typer.Option(help="Of an answer; else as many as in RULER.", min=1)] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="File, folder of files (each a domain), training's folder of tokens, or data set on the Hub; else "
+            "Python's standard library."
+        ),
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens that the loss is measured on.", min=1)] = 16_384,
+    heldout_tokens: Annotated[int | None, typer.Option(help="Use the text's first so many only.", min=1)] = None,
+    rope_scaling: Annotated[
+        str | None, typer.Option(help="Measure models that are no students with scaled RoPE too, such as yarn:4.")
+    ] = None,
+    template: Annotated[bool, typer.Option(help="Ask chat models in their template too.")] = False,
+    harness_tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks of lm-eval, or offline (default), ruler, general; repeatable. For the suite lm-eval."
+        ),
+    ] = None,
+    harness_limit: Annotated[int | None, typer.Option(help="Questions of each of them; else all.", min=1)] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of prompts answered together; else 65,536 on a GPU, 4,096 elsewhere.", min=1),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of models that are no students; auto: their own.")] = Dtype.auto,
+    teacher: Annotated[str | None, typer.Option(help="Of a lone student; else as it says.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the teacher on the Hub; of others, ID@REVISION.")] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="Of a lone student: head_scores.json that its heads were chosen by.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the code of checkpoints.")] = False,
+) -> None:
+    """Measure any models side by side: RULER's needles, loss on text, cost; leaves report.json, .md and .html."""
+    _check_models(models)
+    if scores is not None and not scores.is_file():
+        raise ValueError(f"{scores}: no such file")
+    student = Path(models[0]) if len(models) == 1 and _is_student(Path(models[0])) else None
+    if student is None and output is None:
+        raise ValueError("--output: a folder for the report is needed; only a lone student has one of its own")
+    from ..evaluation.evaluator import SUITES, Settings
+
+    settings = Settings(
+        suites=SUITES if suite == "all" else tuple(suite.split(",")),
+        **({"tasks": tasks} if tasks else {}),
+        lengths=lengths,
+        prompts=prompts,
+        depths=depths,
+        new_tokens=new_tokens,
+        text_tokens=text_tokens,
+        batch_tokens=batch_tokens,
+        **({"harness_tasks": harness_tasks} if harness_tasks else {}),
+        harness_limit=harness_limit,
+    )
+    from ..pipeline import evaluate_models, evaluate_student, show_report, side_by_side, with_variants
+
+    variants, where = (rope_scaling, template), (text, heldout_tokens)
+    if student is not None:
+        evaluate_student(student, settings, teacher, revision, dtype.value, *where, output, *variants, scores)
+    else:
+        columns = with_variants(side_by_side(models, dtype.value, trust_remote_code), *variants)
+        evaluate_models(columns, settings, output, *where)
+    show_report(output or student)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()  # if `accelerate launch` made one: PyTorch warns where it is left
+
+
+def _check_models(names: Sequence[str]) -> None:
+    """What is no folder or GGUF file and cannot be a Hub id."""
+    for name in names:
+        if is_gguf(name):
+            if not Path(name).is_file():
+                raise ValueError(f"{name}: no such file")
+            continue
+        if name == "demo" or (Path(name) / "config.json").is_file():
+            continue
+        if Path(name).exists() or "/" not in name or name.startswith((".", "/")):
+            raise ValueError(f"{name}: no model there (no config.json), and no Hub id (OWNER/NAME)")
+
+
+def _is_student(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and '"model_type": "hydrahead"' in file.read_text(encoding="utf-8")
+
+
+def card(student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")]) -> None:
+    """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
+    _check_student(student)
+    from ..pipeline import write_card
+
+    write_card(student)
+    typer.echo(student / "README.md")
+
+
+def _check_student(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no student there (no config.json)")
