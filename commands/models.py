@@ -1,4 +1,4 @@
-"""What is done with finished models: `evaluate`, `card`."""
+"""What is done with finished models: `evaluate`, `chat`, `card`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,6 +93,27 @@ def evaluate(
     from accelerate import PartialState
 
     PartialState().destroy_process_group()  # if `accelerate launch` made one: PyTorch warns where it is left
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder of a student or of a teacher, GGUF file, Hub id, or demo.")],
+    new_tokens: Annotated[int, typer.Option(help="Of an answer, at most.", min=1)] = 512,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always the most likely token; else as its generation config says.")
+    ] = False,
+    template: Annotated[
+        bool | None, typer.Option(help="Use the tokenizer's chat template; else where it has one.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of a model that is no student; auto: its own.")] = Dtype.auto,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the code of the checkpoint.")] = False,
+) -> None:
+    """Talk with a model, and see speed and cache as the text grows; /needle hides a number and asks for it."""
+    _check_models([model])
+    from ..evaluation.chat import chat
+    from ..pipeline import side_by_side
+
+    (opened,) = side_by_side([model], dtype.value, trust_remote_code)
+    chat(opened, new_tokens, greedy, template)
 
 
 def _check_models(names: Sequence[str]) -> None:

@@ -149,6 +149,16 @@ def cache_costs(model: PreTrainedModel) -> tuple[int, int]:
     return grown // 32 * 2, sum(before * width for (before, width), (after, _) in pairs if before == after)
 
 
+def cache_bytes(cache: Cache) -> tuple[int, int]:
+    """Bytes that a cache holds, as it holds them: keys and values, and everything else."""
+    kv = state = 0
+    for layer in cache.layers:
+        for name, value in vars(layer).items():
+            held = sum(tensor.nbytes for tensor in _tensors(value))
+            kv, state = (kv + held, state) if name in ("keys", "values") else (kv, state + held)
+    return kv, state
+
+
 def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]

@@ -98,6 +98,15 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit if limit and any(each.num_embeddings >= limit for each in others) else None
 
 
+def can_go_on(model: PreTrainedModel) -> bool:
+    """Whether a model can read several tokens behind those of its cache as if it read all at once."""
+    # Most recurrent layers of other models begin anew there; ours go on.
+    has_state = model._is_stateful and model.config.model_type != "hydrahead"
+    # Frequencies that depend on the length of the text: what is cached was rotated by other ones.
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    return not has_state and rope.get("rope_type") not in ("longrope", "dynamic")
+
+
 @torch.no_grad()
 def _continue(model, tokenizer, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[str]:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -106,9 +115,7 @@ def _continue(model, tokenizer, prompts: Sequence[Sequence[int]], new_tokens: in
     rows = [[pad_id or 0] * count + list(ids) for count, ids in zip(before, prompts)]
     mask = [[0] * count + [1] * (width - count) for count in before]
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "pad_token_id": pad_id}
-    # Most recurrent layers of other models begin anew with every chunk of several tokens; ours go on.
-    goes_on = model.config.model_type == "hydrahead" or not model._is_stateful
-    if len(prompts) == 1 and width > PREFILL_CHUNK and goes_on:
+    if len(prompts) == 1 and width > PREFILL_CHUNK and can_go_on(model):
         options["prefill_chunk_size"] = PREFILL_CHUNK
     input_ids, mask = (torch.tensor(each, device=model.device) for each in (rows, mask))
     output = model.generate(input_ids=input_ids, attention_mask=mask, **options)
