@@ -15,7 +15,7 @@ os.environ.setdefault("FLA_CACHE_MODE", "fuzzy")  # other sizes take what was fo
 if __name__ == "hydrahead":  # pytest imports the root of the repository once more, under its folder's name
     register_now_or_on_import()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["HydraHeadConfig", "HydraHeadForCausalLM", "HydraHeadModel"]
 
 
