@@ -303,11 +303,11 @@ class HydraHeadFullAttention(nn.Module):
         return output, weights
 
     def _is_step(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-        is_usual = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
         # The others keep their own kernels, whose single tokens are quick, or their attention weights.
         is_sdpa = self.whole.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
-        is_one = query.shape[2] == 1 and is_sdpa
-        return is_one and is_usual and not torch.is_grad_enabled()
+        if not is_sdpa or query.shape[2] > 1 or torch.is_grad_enabled():
+            return False
+        return attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
 
     def _attend_once(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, None]:
         """As `_attend` for one token, in one call: KV heads with fewer queries than others get one of them twice."""

@@ -57,3 +57,23 @@ def test_the_fusion_can_be_trained_whole_beside_adapters(tmp_path):
     loaded = PeftModel.from_pretrained(make_student(), tmp_path)
     assert_close(loaded(ids).logits, expected, 1e-5)
     assert_close(model.merge_and_unload()(ids).logits, expected)
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_under_adapters_changes_no_gradient(reentrant):
+    """Embeddings are frozen there: with the reentrant kind the input of the first layer has to ask for a gradient."""
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        student = make_student()
+        if checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            student.enable_input_require_grads()
+        model = get_peft_model(student, LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+        ids = random_ids(2, 9)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    student.gradient_checkpointing_disable()
+    assert not student.is_gradient_checkpointing

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, VOCAB, make_student, random_ids
+from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, VOCAB, make_student, random_ids
 from hydrahead.tests.modeling.checks import MASKS, NO_END, assert_close
 
 
@@ -101,3 +101,77 @@ def test_generation_from_embeddings_equals_generation_from_ids(masks):
     student, ids = make_student(head_masks=masks), random_ids(2, 6)
     from_embeddings = student.generate(inputs_embeds=student.model.embed_tokens(ids), max_new_tokens=8, **NO_END)
     assert torch.equal(from_embeddings, student.generate(ids, max_new_tokens=8, **NO_END)[:, 6:])
+
+
+STEP = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+INSIDE = {"output_attentions": True, "output_hidden_states": True}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}, {"num_beams": 3, "do_sample": True}])
+def test_generation_gives_out_what_each_step_saw(masks, options):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    student.set_attn_implementation("eager")
+    rows = 2 * options.get("num_beams", 1)
+    output = student.generate(ids, max_new_tokens=4, **NO_END | STEP | INSIDE | options)
+    steps = len(output.logits)
+    assert output.sequences.shape[1] <= 6 + steps and len(output.scores) == steps
+    assert all(each.shape == (rows, VOCAB) for each in (*output.scores, *output.logits))
+    counts = [sum(row) for row in masks if any(row)]
+    for step, (attentions, hidden) in enumerate(zip(output.attentions or [()] * steps, output.hidden_states)):
+        queries, keys = (1 if step else 6), 6 + step
+        assert [tuple(each.shape) for each in attentions] == [(rows, count, queries, keys) for count in counts]
+        assert [tuple(each.shape) for each in hidden] == [(rows, queries, student.config.hidden_size)] * (LAYERS + 1)
+    if not options:  # each row's own logits, not another beam's
+        for step, logits in enumerate(output.logits):
+            assert_close(logits, student(output.sequences[:, : 6 + step]).logits[:, -1])
+
+
+def test_several_samples_of_one_prompt_begin_with_it():
+    student, ids = make_student(), random_ids(2, 6)
+    options = NO_END | {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 5}
+    for more in ({}, {"num_beams": 4}):
+        output = student.generate(ids, **options, **more)
+        assert output.shape == (6, 11) and torch.equal(output[:, :6], ids.repeat_interleave(3, dim=0))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_generation_begins_with_the_first_token_where_there_is_no_prompt(masks):
+    student = make_student(head_masks=masks)
+    bos = torch.tensor([[student.config.bos_token_id]])
+    assert torch.equal(student.generate(max_new_tokens=5, **NO_END), student.generate(bos, max_new_tokens=5, **NO_END))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_positions_given_are_positions_counted(masks):
+    student, ids = make_student(head_masks=masks, full_attention_position="rope"), random_ids(2, 6)
+    expected = student.generate(ids, max_new_tokens=5, **NO_END)
+    positions = torch.arange(6)[None]
+    assert torch.equal(student.generate(ids, position_ids=positions, max_new_tokens=5, **NO_END), expected)
+    ones = torch.ones_like(ids)
+    assert torch.equal(student.generate(ids, attention_mask=ones, max_new_tokens=5, **NO_END), expected)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_embeddings_begin_a_generation_that_goes_on_or_has_a_static_cache(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    embeddings = student.model.embed_tokens(ids)
+    options = NO_END | {"max_new_tokens": 6}
+    expected = student.generate(ids, **options)[:, 6:]
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(student.generate(inputs_embeds=embeddings, **static, **options), expected)
+    first = student.generate(inputs_embeds=embeddings, **NO_END | {"max_new_tokens": 3}, return_dict_in_generate=True)
+    turn = torch.cat([embeddings, student.model.embed_tokens(first.sequences)], dim=1)
+    rest = student.generate(
+        inputs_embeds=turn, past_key_values=first.past_key_values, **NO_END | {"max_new_tokens": 3}
+    )
+    assert torch.equal(torch.cat([first.sequences, rest], dim=1), expected)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_guidance_keeps_a_cache_of_its_own(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    options = NO_END | {"max_new_tokens": 6, "guidance_scale": 1.5, "negative_prompt_ids": random_ids(2, 3, seed=5)}
+    guided = student.generate(ids, **options)
+    assert torch.equal(guided, student.generate(ids, use_cache=False, **options))
+    assert not torch.equal(guided, student.generate(ids, **options | {"guidance_scale": 1.0}))

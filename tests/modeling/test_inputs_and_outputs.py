@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hydrahead import HydraHeadForCausalLM
-from hydrahead.tests.families import ALL_LINEAR, LAYERS, VOCAB, make_student, random_ids
-from hydrahead.tests.modeling.checks import MASKS, ROWS, assert_close, pad_rows
+from hydrahead.tests.families import ALL_LINEAR, LAYERS, MIXED, VOCAB, make_student, random_ids
+from hydrahead.tests.modeling.checks import MASKS, NO_END, ROWS, assert_close, packed_rows, pad_rows
 
 
 @pytest.mark.parametrize("masks", MASKS)
@@ -21,12 +23,38 @@ def test_embeddings_equal_ids(masks):
 
 @pytest.mark.parametrize("masks", MASKS)
 def test_attention_implementations_agree(masks):
-    student, ids = make_student(head_masks=masks), random_ids(2, 30)
-    logits = {}
-    for implementation in ("eager", "sdpa"):
-        student.set_attn_implementation(implementation)
-        logits[implementation] = student(ids).logits
-    assert_close(logits["eager"], logits["sdpa"])
+    """Padded, packed and generating; flex attention without the compiler, which takes half a minute."""
+    student = make_student(head_masks=masks)
+    padded, mask = pad_rows(ROWS, "left", filler_seed=0)
+    packed, positions = packed_rows()
+    found = {}
+    with torch.compiler.set_stance("force_eager"):
+        for implementation in ("eager", "sdpa", "flex_attention"):
+            student.set_attn_implementation(implementation)
+            found[implementation] = (
+                student(padded, attention_mask=mask).logits[mask.bool()],
+                student(packed, position_ids=positions).logits,
+                student.generate(padded, attention_mask=mask, max_new_tokens=4, **NO_END).float(),
+            )
+    for implementation in ("eager", "flex_attention"):
+        for logits, expected in zip(found[implementation], found["sdpa"]):
+            assert_close(logits, expected)
+
+
+def test_a_registered_attention_function_is_the_one_that_is_used(monkeypatch):
+    """Also for single tokens, which have a way of their own where sdpa is asked for."""
+    student, ids, calls = make_student(), random_ids(2, 9), []
+    expected = student.generate(ids, max_new_tokens=3, **NO_END)
+
+    def counted(module, query, *args, **kwargs):
+        calls.append(query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "counted", counted)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "counted", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    student.set_attn_implementation("counted")
+    assert torch.equal(student.generate(ids, max_new_tokens=3, **NO_END), expected)
+    assert calls.count(9) == LAYERS and 1 in calls
 
 
 @pytest.mark.parametrize("masks", MASKS)
@@ -49,15 +77,16 @@ def test_attentions_and_hidden_states_are_given_out(masks):
 
 
 @pytest.mark.usefixtures("gradients")
-@pytest.mark.parametrize("masks", [masks for masks in MASKS if masks != ALL_LINEAR])
-def test_attentions_are_the_ones_that_were_used_with_their_gradients(masks):
+@pytest.mark.parametrize("masks", MASKS)
+def test_attentions_and_hidden_states_are_the_ones_that_were_used_with_their_gradients(masks):
     student = make_student(head_masks=masks)
     student.set_attn_implementation("eager")
-    output = student(random_ids(2, 9), output_attentions=True)
-    for weights in output.attentions:
-        weights.retain_grad()
+    output = student(random_ids(2, 9), output_attentions=True, output_hidden_states=True)
+    given = [*output.attentions, *output.hidden_states]
+    for each in given:
+        each.retain_grad()
     output.logits.square().sum().backward()
-    assert all(weights.grad.abs().max() > 0 for weights in output.attentions)
+    assert all(each.grad.abs().max() > 0 for each in given)
 
 
 def test_logits_can_be_had_for_some_positions_only():
@@ -122,3 +151,19 @@ def test_attention_dropout_acts_in_training_only():
     assert torch.equal(student(ids).logits, student(ids).logits)
     student.train()
     assert not torch.equal(student(ids).logits, student(ids).logits)
+
+
+@pytest.mark.usefixtures("gradients")
+@pytest.mark.parametrize("masks", [MIXED, ALL_LINEAR])
+def test_a_text_is_learnt_by_heart_and_generated(masks):
+    torch.manual_seed(0)
+    model = HydraHeadForCausalLM(make_student(head_masks=masks, initializer_range=0.02).config).train()
+    text = random_ids(1, 24)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        loss = model(text, labels=text).loss
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert loss < 0.1
+    generated = model.eval().generate(text[:, :2], max_new_tokens=22, **NO_END)
+    assert torch.equal(generated, text)
