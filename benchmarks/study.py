@@ -168,13 +168,12 @@ class Study:
         recipe = self.student_recipe(name, ROWS[name])
         return self.output / name / ("finetune" if recipe.finetune else "distill") / "student"
 
-    def evaluate(self, names: list[str], batch_tokens: int | None = None) -> None:
-        """The teacher and these rows' students, on the same prompts and text."""
+    def evaluate(self, name: str, batch_tokens: int | None = None) -> None:
+        """The teacher and a row's student, on the same prompts and text as all others."""
         recipe = load_recipe(*self.recipe(Row("")))
         opened = open_teacher(recipe.teacher.name, recipe.teacher.revision)
-        folders = {name: str(self.student(name)) for name in names}
-        models = side_by_side([str(opened.fetch()), *folders.values()], recipe.teacher.dtype)
-        models = [replace(model, label=label) for model, label in zip(models, ["teacher", *folders])]
+        models = side_by_side([str(opened.fetch()), str(self.student(name))], recipe.teacher.dtype)
+        models = [replace(model, label=label) for model, label in zip(models, ["teacher", name])]
         asked = {name: getattr(recipe.evaluate, name) for name in MEASURED}
         settings = Settings(**asked, batch_tokens=batch_tokens)
         tokens = token_folder(recipe, recipe.data, "tokens")
@@ -277,17 +276,15 @@ def main() -> None:
         return
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")
-    study, started, made = Study(options.recipe, options.overrides, options.output), time.monotonic(), []
+    study, started = Study(options.recipe, options.overrides, options.output), time.monotonic()
     for name in options.rows:
         if time.monotonic() - started > 60 * options.minutes:
             print(f"{name} and what follows it wait for the next call")
             break
         print(f"\n{name}: {ROWS[name].about}", flush=True)
         study.make(name, ROWS[name])
-        made.append(name)
+        study.evaluate(name, options.batch_tokens)
         Record(options.output / "study.json").write(study.collect())
-    study.evaluate(made, options.batch_tokens)
-    Record(options.output / "study.json").write(study.collect())
     print(tables(study.collect()))
 
 

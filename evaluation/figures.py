@@ -169,7 +169,7 @@ def plot_stability(stability: Mapping[str, Mapping[str, dict]], title: str, path
         places = [place + 0.06 * (index - len(stability) / 2) for place, _ in points]
         values, low, high = ([entry[key] for _, entry in points] for key in ("rho", "rho_low", "rho_high"))
         label = f"{method}, {points[-1][1]['heads']} heads"
-        spread = np.subtract([values, high], [low, values])
+        spread = np.subtract([values, high], [low, values]).clip(0)  # a bootstrap's may lie beside the value
         axes.errorbar(places, values, yerr=spread, fmt="o-", capsize=2, color=f"C{index}", label=label)
     axes.set_xticks(range(len(counts)), counts)
     axes.set_xlabel("pairs of each probe, split in halves")

@@ -9,11 +9,11 @@ RESAMPLES = 10_000
 
 
 def wilson_interval(share: float, samples: int) -> tuple[float, float]:
-    """95% interval of a share seen in `samples` independent trials (Wilson 1927)."""
+    """95% interval of a share seen in `samples` independent trials (Wilson 1927); rounding never puts it beside."""
     z = 1.96
     center = (share + z * z / (2 * samples)) / (1 + z * z / samples)
     half = z / (1 + z * z / samples) * (share * (1 - share) / samples + z * z / (4 * samples**2)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
+    return max(0.0, min(share, center - half)), min(1.0, max(share, center + half))
 
 
 def paired_difference(scores: Sequence[float], reference: Sequence[float]) -> dict[str, float | None]:

@@ -135,6 +135,13 @@ def without_clocks(report: dict) -> dict:
     return report
 
 
+def test_a_share_lies_in_its_interval():
+    for samples in range(1, 100):
+        for count in range(samples + 1):
+            low, high = wilson_interval(count / samples, samples)
+            assert 0 <= low <= count / samples <= high <= 1
+
+
 def test_a_report_holds_every_cell_with_intervals_and_differences(finished):
     report = read_report(finished)
     assert [model["label"] for model in report["models"]] == ["one", "two"]
