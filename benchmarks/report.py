@@ -42,19 +42,27 @@ COLORS = {TEACHER: GREY, BEST_TEACHER: "black", GROUPS: RED, HEADS: BLUE, LAYERW
 
 
 class Found:
-    """A value of a JSON file, or the lack of one, which says so wherever it is written."""
+    """
+    A value of a JSON file, or the lack of one, which says so wherever it is written.
 
-    def __init__(self, value=None, lack: str = "not measured"):
-        self.value = value
+    Attributes:
+        hardware: that it was measured on, where that is known: nothing is compared across two kinds.
+    """
+
+    def __init__(self, value=None, lack: str = "not measured", hardware: str | None = None):
+        self.value, self.hardware = value, hardware
         self.lack = value["error"] if isinstance(value, dict) and "error" in value else lack
 
     def __getitem__(self, key) -> "Found":
-        return Found(self.value.get(str(key)) if isinstance(self.value, dict) else None, self.lack)
+        return Found(self.value.get(str(key)) if isinstance(self.value, dict) else None, self.lack, self.hardware)
 
     def __truediv__(self, other: "Found") -> "Found":
         if self.value is None or other.value is None:
             return Found(lack=(self if self.value is None else other).lack)
-        return Found(self.value / other.value)
+        places = {self.hardware, other.hardware} - {None}
+        if len(places) > 1:
+            return Found(lack="not on one kind of GPU")
+        return Found(self.value / other.value, hardware=next(iter(places), None))
 
     def __bool__(self) -> bool:
         return self.value is not None
@@ -75,14 +83,17 @@ FILES = {name.replace("-", "_"): read(name) for name in (
 FOUND = {name: Found(value) for name, value in FILES.items()}
 PARTS = read("decode-cuda")["parts"]
 ROWS = {
-    (row["what"], row["tokens"], row["model"]): row | {"part": part} for part in PARTS for row in PARTS[part]["rows"]
+    (row["what"], row["tokens"], row["model"]): row | {"hardware": part["hardware"]}
+    for part in PARTS.values()
+    for row in part["rows"]
 }
 PASSES = {(run["tuned"], run["backward"], run.get("cache", "a new cache")): run for run in read("kernels-cuda")}
 
 
 def row(what: str, tokens: int, model: str) -> Found:
     """What the GPUs' file says of one model."""
-    return Found(ROWS.get((what, tokens, model)))
+    found = ROWS.get((what, tokens, model))
+    return Found(found, hardware=found and found.get("hardware"))
 
 
 def best_teacher(what: str, tokens: int) -> Found:
@@ -461,15 +472,20 @@ def document() -> str:
 
 
 def draw(path: Path) -> None:
-    """Seconds a token and of a prefill over the context, for the teacher and its hybrids."""
+    """Seconds a token and of a prefill over the context, for the teacher and its hybrids; hollow on a rarer GPU."""
+    used = Counter(each["hardware"] for each in ROWS.values() if "hardware" in each)
+    rarer = [hardware for hardware, _ in used.most_common()[1:]]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    kinds = (("decode", "ms_per_token", 1, "ms a token, compiled"), ("eager", "prefill_seconds", 1, "prefill, s"))
-    for plot, (what, key, scale, label) in zip(axes, kinds):
+    kinds = (("decode", "ms_per_token", "ms a token, compiled"), ("eager", "prefill_seconds", "prefill, s"))
+    for plot, (what, key, label) in zip(axes, kinds):
         for name in MODELS:
-            points = [(tokens, row(what, tokens, name)[key]) for tokens in LENGTHS]
-            points = [(tokens, value.value * scale) for tokens, value in points if value]
+            found = [(tokens, row(what, tokens, name)[key]) for tokens in LENGTHS]
+            points = [(tokens, value.value) for tokens, value in found if value]
+            other = [(tokens, value.value) for tokens, value in found if value and value.hardware in rarer]
             if points:
                 plot.plot(*zip(*points), "o-", color=COLORS[name], label=TITLES[name], linewidth=1.5, markersize=4)
+            if other:
+                plot.plot(*zip(*other), "o", color=COLORS[name], markerfacecolor="white", markersize=4)
         plot.set_xscale("log", base=2)
         plot.set_yscale("log")
         plot.set_xticks(LENGTHS, [f"{tokens // K}K" for tokens in LENGTHS])
@@ -479,6 +495,8 @@ def draw(path: Path) -> None:
         plot.set_xlabel("context, tokens")
         plot.set_ylabel(label)
         plot.grid(alpha=0.25)
+    if rarer:
+        figure.suptitle(f"filled: {used.most_common(1)[0][0]}; hollow: {', '.join(rarer)}", fontsize=8)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     save_picture(figure, path)
 

@@ -36,7 +36,7 @@ from hydrahead.provenance import Record, environment
 from hydrahead.training.align import FittedHeads, align, teacher_heads
 from hydrahead.training.distill import compiled_layers, read_teacher
 from hydrahead.training.loop import Schedule
-from hydrahead.training.replay import WARM_UP
+from hydrahead.training.replay import WARM_UP, Replayed
 from hydrahead.training.student import StudentLoss, prepare_student, train_student
 
 SHAPES = {
@@ -179,7 +179,9 @@ def measure_alignment(machine: Machine, shape: dict, settings: dict) -> dict:
         batches = [Batch(batch.token_ids, torch.ones_like(batch.weights))]
         align(accelerator, teacher, module, lambda _, b=batches: b, schedule, autocast=machine.autocast, on_step=mark)
         gradients = sum(parameter.nbytes for parameter in module.parameters())
-        result["layer_by_layer"][layers] = marks[1] - marks[0] - gradients
+        # Recorded steps keep their gradients, which are there when the first one ends.
+        kept = Replayed.serves(accelerator)
+        result["layer_by_layer"][layers] = marks[1] - marks[0] - (0 if kept else gradients)
 
         module.zero_grad(set_to_none=True)
         before = machine.start_peak()

@@ -176,6 +176,14 @@ def test_a_target_is_judged_against_the_best_teacher_and_only_where_that_is_meas
     assert line().split("|")[3:6] == [" 2.4 ", " missed ", " 6 "]
 
 
+def test_nothing_is_compared_across_kinds_of_gpus(monkeypatch):
+    rows = measured("decode", 512 * 1024, report.BEST_TEACHER, ms_per_token=30.0, hardware="H200")
+    rows |= measured("decode", 512 * 1024, report.GROUPS, ms_per_token=5.0, hardware="H100")
+    monkeypatch.setattr(report, "ROWS", rows)
+    line = next(line for line in report.targets().splitlines() if line.startswith("| decoding, 512K"))
+    assert line.split("|")[3:5] == [" not on one kind of GPU ", "  "]
+
+
 def test_what_failed_says_so_in_its_row_and_in_what_is_computed_from_it(monkeypatch):
     rows = measured("decode", 512 * 1024, report.BEST_TEACHER, error="out of memory")
     rows |= measured("decode", 512 * 1024, report.GROUPS, ms_per_token=5.0, tokens_per_second=200.0)
