@@ -9,8 +9,8 @@ from .recipe import Recipe, StageSection
 
 CHUNK = 64  # tokens of the chunked gated delta rule
 # Logits of a chunk that exist at once, counted in fp32 (the student's, the teacher's and their gradient, in bf16), and
-# bytes of a value that is kept: bf16 or, around norms, fp32. So the peaks of memory that were measured are met within a
-# tenth (`hydrahead plan --check`).
+# bytes of a value that is kept: bf16 or, around norms, fp32. So the peaks of memory that were measured are met within
+# a tenth (`hydrahead plan --check`).
 LOGITS_COPIES = 1.5
 VALUE_BYTES = 3.8
 

@@ -66,14 +66,12 @@ def train_student(
     run: Run | None = None,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     on_step: Callable[[int, dict], None] | None = None,
-    replays: bool = False,
 ) -> nn.Module:
     """
     Train a student's parameters that require a gradient.
 
     Args:
         teacher_of: the teacher's view of a batch, without gradient.
-        replays: as in `loop.train`.
 
     Returns:
         the trained `StudentLoss`, as prepared by `accelerator`.
@@ -93,7 +91,7 @@ def train_student(
             batch.weights[:, 0] = 0  # nothing predicts the first token: it must not count in the mean
         return batches
 
-    return train(accelerator, model, predicted, backward, schedule, run, on_step, replays=replays)
+    return train(accelerator, model, predicted, backward, schedule, run, on_step)
 
 
 def prepare_student(
@@ -112,7 +110,7 @@ def prepare_student(
     # Renamed in transformers 5.23; the old name is the one that all supported versions know, PEFT among its users.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     if checkpointing:
-        # The generator's state, which cannot be recorded (`Replayed`), is asked for only where something is drawn.
+        # The state of the generator of random numbers is asked for, and waited for, only where something is drawn.
         settings = {"use_reentrant": False, "preserve_rng_state": student.config.attention_dropout > 0}
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     if lora is None:
