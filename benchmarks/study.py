@@ -68,7 +68,7 @@ class Row:
 
 RANDOM, LAYERWISE = {"strategy": "global-random"}, {"strategy": "layerwise"}
 PAPER, GROUPS = {"method": "receiver+sender"}, {"budget_unit": "kv_groups", "strategy": "global"}
-ROPE = ("student.full_attention_position=rope",)
+NOPE = ("student.full_attention_position=nope",)
 CHOICES = {
     "default": {},
     "random": RANDOM,
@@ -81,8 +81,8 @@ CHOICES = {
 }
 BUDGETS = {"3to1": 0.25, "7to1": 0.125}
 STUDENTS = {
-    "rope": ROPE,
-    "nope": ("student.logit_scale_base=1e30",),  # the logarithm of a position is nothing beside this: no scale
+    "nope": NOPE,
+    "nope-unscaled": (*NOPE, "student.logit_scale_base=1e30"),  # beside which the logarithm of a position is nothing
     "norm-all": ("student.fusion_norm=all",),
     "gate": ("student.fusion=gate",),
     "concat": ("student.fusion=concat",),
@@ -135,10 +135,8 @@ class Study:
         masks = folder / "head_masks.json"
         if not masks.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            options = {"strategy": "global-constrained", "budget_unit": "heads"} | row.select
-            _, lines = select_to_file(
-                [base / "scores" / "head_scores.json"], masks, row.ratio, **options, seed=row.seed
-            )
+            scores = base / "scores" / "head_scores.json"
+            _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **row.select)
             print(*lines, sep="\n")
         recipe = self.student_recipe(name, row)
         run_distill(recipe)

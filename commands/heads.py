@@ -94,9 +94,12 @@ def select(
     output: Annotated[Path, typer.Option(help="JSON file of head masks to write; a picture goes beside it.")],
     ratio: Annotated[float, typer.Option(help="Share of heads (or KV groups) that stay full attention.")] = 0.25,
     strategy: Annotated[
-        str,
-        typer.Option(help="; ".join(f"{name}: {strategy.about}" for name, strategy in STRATEGIES.items()) + "."),
-    ] = "global-constrained",
+        str | None,
+        typer.Option(
+            help="; ".join(f"{name}: {strategy.about}" for name, strategy in STRATEGIES.items())
+            + ". Default: global-constrained, or global where the budget is smaller than the number of layers."
+        ),
+    ] = None,
     budget_unit: Annotated[
         str, typer.Option(help="heads, or kv_groups: ratio is then the share of the cache.")
     ] = "heads",

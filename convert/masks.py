@@ -11,7 +11,15 @@ from ..files import atomic_file
 from ..provenance import digest
 from .scoring.scores import HeadScores
 from .scoring.settings import Exchange
-from .selection import BY_SCORE, STRATEGIES, Masks, same_cache_in_other_unit, select_heads, selection_cost
+from .selection import (
+    BY_SCORE,
+    STRATEGIES,
+    Masks,
+    default_strategy,
+    same_cache_in_other_unit,
+    select_heads,
+    selection_cost,
+)
 
 if TYPE_CHECKING:  # choosing heads needs no PyTorch
     from .teachers import Teacher
@@ -107,8 +115,8 @@ def select_to_file(
     files: Sequence[Path],
     output: Path,
     ratio: float,
-    strategy: str,
-    budget_unit: str,
+    strategy: str | None = None,
+    budget_unit: str = "heads",
     *,
     method: str | None = None,
     keep: Sequence[str] = (),
@@ -132,12 +140,13 @@ def select_to_file(
     """
     if output.suffix != ".json":
         raise ValueError(f"{output}: expected a name that ends in .json")
-    if exchange is not None and (tensor_parallel > 1 or not strategy.startswith("global")):
+    if exchange is not None and (tensor_parallel > 1 or not (strategy or "global").startswith("global")):
         raise ValueError(
             "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
             "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"
         )
     scores = read_scores(files, method, parse_weights(weights))
+    strategy = strategy or default_strategy(scores, ratio, budget_unit)
     kept, dropped = parse_heads(keep), parse_heads(drop)
     masks = select_heads(
         scores, ratio, strategy, budget_unit, seed, keep=kept, drop=dropped, tensor_parallel=tensor_parallel

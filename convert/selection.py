@@ -130,10 +130,17 @@ STRATEGIES = {
 BY_SCORE = tuple(name for name, strategy in STRATEGIES.items() if strategy.by_score)
 
 
+def default_strategy(scores: "HeadScores", ratio: float, budget_unit: str) -> str:
+    """`global-constrained` where the budget has a head or KV group for every layer, else `global`."""
+    layers, heads = len(scores.scores), len(scores.scores[0])
+    units = layers * (scores.num_key_value_heads if budget_unit == "kv_groups" else heads)
+    return "global-constrained" if round(ratio * units) >= layers else "global"
+
+
 def select_heads(
     scores: "HeadScores",
     ratio: float,
-    strategy: str = "global-constrained",
+    strategy: str | None = None,
     budget_unit: str = "heads",
     seed: int = 0,
     *,
@@ -146,7 +153,7 @@ def select_heads(
 
     Args:
         ratio: share of query heads (or KV groups) that stay full attention, in (0, 1].
-        strategy: a name in `STRATEGIES`.
+        strategy: a name in `STRATEGIES`; by default `default_strategy`.
         budget_unit: `"heads"` counts query heads; `"kv_groups"` chooses whole KV groups by the sum of their heads'
             scores, so that `ratio` is also the share of the KV cache that is kept.
         seed: of the random controls.
@@ -162,6 +169,8 @@ def select_heads(
         ValueError: an unknown strategy or unit, a head that does not exist, is both kept and dropped or has no score,
             or a budget that leaves no head, cannot give each layer one, or cannot hold what is to be kept.
     """
+    if strategy is None:
+        strategy = default_strategy(scores, ratio, budget_unit)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if budget_unit not in BUDGET_UNITS:

@@ -275,7 +275,7 @@ def test_a_teacher_by_name_is_trained_as_in_the_paper_in_rows_that_it_can_read()
     [
         (["8B", "--gpu", "b300"], "gpu must be one of h100, h200, a100, got 'b300'"),
         (["8B", "--ratio", "1.5"], "ratio must be in (0, 1], got 1.5"),
-        (["8B", "--ratio", "0.001"], "global-constrained needs at least 36: choose a ratio of"),
+        (["8B", "--ratio", "0.0001"], "global needs at least 1: choose a ratio of"),
         (["8B", "--budget-unit", "layers"], "budget_unit must be one of heads, kv_groups, got 'layers'"),
         (["8B", "--context", "0"], "context must be at least 1, got 0"),
         (["8B", "--batch", "0"], "batch must be at least 1, got 0"),

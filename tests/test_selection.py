@@ -232,3 +232,18 @@ def test_a_head_without_a_score_ranks_last_whatever_stands_beside_it():
         shuffled = [[scores[0][i] for i in order]]
         ranked = [shuffled[0][head] for _, head in ranking(shuffled, [[0.0] * 4])]
         assert ranked[:3] == [0.3, 0.1, -0.2] and math.isnan(ranked[3])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "budget_unit", "strategy"),
+    [
+        (1 / 4, "heads", "global-constrained"),
+        (1 / 8, "kv_groups", "global"),
+        (1 / 3, "kv_groups", "global-constrained"),
+    ],
+)
+def test_the_default_gives_every_layer_one_where_the_budget_can(ratio, budget_unit, strategy):
+    scores = HeadScores.drawn(30, 9, 3)  # the heads of SmolLM2-135M
+    chosen = select_heads(scores, ratio, budget_unit=budget_unit)
+    assert chosen == select_heads(scores, ratio, strategy, budget_unit)
+    assert all(map(any, chosen)) == (strategy == "global-constrained")

@@ -117,7 +117,7 @@ class SelectSection:
     """Which heads stay full attention: the options of `hydrahead select`, by their names."""
 
     ratio: float = 0.25
-    strategy: str = "global-constrained"
+    strategy: str | None = None
     budget_unit: str = "heads"
     method: str | None = None
     keep: list[str] = field(default_factory=list)
