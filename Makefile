@@ -20,7 +20,7 @@ SMOLLM2_SIZE = output=runs/smollm2 data.name=demo data.subset=null data.heldout_
 	evaluate.lengths=[512,1024] evaluate.tasks=[niah_single_2,niah_multikey_1] evaluate.prompts=4 \
 	evaluate.text_tokens=2048
 
-.PHONY: demo smollm2 test test-slow test-releases test-all lint format bench clean always
+.PHONY: demo smollm2 test test-slow test-releases test-quantizers test-all lint format bench clean always
 
 demo: $(READY)
 	$(BIN)/hydrahead demo
@@ -43,10 +43,14 @@ test-slow: $(READY)
 test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
 	for release in lowest newest; do \
 	  $(VENV)-$$release/bin/python -c 'import transformers; print("transformers", transformers.__version__)' && \
-	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) || exit 1; \
+	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) && \
+	  $(VENV)-$$release/bin/python -m pytest -m "not slow" tests/test_tools.py || exit 1; \
 	done
 
-test-all: test test-slow test-releases
+test-quantizers: $(VENV)-quantizers/.ready
+	$(VENV)-quantizers/bin/python -m pytest tests/test_quantizers.py
+
+test-all: test test-slow test-releases test-quantizers
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -75,7 +79,7 @@ $(READY): pyproject.toml constraints.txt
 $(VENV)-newest/.ready: always  # there may be a newer one
 
 # Beside .venv, what differs from it: everything else, torch above all, is borrowed.
-$(VENV)-lowest/.ready $(VENV)-newest/.ready: $(READY) tests/releases.py
+$(VENV)-lowest/.ready $(VENV)-newest/.ready $(VENV)-quantizers/.ready: $(READY) tests/releases.py
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import site, sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
@@ -83,4 +87,4 @@ $(VENV)-lowest/.ready $(VENV)-newest/.ready: $(READY) tests/releases.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest runs build *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-newest $(VENV)-quantizers runs build *.egg-info

@@ -1,8 +1,9 @@
 """
 HydraHead among transformers' auto classes: our own code loads a HydraHead folder, the code in the folder is not run.
+And among the models whose layers PEFT knows: adapters find their places without `target_modules`.
 
 `AutoModel.register` needs transformers and PyTorch, and `import hydrahead` is to wait for neither. So HydraHead is
-registered where the tables of the auto classes are loaded already, and elsewhere as soon as they are.
+registered where the tables are loaded already, and elsewhere as soon as they are.
 """
 
 import importlib
@@ -10,7 +11,11 @@ import sys
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-TABLES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
+TABLES = (
+    "transformers.models.auto.configuration_auto",
+    "transformers.models.auto.modeling_auto",
+    "peft.utils.constants",
+)
 
 
 class LaterClass:
@@ -33,6 +38,10 @@ def register(table: ModuleType) -> None:
 
     if table.__name__ == TABLES[0]:
         table.AutoConfig.register("hydrahead", HydraHeadConfig, exist_ok=True)
+    elif table.__name__ == TABLES[2]:
+        for name, modules in vars(table).items():
+            if name.endswith("_MODULES_MAPPING") and "qwen3" in modules:  # whose layers have our layers' names
+                modules["hydrahead"] = modules["qwen3"]
     else:
         for auto_class, name in (
             (table.AutoModel, "HydraHeadModel"),
@@ -54,7 +63,7 @@ class RegisterOnImport:
 
 
 def register_now_or_on_import() -> None:
-    """Make `model_type: hydrahead` known to `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`."""
+    """Make `model_type: hydrahead` known to `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and PEFT."""
     sys.meta_path.insert(0, RegisterOnImport)
     for name in TABLES:
         if name in sys.modules:

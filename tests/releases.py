@@ -1,4 +1,4 @@
-"""Prints what pip installs for the lowest versions that pyproject.toml admits, or for the newest transformers."""
+"""Prints what pip installs beside .venv: the lowest versions that pyproject.toml admits, the newest, or quantizers."""
 
 import re
 import sys
@@ -11,5 +11,8 @@ if sys.argv[1:] == ["lowest"]:
     print(*(re.sub(r">=([\w.]+).*", r"==\1", each) for each in requirements if not each.startswith("torch")))
 elif sys.argv[1:] == ["newest"]:
     print(*(each for each in requirements if each.startswith("transformers")))
+elif sys.argv[1:] == ["quantizers"]:
+    # Not in .venv: wherever transformers or PEFT is imported, they say on stderr what they could not load.
+    print("bitsandbytes==0.50.2 torchao==0.18.0")
 else:
-    sys.exit("usage: releases.py lowest|newest")
+    sys.exit("usage: releases.py lowest|newest|quantizers")

@@ -48,7 +48,8 @@ def test_modules_and_what_is_imported_from_them_exist(document):
 @every_document
 def test_commands_that_a_document_shows_have_the_options_that_it_gives_them(document):
     text = document.read_text()
-    lines = [code for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S) for code in block.splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
     for line in [*lines, *re.findall(r"`(hydrahead [^`\n]+)`", text)]:
         words = shlex.split(line, comments=True)
         if words[:1] == ["hydrahead"] and not words[1].startswith("-"):

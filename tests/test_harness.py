@@ -1,4 +1,4 @@
-"""lm-eval's tasks in the same report, and the same score for the same samples. Skipped where it is not installed."""
+"""lm-eval's tasks in the same report, and the same score for the same samples."""
 
 import pytest
 import torch
@@ -19,8 +19,16 @@ def test_groups_stand_for_their_tasks():
     assert harness.has_lengths("niah_single_1") and not harness.has_lengths("piqa")
 
 
-@pytest.mark.skipif(harness.importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
-def test_without_lm_eval_its_suite_is_refused_in_one_line(tmp_path):
+@pytest.fixture
+def nothing_to_download(tmp_path, monkeypatch):
+    """lm-eval would fetch a splitter of sentences, and ask for long, for haystacks that it does not split."""
+    nltk = pytest.importorskip("nltk")
+    (tmp_path / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+
+
+def test_without_lm_eval_its_suite_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     settings = Settings(suites=("lm-eval",))
     with pytest.raises(ValueError, match=r"^lm-eval is not installed: pip install"):
         evaluate([Model("demo", str(EMBEDDED_TEACHER), "demo")], settings, {}, tmp_path, {})
@@ -28,7 +36,7 @@ def test_without_lm_eval_its_suite_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_3"])
-def test_answers_and_scores_are_lm_evals_for_the_same_model_and_samples(task):
+def test_answers_and_scores_are_lm_evals_for_the_same_model_and_samples(task, nothing_to_download):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
 
@@ -54,7 +62,7 @@ def test_answers_and_scores_are_lm_evals_for_the_same_model_and_samples(task):
 
 
 @pytest.mark.slow
-def test_a_task_that_cannot_be_had_says_so_and_the_others_stand(tmp_path):
+def test_a_task_that_cannot_be_had_says_so_and_the_others_stand(tmp_path, nothing_to_download):
     pytest.importorskip("lm_eval")
     tasks = ("niah_single_1", "nothing_like_it")
     settings = Settings(suites=("lm-eval",), lengths=(1024,), harness_tasks=tasks, harness_limit=2)
