@@ -8,7 +8,6 @@ anywhere. A step whose file is there is not done again; one that was interrupted
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,10 +40,11 @@ from .data.tokens import DataSection, find_files, is_local, open_source, read_do
 from .evaluation.cells import check_report
 from .evaluation.evaluator import Settings, evaluate, text_needed
 from .evaluation.models import Model
-from .evaluation.report import as_markdown, draw_report, labels, read_report, short_table
-from .files import atomic_file, is_gguf
-from .hub.card import model_card
-from .hub.checkpoint import answer_in_clean_process, read_made_from
+from .evaluation.report import labels, read_report, short_table
+from .files import is_gguf
+from .hub.card import card_of, write_card
+from .hub.checkpoint import answer_in_clean_process
+from .hub.facts import read_made_from
 from .provenance import Record, digest, first_difference
 from .training.align import run_align
 from .training.data import token_folder
@@ -291,17 +291,12 @@ class Road:
 
     def card(self) -> Step:
         """The README of the student's folder, with what was measured."""
-        file, picture = self.student / "README.md", self.recipe.chosen_masks.with_suffix(".png")
-
-        def do() -> None:
-            if picture.is_file():
-                shutil.copyfile(picture, self.student / "head_map.png")
-            write_card(self.student)
+        file = self.student / "README.md"
 
         def is_done() -> bool:
             return file.is_file() and file.read_text() == card_of(self.student)
 
-        return Step("card", ["hydrahead", "card", str(self.student)], file, do, is_done)
+        return Step("card", ["hydrahead", "card", str(self.student)], file, partial(write_card, self.student), is_done)
 
 
 def flags(section) -> list[str]:
@@ -485,17 +480,14 @@ def heads_of(student: Path, scores: Path | None, output: Path) -> dict | None:
     What a report shows of a student's heads: which are full attention, and what they were scored.
 
     Args:
-        scores: a score file; without, the report in `output` may know them already.
+        scores: a score file; without, what the report in `output` or the student's folder knows.
     """
     masks = HydraHeadConfig.from_pretrained(student).head_masks
-    if scores is None:
-        known = (read_report(output) or {}).get("heads") or {}
-        return known if known.get("masks") == masks else {"masks": masks}
-    found = HeadScores.load(scores)
-    evidence = dict(found.evidence)
-    data = {name: getattr(found, name) for name in ("method", "scores", "capabilities", "warnings")}
-    data |= {"masks": masks, "stability": evidence.pop("stability", {}), "knockout": evidence}
-    return json.loads(json.dumps(data), parse_constant=lambda _: None)  # NaN is unknown
+    if scores is not None:
+        return {"masks": masks} | HeadScores.load(scores).brief()
+    known = (read_report(output) or {}).get("heads") or {}
+    chosen = (read_made_from(student) or {}).get("masks", {})
+    return known if known.get("masks") == masks else {"masks": masks} | chosen.get("scored", {})
 
 
 def show_report(folder: Path) -> None:
@@ -508,42 +500,6 @@ def show_report(folder: Path) -> None:
     for row in rows:
         table.add_row(*row)
     Console().print(table)
-
-
-def card_of(folder: Path) -> str:
-    """
-    The card of a student folder, with what was measured where there is a report.
-
-    Raises:
-        ValueError: the folder does not say what it was made from.
-    """
-    made_from, report, results = read_made_from(folder), read_report(folder), None
-    if made_from is None:
-        raise ValueError(f"{folder}: no student that says what it was made from (made_from.json)")
-    if report:
-        practised = any(stage["recipe"]["retrieval_share"] for stage in made_from["stages"])
-        results = "\n".join(
-            [
-                f"{' / '.join(labels(report)).capitalize()}; {report['prompts']} prompts a cell, greedy, in "
-                f"{report['text_name']}, held out; {report['hardware']}, {report['date']}. Everything that was "
-                "measured, with intervals: [report.md](report.md), [report.html](report.html)."
-                + (" The student practised what is asked here: see the rows above." if practised else ""),
-                "",
-                as_markdown(short_table(report)),
-                "",
-                *(f"![{file.stem}]({file.name})" for file in sorted(folder.glob("*.png"))),
-            ]
-        )
-    return model_card(HydraHeadConfig.from_pretrained(folder), made_from, results)
-
-
-def write_card(folder: Path) -> None:
-    """Write the card of a student folder, and the pictures of what was measured; raises as `card_of`."""
-    card_of(folder)
-    if report := read_report(folder):
-        draw_report(report, folder)
-    with atomic_file(folder / "README.md") as partial_file:
-        partial_file.write_text(card_of(folder))
 
 
 def ask(road: Road) -> None:

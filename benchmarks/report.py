@@ -19,8 +19,9 @@ from matplotlib.ticker import LogLocator
 from hydrahead.benchmarks.decode import BEST_TEACHER, LAYERWISE, TEACHER
 from hydrahead.benchmarks.decode import MODELS as CPU_MODELS
 from hydrahead.benchmarks.measured import OUTPUT, measured
+from hydrahead.evaluation import markdown
 from hydrahead.evaluation.figures import BLUE, GREEN, GREY, RED, plt, save_picture
-from hydrahead.evaluation.report import as_markdown, short_table
+from hydrahead.evaluation.report import short_table
 from hydrahead.files import atomic_file
 from hydrahead.provenance import Record
 
@@ -335,7 +336,7 @@ def cpu_decoding() -> str:
 
 def demo() -> str:
     if "models" in FILES["demo"]:
-        return as_markdown(short_table(FILES["demo"]))
+        return markdown.table(short_table(FILES["demo"]), names=0)
     rows = []  # of a file from before models were evaluated side by side
     prompts, results = FILES["demo"]["prompts"], FILES["demo"]["results"]
     for tokens in results["teacher"]:

@@ -134,15 +134,22 @@ def _is_student(folder: Path) -> bool:
     return file.is_file() and '"model_type": "hydrahead"' in file.read_text(encoding="utf-8")
 
 
-def card(student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")]) -> None:
-    """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
-    _check_student(student)
-    from ..pipeline import write_card
+LICENSE = Annotated[
+    str | None, typer.Option(help="As the Hub writes it, such as apache-2.0; in place of the teacher's.")
+]
+LANGUAGE = Annotated[list[str] | None, typer.Option(help="Code such as en; repeatable; in place of the teacher's.")]
 
+
+def card(
+    student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")],
+    license: LICENSE = None,
+    language: LANGUAGE = None,
+) -> None:
+    """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
+    from ..hub.card import card_of, check_stated, state, write_card
+
+    check_stated(license, language or [])
+    card_of(student)  # what is wrong with the folder is known before anything is written
+    state(student, license, language or [])
     write_card(student)
     typer.echo(student / "README.md")
-
-
-def _check_student(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no student there (no config.json)")

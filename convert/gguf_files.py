@@ -27,6 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..files import atomic_folder
 from ..provenance import Record, digest
 
+HUB = "https://huggingface.co/"
 FACTS = "gguf.json"  # in the folder: what the file says of itself
 # Pre-tokenizers of llama.cpp (src/llama-vocab.cpp) that transformers does not know: GPT-2's, and it with digits apart.
 GPT2_WORDS = {"gpt-2", "mpt", "olmo", "jais", "trillion"}
@@ -47,7 +48,8 @@ def open_gguf(
 
     Returns:
         the folder, and what the file says of itself: `file` (its own name), `sha256`, `quantisation` in words such as
-        Q4_1, and, where its header states them, `name`, `license`, `license_name`, `license_link`, `base_models`.
+        Q4_1, and, where its header states them, `name`, `license`, `license_name`, `license_link`,
+        `base_models` in words and `base_ids` on the Hub.
 
     Raises:
         ValueError: no such file, no GGUF file, one cut off, or a model, option or tokenizer that it cannot be turned
@@ -129,6 +131,8 @@ def _facts(path: Path, sha256: str, reader) -> dict:
     bases = [key.removesuffix(".name") for key in names]
     named = [[_line(reader, f"{base}.{key}") for key in ("organization", "name")] for base in bases]
     facts["base_models"] = [" ".join(filter(None, words)) for words in named if any(words)]
+    urls = [_line(reader, f"{base}.repo_url") or "" for base in bases]
+    facts["base_ids"] = [url.removeprefix(HUB) for url in urls if url.startswith(HUB)]
     return {name: value for name, value in facts.items() if value}
 
 

@@ -174,9 +174,13 @@ def select_to_file(
         "ratio": ratio,
         "budget_unit": budget_unit,
         "seed": seed,
+        "by_score": strategy in BY_SCORE,
+        "keep": [f"{layer}.{head}" for layer, head in kept],
+        "drop": [f"{layer}.{head}" for layer, head in dropped],
         "kept": cost.full_attention_heads,
         "without_evidence": cost.without_evidence,
         "improved_by": None if exchange is None else {"exchanges": exchange.rounds, "forms": digest(exchange.forms)},
+        "scored": scores.brief(),
         "version": __version__,
     }
     from ..evaluation.figures import plot_head_map

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import check_free
 from ..hub.checkpoint import save_checkpoint
+from ..hub.metadata import inherited
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import digest, environment
 from .calibration import (
@@ -162,5 +163,5 @@ def conversion_record(
     """What a student is made from when it is converted, as in `hub.checkpoint.save_checkpoint`; no stage yet."""
     masks = {"sha256": digest(masks_file), **read_choice(masks_file)[1]} if masks_file else {}
     forms = {"sha256": digest(forms_file), **forms_made_from(forms_file)} if forms_file else {}
-    sources = {"options": options_of(config), "masks": masks, "forms": forms}
+    sources = {"inherited": inherited(teacher.fetch()), "options": options_of(config), "masks": masks, "forms": forms}
     return {**teacher.identity, **sources, "stages": [], **environment()}

@@ -32,7 +32,7 @@ SHARED_FIELDS = (  # of a config, which a student has as its teacher has them
     *("rms_norm_eps", "max_position_embeddings", "initializer_range", "tie_word_embeddings", "attention_dropout"),
     *("use_cache", "pad_token_id", "bos_token_id", "eos_token_id"),
 )
-CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+CHECKPOINT_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md"]
 
 
 @dataclass

@@ -32,6 +32,7 @@ from pathlib import Path
 from ..files import atomic_file
 from ..provenance import Record
 from .figures import plot_accuracy_over_length, plot_depths
+from .markdown import escaped, table
 from .statistics import paired_difference
 
 TITLES = {"niah_single_2": "single key", "niah_multikey_1": "four keys"}
@@ -122,26 +123,20 @@ def _mean(values: Sequence[float | None], form: str) -> str:
     return "–" if None in values or not values else f"{sum(values) / len(values):{form}}"
 
 
-def as_markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table, heads of columns first."""
-    first, *others = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (first, ["---:"] * len(first), *others))
-
-
 def markdown(report: Mapping) -> str:
     """The whole report in tables."""
     asked = "RULER's number of new tokens" if report["new_tokens"] is None else f"{report['new_tokens']} new tokens"
     depths = f"{report['depths']} depths in turn" if report["depths"] else "random depths"
     parts = [
-        f"# {' / '.join(labels(report))}",
-        f"{report['hardware']}, {report['date']}. Text: {report['text_name']}, held out.",
-        as_markdown(_models_table(report)),
+        f"# {escaped(' / '.join(labels(report)))}",
+        f"{escaped(report['hardware'])}, {escaped(report['date'])}. Text: {escaped(report['text_name'])}, held out.",
+        table(_models_table(report)),
     ]
     if report["needles"]:
         words = f"{report['prompts']} prompts a cell, {asked}, greedy, {depths}; 95% Wilson intervals."
         words += " The last columns: difference from the first model on the same prompts, with its 95% interval"
         words += " (bootstrap) and McNemar's exact p where every score is 0 or 1; seconds a prompt."
-        parts += ["## Needles", words, as_markdown(_cells_table(report, "needles", "task", _share))]
+        parts += ["## Needles", words, table(needles_table(report))]
         pictures = ["accuracy", *(["depths"] if depth_maps(report) else [])]
         parts += ["\n".join(f"![{name}]({name}.png)" for name in pictures)]
     if report["batching"]:
@@ -151,16 +146,17 @@ def markdown(report: Mapping) -> str:
             else f"{cell['model']}: {cell['error']}"
             for cell in report["batching"]
         ]
-        parts += ["Answers that change when prompts are asked one by one instead of together: " + "; ".join(changed)]
+        words = "Answers that change when prompts are asked one by one instead of together: "
+        parts += [words + escaped("; ".join(changed))]
     if report["text"]:
         words = f"Loss in nats a token, {report['text_tokens']:,} tokens a cell; differences from the first model"
         words += " over the same windows. KL and agreement of the likeliest token are against the first model."
-        parts += ["## Text", words, as_markdown(_cells_table(report, "text", "domain", _loss))]
-        parts += ["By position in the window, at the greatest length:", as_markdown(_positions_table(report))]
+        parts += ["## Text", words, table(text_table(report))]
+        parts += ["By position in the window, at the greatest length:", table(_positions_table(report), names=2)]
     if report["lm_eval"]:
         words = "Values with lm-eval's standard errors; differences from the first model on the same questions, by the"
         words += " first metric."
-        parts += ["## lm-eval", words, as_markdown(_harness_table(report))]
+        parts += ["## lm-eval", words, table(harness_table(report))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,6 +174,16 @@ def _models_table(report: Mapping) -> list[list[str]]:
         row = [model["label"], f"{name} ({model['model_type']})", f"{model['parameters']:,}", model["dtype"]]
         rows.append([*row, f"{model['kv_bytes_per_token']:,}", f"{model['state_bytes']:,}", asked])
     return rows
+
+
+def needles_table(report: Mapping) -> list[list[str]]:
+    """One row a task and length: what every model found, with intervals, and how they differ from the first."""
+    return _cells_table(report, "needles", "task", _share)
+
+
+def text_table(report: Mapping) -> list[list[str]]:
+    """One row a domain and length: every model's loss, and how they differ from the first."""
+    return _cells_table(report, "text", "domain", _loss)
 
 
 def _cells_table(report: Mapping, kind: str, what: str, words) -> list[list[str]]:
@@ -240,7 +246,8 @@ def _positions_table(report: Mapping) -> list[list[str]]:
     return rows
 
 
-def _harness_table(report: Mapping) -> list[list[str]]:
+def harness_table(report: Mapping) -> list[list[str]]:
+    """lm-eval's tasks, one row a task, length and metric."""
     names = labels(report)
     cells = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["lm_eval"]}
     each_of = [each for each in report["differences"] if each["suite"] == "lm_eval"]

@@ -5,20 +5,19 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import atomic_folder
 from ..provenance import Record
-from .card import model_card
+from .card import write_card
+from .facts import MADE_FROM
 
 if TYPE_CHECKING:  # what only writes files needs no PyTorch
     from transformers import PreTrainedTokenizerBase
 
     from ..modeling_hydrahead import HydraHeadForCausalLM
-
-MADE_FROM = "made_from.json"
 
 
 def save_checkpoint(
@@ -33,9 +32,9 @@ def save_checkpoint(
 
     Args:
         made_from: gives the folder a card, the masks and `made_from.json`: `teacher` (its public name), `revision`,
-            `options`, `masks` and `forms` (the SHA-256 of each file and what it says of itself; empty where there was
-            none), `stages`, what each stage of training says of itself, among it `stage` and a `summary` in words;
-            where heads were measured only, `calibrated_on`.
+            `inherited` (`hub.metadata.inherited`), `options`, `masks` and `forms` (the SHA-256 of each file and what
+            it says of itself; empty where there was none), `stages`, what each stage of training says of itself,
+            among it `stage` and a `summary` in words; where heads were measured only, `calibrated_on`.
         overwrite: replace what the folder holds.
 
     Raises:
@@ -46,24 +45,21 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         if made_from is not None:
-            (partial / "README.md").write_text(model_card(student.config, made_from), encoding="utf-8")
             Record(partial / "head_masks.json").write(student.config.head_masks)
             Record(partial / MADE_FROM).write(dict(made_from))
+            write_card(partial)
         for file in partial.iterdir():
             file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def read_made_from(folder: Path) -> dict | None:
-    """What a student folder says it was made from; `None` where it is from before folders said so."""
-    return Record(folder / MADE_FROM).read()
-
-
-# Runs without hydrahead: an import of it fails, whatever is installed.
-_RELOAD = """
+# What a process without hydrahead begins with: an import of it fails, whatever is installed.
+_WITHOUT_HYDRAHEAD = """
 import json, sys
 sys.modules["hydrahead"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 logging.set_verbosity_error()
+"""
+_RELOAD = """
 folder, max_new_tokens = sys.argv[1], int(sys.argv[2])
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -84,17 +80,39 @@ def answer_in_clean_process(folder: str | Path, prompt: str, max_new_tokens: int
     Raises:
         RuntimeError: the folder does not load or generate there, with the last line of what the process said.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    arguments = [str(Path(folder).absolute()), str(max_new_tokens)]
+    result = run_clean_process(_RELOAD, arguments, prompt, {"HF_HUB_OFFLINE": "1"}, str(folder))
+    assert result["class"].startswith("transformers_modules."), result
+    return result["answer"]
+
+
+def run_clean_process(
+    code: str, arguments: Sequence[str], prompt: str, environment: Mapping[str, str], name: str
+) -> dict:
+    """
+    Run Python code in a fresh process that cannot import hydrahead.
+
+    Args:
+        code: finds `AutoModelForCausalLM`, `AutoTokenizer`, `json` and `sys` imported, `arguments` in `sys.argv` and
+            `prompt` on stdin; prints JSON in its last line.
+        environment: on top of this process's.
+        name: of what is loaded, for the error.
+
+    Returns:
+        what it printed.
+
+    Raises:
+        RuntimeError: it failed, with the last line of what it said.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", _RELOAD, str(Path(folder).absolute()), str(max_new_tokens)],
+        [sys.executable, "-c", _WITHOUT_HYDRAHEAD + code, *arguments],
         input=prompt,
         capture_output=True,
         text=True,
-        env=environment,
+        env=os.environ | {"TRANSFORMERS_VERBOSITY": "error", **environment},
         cwd=tempfile.gettempdir(),
     )
     if done.returncode:
-        raise RuntimeError(f"{folder}: does not load in a clean process: {done.stderr.strip().splitlines()[-1]}")
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    assert result["class"].startswith("transformers_modules."), result
-    return result["answer"]
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise RuntimeError(f"{name}: does not load in a clean process: {said[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -22,7 +22,7 @@ from hydrahead.cli import app  # noqa: E402
 from hydrahead.convert import gguf_files  # noqa: E402
 from hydrahead.convert.gguf_files import open_gguf  # noqa: E402
 from hydrahead.convert.teachers import open_teacher, public_name  # noqa: E402
-from hydrahead.hub.checkpoint import read_made_from  # noqa: E402
+from hydrahead.hub.facts import read_made_from  # noqa: E402
 from hydrahead.tests.families import HEADS, LAYERS, LLAMA3_ROPE, random_ids  # noqa: E402
 from hydrahead.tests.gguf_models import TOKENS, tiny_teacher, write_gguf  # noqa: E402
 
@@ -187,7 +187,7 @@ def test_a_student_of_a_file_says_so(tmp_path, masks):
     assert made["revision"] == f"sha256:{made['gguf']['sha256']}"
     assert "\nlicense: apache-2.0\n" in card and f"# HydraHead of {path.name}" in card and "base_model:" not in card
     assert "| Teacher | Tiny.Q8_0.gguf (GGUF, Q8_0), Tiny \\| one, of Some Lab Base |" in card
-    assert "| Teacher's licence | apache-2.0 |" in card and str(tmp_path) not in card + json.dumps(made)
+    assert "| Licence | apache-2.0 |" in card and str(tmp_path) not in card + json.dumps(made)
 
     sizes = ("--lengths", 64, "--prompts", 1, "--text-tokens", 64, "--suite", "text")
     run("evaluate", tmp_path / "student", "--teacher", path, *sizes)
@@ -201,7 +201,7 @@ def test_a_file_without_a_licence_gives_a_card_without_one(tmp_path, masks):
     path = write_gguf(tmp_path / "model.gguf", teacher_of("qwen2 tied"))
     run("convert", path, tmp_path / "student", "--masks", masks, "--calibration-tokens", 64)
     card = (tmp_path / "student" / "README.md").read_text()
-    assert "license:" not in card and "| Teacher's licence | not stated in the file |" in card
+    assert "license:" not in card and "| Licence | not stated |" in card
 
 
 def test_the_teacher_of_a_student_is_the_file_with_its_bytes(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -130,8 +131,10 @@ def test_killed_between_and_inside_steps_nothing_is_done_twice_and_the_result_is
     assert status == 0 and kills > 4
     assert events.read_text().splitlines() == expected
     students = [folder / "finetune" / "student" for folder in (plain, output)]
-    for name in ("model.safetensors", "config.json", "README.md"):
+    for name in ("model.safetensors", "config.json", "heads.md", "head_map.png"):
         assert students[0].joinpath(name).read_bytes() == students[1].joinpath(name).read_bytes(), name
+    cards = [re.sub(r"\S+ CPU-hours", "", (student / "README.md").read_text()) for student in students]
+    assert cards[0] == cards[1]
     assert report_of(students[0]) == report_of(students[1])
     assert report_of(students[0])["heads"]["method"] == "replacement"
     one, two = (json.loads((folder / "scores" / "head_scores.json").read_text()) for folder in (plain, output))

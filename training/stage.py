@@ -22,10 +22,12 @@ from ..convert.options import options_of, student_config
 from ..convert.teachers import TeacherAdapter, open_teacher
 from ..data.batches import Batch
 from ..data.ruler import Haystack, Prompt, make_prompts
+from ..data.tokens import is_local
 from ..evaluation.figures import draw_training
 from ..evaluation.needles import FIRST_SEED, answer, score
 from ..evaluation.text import text_loss
-from ..hub.checkpoint import read_made_from, save_checkpoint
+from ..hub.checkpoint import save_checkpoint
+from ..hub.facts import read_made_from
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record, digest, environment, first_difference
@@ -35,6 +37,7 @@ from .recipe import Recipe, StageSection, stage_record
 
 WATCHED = ("niah_single_2", "niah_multikey_1")  # RULER's tasks that training asks now and then
 WATCHED_TOKENS = 16  # of an answer: they hold a number in any tokenizer
+CLOCKS = ("seconds", "tokens_per_second", "memory_gb")  # of a step: how it was run, not what came out
 PATHS = ("student", "head_forms", "teacher_cache")  # keys of a stage that say where things lie
 
 
@@ -324,11 +327,30 @@ class Job:
             **self.stage.teacher.identity,
             "teacher_dtype": recipe.teacher.dtype,
             "text": public_source(recipe.data.name),
+            "datasets": sorted(self.datasets()),
             "steps": section.tokens // section.batch_tokens,
             "mixed_precision": recipe.run.mixed_precision,
             "seed": recipe.run.seed,
             "recipe": {key: value for key, value in asdict(section).items() if key not in PATHS},
+            **self.measured(),
             **environment(self.accelerator.device.type),
+        }
+
+    def datasets(self) -> set[str]:
+        """The data sets on the Hub that the stage's rows come from."""
+        names = {self.recipe.data.name, *([self.recipe.long_data.name] if self.section.long_share else [])}
+        return {name for name in names if name != "demo" and not is_local(name)}
+
+    def measured(self) -> dict:
+        """What the run recorded: how long its steps took, on how many devices, and the numbers of the last one."""
+        file = self.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        last = {name: value for name, value in lines[-1].items() if isinstance(value, float)} if lines else {}
+        return {
+            "seconds": round(sum(line["seconds"] for line in lines), 1),
+            "processes": self.stage.processes,
+            "device": self.accelerator.device.type,
+            "metrics": {name: value for name, value in last.items() if name not in CLOCKS},
         }
 
     def end(self, save: Callable[[], None]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from ...files import atomic_file
 from .methods import METHODS, check_methods
 
+BUILT_IN = ("retrieval", "copying", "language")  # capabilities of the probes that need no file
 TEXT = "plain-text"  # the probe of the capability `language` that the KL on text stands for
 THRESHOLD = 0.01  # effect above which a head counts as active
 
@@ -203,6 +204,30 @@ class HeadScores:
     def active(self) -> np.ndarray:
         """Bool `[L, H]`: heads whose effect passes 0.01 in some variant."""
         return fuse(self.probes, self.method, self.weights).largest > THRESHOLD
+
+    def brief(self) -> dict:
+        """
+        What a choice of heads takes with it: the ranking and its evidence, without the effects of every pair.
+
+        Returns:
+            `method`, `scores`, `capabilities`, `weights` and `warnings`; `measured_on`, what of `made_from` a reader
+            asks for; `probes`, each with what was asked and what counted; `not_probed`, the capabilities of built-in
+            probes that were left out; `stability` and `knockout`, as `scoring.evidence` has them. NaN is `None`.
+        """
+        evidence = dict(self.evidence)
+        names = ("method", "scores", "capabilities", "weights", "warnings")
+        counts = ("name", "capability", "counterfactual", "pairs", "used", "dropped", "answered")
+        probed = {probe.capability for probe in self.probes}
+        return _rounded(
+            {name: getattr(self, name) for name in names}
+            | {
+                "measured_on": {name: self.made_from.get(name) for name in ("text", "length", "pairs", "shortlist")},
+                "probes": [{name: getattr(probe, name) for name in counts} for probe in self.probes],
+                "not_probed": [name for name in BUILT_IN if name not in probed],
+                "stability": evidence.pop("stability", {}),
+                "knockout": evidence,
+            }
+        )
 
     def merge(self, other: "HeadScores") -> "HeadScores":
         """
