@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from .commands.heads import convert, score, select
-from .commands.models import card, chat, evaluate
+from .commands.models import card, chat, evaluate, push
 from .commands.recipes import demo, plan, run
 from .console import one_line_errors
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 for command in (score, select, convert, run):
     app.command()(command)
 app.command(context_settings={"ignore_unknown_options": True})(demo)  # which says what has become of old ones
-for command in (plan, evaluate, chat, card):
+for command in (plan, evaluate, chat, card, push):
     app.command()(command)
 
 

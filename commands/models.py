@@ -1,5 +1,7 @@
-"""What is done with finished models: `evaluate`, `chat`, `card`."""
+"""What is done with finished models: `evaluate`, `chat`, `card`, `push`."""
 
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -153,3 +155,18 @@ def card(
     state(student, license, language or [])
     write_card(student)
     typer.echo(student / "README.md")
+
+
+def push(
+    student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made where it is not there yet.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    tag: Annotated[str | None, typer.Option(help="Of what was uploaded and checked, such as v1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and stop.")] = False,
+) -> None:
+    """Publish a student's folder on the Hub: upload, verify checksums, load it from there and compare, tag."""
+    if sys.stderr.isatty():  # an upload is worth a bar
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
+    from ..hub.publish import publish
+
+    publish(student, repository, private, tag, dry_run, typer.echo)
