@@ -263,14 +263,16 @@ def one_line(repository: str) -> Iterator[None]:
 
 def _in_words(repository: str, chain: list[BaseException]) -> str:
     """What went wrong, from an error and those that it comes from."""
-    error = chain[0]
-    of_hub = next((each for each in chain if isinstance(each, HfHubHTTPError)), None)
-    status = of_hub.response.status_code if of_hub is not None else None
+    error, status, said = chain[0], None, None
+    for each in chain:
+        if isinstance(each, HfHubHTTPError):
+            status, said = each.response.status_code, each.server_message
+        elif of_storage := re.search(r"HTTP status client error \((\d{3}) ", str(each)):  # says so in words only
+            status = int(of_storage[1])
     if status in BY_STATUS:
         return f"{repository}: {BY_STATUS[status]}"
     if status is not None and status < 500:
-        reason = " ".join((of_hub.server_message or str(error)).split())
-        return f"{repository}: the Hub refused it ({status}): {reason}"
+        return f"{repository}: the Hub refused it ({status}): {' '.join((said or str(error)).split())}"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if type(error) is ValueError and status is None:
         return first

@@ -70,7 +70,7 @@ def test_the_pages_commands_lead_from_the_teacher_to_a_folder_that_loads(tmp_pat
         result = CliRunner(env={"COLUMNS": "200"}).invoke(app, typed(words), input=question, catch_exceptions=False)
         assert result.exit_code == 0, (words, result.stderr)
         done.append(words[0])
-    assert done == ["plan", "plan", "score", "select", "run", "run", "chat", "evaluate", "card"]
+    assert done == ["plan", "plan", "score", "select", "run", "run", "chat", "evaluate", "card", "push"]
     left = "look/head_scores.json look/head_masks.png runs/qwen3-1.7b-7to1/align/head_forms.safetensors "
     left += "runs/qwen3-1.7b-7to1/scores/head_scores.json runs/qwen3-1.7b-7to1/head_masks.json report/report.html"
     assert [path for path in left.split() if not Path(path).is_file()] == []

@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import _http
 from transformers import AutoTokenizer
+from transformers.utils import hub as transformers_hub
 from typer.testing import CliRunner
 
 from hydrahead.cli import app
@@ -15,6 +16,7 @@ from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.hub import publish
 from hydrahead.hub.card import write_card
 from hydrahead.hub.checkpoint import save_checkpoint
+from hydrahead.modeling_hydrahead import HydraHeadForCausalLM
 from hydrahead.tests.families import make_student
 from hydrahead.tests.hub_server import TOKEN, Fault, Hub, drop, echo, running_hub, slow
 
@@ -38,6 +40,7 @@ def student(saved, tmp_path) -> Path:
 
 # Weights go to the storage of large files one by one, or into commits as the pipeline of `hf_xet` makes them.
 IN_STORAGE = pytest.mark.parametrize("hub", ["storage"], indirect=True)
+THROUGH_XET = pytest.mark.parametrize("hub", ["xet"], indirect=True)  # whose servers nobody stands in for here
 IN_COMMITS = pytest.mark.parametrize("hub", ["regular"], indirect=True)
 
 
@@ -45,9 +48,10 @@ IN_COMMITS = pytest.mark.parametrize("hub", ["regular"], indirect=True)
 def hub(request, tmp_path, monkeypatch) -> Hub:
     """A Hub, for this process and its children."""
     with running_hub() as hub:
-        hub.large = hub.large if request.param == "storage" else lambda path: False
+        hub.large = hub.large if request.param != "regular" else lambda path: False
         for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False}.items():
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)  # which it would keep
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", request.param == "storage")
         monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between attempts
         for name, value in {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}.items():
@@ -103,6 +107,7 @@ def test_a_push_lists_uploads_checks_loads_and_tags(hub, student):
     assert again.exit_code == 0 and hub.sent("POST", "/commit/") == 1 and repository.tags == {"v1": commit}
 
 
+@pytest.mark.slow
 @IN_COMMITS
 def test_a_commit_that_computes_otherwise_gets_no_tag(hub, student, monkeypatch):
     monkeypatch.setattr(publish, "verify", lambda *_: [])
@@ -139,9 +144,16 @@ def test_a_card_that_somebody_edited_goes_as_it_is(hub, student, without_reload)
     assert published(hub)["README.md"].decode() == card
 
 
-@pytest.mark.parametrize("answer", [drop, 500], ids=["dropped", "500"])
 @pytest.mark.parametrize(
-    ("method", "path"), [("POST", "/preupload/"), ("POST", "/commit/"), ("PUT", "/storage/"), ("GET", "/tree/")]
+    ("method", "path", "answer"),
+    [
+        ("POST", "/preupload/", drop),
+        ("PUT", "/storage/", drop),
+        ("PUT", "/storage/", 500),
+        ("POST", "/commit/", drop),
+        ("POST", "/commit/", 503),
+        ("GET", "/tree/", 500),
+    ],
 )
 def test_what_fails_in_the_middle_goes_on_with_the_same_command(method, path, answer, hub, student, without_reload):
     if path == "/storage/" and not hub.large("model.safetensors"):
@@ -189,6 +201,13 @@ def test_what_the_hub_refuses_ends_in_one_line_that_says_what_to_do(status, path
         hub.faults = [Fault("POST", path, answer, times=100)]
         assert line in refused(student, "--tag", "v1")
         assert not without_reload
+
+
+@THROUGH_XET
+@pytest.mark.parametrize("status", [401, 403])
+def test_what_the_storage_refuses_is_said_alike(status, hub, student, without_reload):
+    hub.faults = [Fault("GET", "/xet-write-token/", status, times=100)]
+    assert f"({status})" in refused(student) and not hub.sent("POST", "/commit/")
 
 
 @IN_COMMITS
@@ -340,3 +359,21 @@ def test_without_a_token_or_a_network_nothing_is_tried(student, hub, monkeypatch
     monkeypatch.delenv("HF_TOKEN")
     assert "there is no token: `hf auth login`" in refused(student)
     assert not hub.log
+
+
+def test_a_model_pushed_by_itself_brings_the_code_that_loads_it(hub, saved):
+    """`model.push_to_hub`: transformers' own way, which leaves a card of its own that has no licence."""
+    model = HydraHeadForCausalLM.from_pretrained(saved)
+    model.push_to_hub(NAME)
+    files = published(hub)
+    assert set(publish.CODE) < set(files) and files["model.safetensors"] == (saved / "model.safetensors").read_bytes()
+    assert json.loads(files["config.json"])["auto_map"]["AutoModelForCausalLM"].startswith("modeling_hydrahead.")
+    assert "made_from.json" not in files and ModelCard(files["README.md"].decode()).data.license is None
+
+
+def test_an_upload_of_the_folder_sends_what_a_push_sends(hub, saved):
+    """`hf upload NAME FOLDER` is this call."""
+    HfApi().create_repo(NAME)
+    HfApi().upload_folder(repo_id=NAME, folder_path=saved)
+    assert published(hub) == files_of(saved)
+    assert set(publish.check_folder(saved)) == set(files_of(saved))
