@@ -1,7 +1,8 @@
 """Model cards, made of what a student's folder records and of nothing else: of `convert`, of each stage, of `run`."""
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..evaluation.markdown import escaped, table
@@ -24,7 +25,8 @@ CARD = "README.md"
 TESTED = "5.21 to 5.24"  # releases of transformers that the model's tests run on
 FEW_ROWS = 24  # of a table that is not folded away
 PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-CLOCKS_OF = {"cuda": "GPU", "cpu": "CPU"}
+DEVICES = {"cuda": "GPU", "cpu": "CPU"}
+HOW_FAST = ("grad_norm", "learning_rate")  # of a stage's last numbers: how it learned, not what
 CITATION = """```bibtex
 @misc{hydrahead,
   title         = {{HydraHead}},
@@ -65,25 +67,22 @@ def card_of(folder: Path) -> str:
             hydrahead writes; one line.
     """
     facts = Facts.read(folder)
-    try:
+    with _our_records(folder):
         return model_card(facts)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise _not_ours(folder, error) from error
 
 
 def write_card(folder: Path) -> None:
     """
-    Write the card of a student's folder, the page on its heads, and the pictures of both; raises as `card_of`.
+    Write the card of a student's folder, the page on its heads, and the pictures of both; raises as `card_of`, before
+    anything is written.
     """
-    card, facts = card_of(folder), Facts.read(folder)
-    try:
-        page = heads_page(facts)
+    facts = Facts.read(folder)
+    with _our_records(folder):
+        texts = {PAGE: heads_page(facts), CARD: model_card(facts)}
         draw_heads(facts, folder)
         if facts.report:
             draw_report(facts.report, folder)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise _not_ours(folder, error) from error
-    for name, text in {PAGE: page, CARD: card}.items():
+    for name, text in texts.items():
         if text is not None:
             with atomic_file(folder / name) as partial:
                 partial.write_text(text, encoding="utf-8")
@@ -96,12 +95,17 @@ def is_edited(folder: Path) -> bool:
     return stated.get("written") != digest(folder / CARD)
 
 
-def _not_ours(folder: Path, error: Exception) -> ValueError:
-    reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return ValueError(
-        f"{folder}: made_from.json, card.json or report.json does not hold what hydrahead writes there ({reason}); "
-        "make the folder anew, or put the file back"
-    )
+@contextlib.contextmanager
+def _our_records(folder: Path) -> Iterator[None]:
+    """Have records that hydrahead did not write, in whatever they differ, end in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(
+            f"{folder}: made_from.json, card.json or report.json does not hold what hydrahead writes there "
+            f"({reason}); make the folder anew, or put the file back"
+        ) from error
 
 
 def model_card(facts: Facts) -> str:
@@ -227,7 +231,7 @@ def _hours(entry: Mapping) -> str:
     if "seconds" not in entry:
         return "–"
     hours = entry["seconds"] * entry["processes"] / 3600
-    return f"{hours:,.2g} {CLOCKS_OF.get(entry['device'], entry['device'])}-hours"
+    return f"{hours:,.2g} {DEVICES.get(entry['device'], entry['device'])}-hours"
 
 
 def _compute(facts: Facts) -> str:
@@ -235,7 +239,7 @@ def _compute(facts: Facts) -> str:
     totals: dict[tuple[str, str], float] = {}
     for entry in facts.trained:
         if "seconds" in entry:
-            kind = (CLOCKS_OF.get(entry["device"], entry["device"]), entry["hardware"])
+            kind = (DEVICES.get(entry["device"], entry["device"]), entry["hardware"])
             totals[kind] = totals.get(kind, 0) + entry["seconds"] * entry["processes"] / 3600
     words = [f"{hours:,.2g} {kind}-hours ({hardware})" for (kind, hardware), hours in totals.items()]
     missing = [entry["stage"] for entry in facts.trained if "seconds" not in entry]
@@ -247,27 +251,18 @@ def _training(facts: Facts) -> list[str]:
     """What every stage read, how fast it learned, and the numbers that it recorded last."""
     if not facts.trained:
         return ["None: the teacher's weights, calibrated new heads. Train it before use (hydrahead run)."]
-    parts = []
-    rows = [["stage", "steps", "rows of", "learning rate", "time", "at its end"]]
+    read, rows = [], [["stage", "steps", "rows of", "learning rate", "time", "at its end"]]
     for entry in facts.trained:
         recipe, length = entry.get("recipe", {}), _length_of(entry)
         rate = f"{recipe['learning_rate']:g} to {recipe['final_learning_rate']:g}" if recipe else "–"
-        shown = {
-            name: value
-            for name, value in entry.get("metrics", {}).items()
-            if name not in ("grad_norm", "learning_rate")
-        }
-        ends = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in shown.items()) or "–"
-        rows.append(
-            [entry["stage"], f"{entry['steps']:,}", f"{length:,}" if length else "–", rate, _hours(entry), ends]
-        )
-    read = [
-        f"- {escaped(entry['stage'])}: {escaped(entry.get('summary') or entry.get('text', 'not recorded'))}"
-        for entry in facts.trained
-    ]
-    parts += [table(rows), "Read:\n\n" + "\n".join(read)]
+        metrics = {name: value for name, value in entry.get("metrics", {}).items() if name not in HOW_FAST}
+        ends = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()) or "–"
+        row = [entry["stage"], f"{entry['steps']:,}", f"{length:,}" if length else "–", rate, _hours(entry), ends]
+        rows.append(row)
+        read.append(f"- {escaped(entry['stage'])}: {escaped(entry.get('summary') or entry.get('text', 'unknown'))}")
+    parts = [table(rows), "Read:\n\n" + "\n".join(read)]
     if all(entry["stage"] == "align" for entry in facts.trained):
-        parts += ["Heads were aligned one by one, nothing was trained end to end."]
+        parts += ["Heads were aligned with the teacher's, nothing was trained end to end."]
     return parts
 
 
@@ -282,9 +277,7 @@ def _measured(facts: Facts) -> list[str]:
     words += " The hybrid practised what is asked here: training rows held needles." if practised else ""
     parts = [words, table(short_table(report), names=0)]
     if report["needles"]:
-        words = (
-            "Needles with 95% Wilson intervals, and the difference from the first model on the same prompts with its "
-        )
+        words = "Needles with 95% Wilson intervals; the difference from the first model on the same prompts with its "
         words += "95% bootstrap interval and McNemar's exact p:"
         parts += [_folded("Every task and length", words, _without_seconds(needles_table(report)))]
         parts += ["![Needles found over length, with intervals](accuracy.png)"]
@@ -315,12 +308,12 @@ def _usage(facts: Facts) -> list[str]:
     is_pinned = not repository or (revision or "main") != "main"
     pinned = json.dumps(revision or "main") + ("" if is_pinned else "  # a commit in its place pins code and weights")
     if facts.has_template:
-        prompt = """messages = [{"role": "user", "content": "What is full attention good for?"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")"""
+        prompt = 'messages = [{"role": "user", "content": "What is full attention good for?"}]\n'
+        prompt += "inputs = tokenizer.apply_chat_template(\n    messages, add_generation_prompt=True, "
+        prompt += 'return_dict=True, return_tensors="pt"\n)'
     else:
-        prompt = (
-            """inputs = tokenizer("The first thing to know is", return_tensors="pt", return_token_type_ids=False)"""
-        )
+        words = '"The first thing to know is", return_tensors="pt", return_token_type_ids=False'
+        prompt = f"inputs = tokenizer({words})"
     code = f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -94,12 +94,13 @@ def publish(
     else:
         state(folder, repository=repository, revision=tag or "main")
         write_card(folder)
+        files = check_folder(folder)
     with one_line(repository):
         ModelCard.load(folder / CARD).validate()
         api = HfApi()
         commit = tagged = tag and tagged_commit(api, repository, tag)
         if tagged is None:
-            commit = upload(api, folder, repository, private)
+            commit = upload(api, folder, list(files), repository, private)
             say(f"uploaded: {commit}")
         left = verify(api, folder, repository, commit, tagged and tag)
         say(f"checksums of {len(files)} files agree" + (f"; was there before: {', '.join(left)}" if left else ""))
@@ -129,10 +130,7 @@ def check_folder(folder: Path) -> dict[str, int]:
     for name in (CARD, *CODE, "tokenizer_config.json"):
         if name not in paths:
             raise ValueError(f"{folder}: has no {name}, which whoever loads it needs")
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    if missing := sorted(shards - paths.keys()):
-        raise ValueError(f"{folder}: has no {missing[0]}, a part of its weights")
+    check_weights(folder, {name for name in paths if name.endswith(".safetensors")})
     for name in CODE:  # which is run here, to see that it loads, and by everyone who loads it
         if (folder / name).read_bytes() != (Path(__file__).parents[1] / name).read_bytes():
             raise ValueError(
@@ -141,6 +139,24 @@ def check_folder(folder: Path) -> dict[str, int]:
     Facts.read(folder)
     check_licence(folder)
     return {name: path.stat().st_size for name, path in paths.items()}
+
+
+def check_weights(folder: Path, found: set[str]) -> None:
+    """
+    Raises:
+        ValueError: a file of the weights is missing, or one that is there is none of them.
+    """
+    index = folder / "model.safetensors.index.json"
+    parts = {"model.safetensors"}
+    if index.is_file():
+        try:
+            parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: does not say which file holds which weights; save the student again") from None
+    if missing := sorted(parts - found):
+        raise ValueError(f"{folder}: has no {missing[0]}, a part of its weights")
+    if more := sorted(found - parts):
+        raise ValueError(f"{folder / more[0]}: not part of its weights; move it out of the folder")
 
 
 def check_licence(folder: Path) -> None:
@@ -180,9 +196,9 @@ def tagged_commit(api: HfApi, repository: str, tag: str) -> str | None:
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
-def upload(api: HfApi, folder: Path, repository: str, private: bool) -> str:
+def upload(api: HfApi, folder: Path, files: list[str], repository: str, private: bool) -> str:
     """
-    Make the repository where it is not there yet, and upload what it has not got.
+    Make the repository where it is not there yet, and upload what it has not got of some files.
 
     Returns:
         the commit that holds all of it.
@@ -193,7 +209,6 @@ def upload(api: HfApi, folder: Path, repository: str, private: bool) -> str:
     api.create_repo(repository, private=private or None, exist_ok=True)
     if private and not api.repo_info(repository).private:
         raise ValueError(f"{repository}: is there and public; make it private on the Hub, or choose another name")
-    files = list(check_folder(folder))  # its card is another one now
     message = f"Upload {len(files)} files with hydrahead push"
     info = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, commit_message=message)
     return info.oid

@@ -148,7 +148,7 @@ def test_a_card_says_at_a_glance_how_a_student_was_made(tmp_path):
         (
             {"forms": {"sha256": "0", "steps": 100, "rows": 4, "length": 512, "text": "book.txt"}},
             {"Tokens": "align 204,800", "Compute": "align not recorded", "Stages": "align"},
-            "- align: book.txt\n\nHeads were aligned one by one, nothing was trained end to end.",
+            "- align: book.txt\n\nHeads were aligned with the teacher's, nothing was trained end to end.",
         ),
     ],
     ids=["calibrated", "aligned by score"],

@@ -1,6 +1,7 @@
 """`hydrahead push` against a Hub in this process: what is sent, refused, resumed and checked; the token is nowhere."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -309,6 +310,10 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def forget_a_shard(folder: Path) -> None:
+    shutil.copyfile(folder / "model.safetensors", folder / "model-00003-of-00003.safetensors")
+
+
 @IN_COMMITS
 @pytest.mark.parametrize(
     ("spoil", "line"),
@@ -324,6 +329,8 @@ def lose_a_shard(folder: Path) -> None:
         (lambda folder: (folder / "made_from.json").unlink(), "no student that says what it was made from"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "not a whole safetensors file"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors, a part of its weights"),
+        (forget_a_shard, "model-00003-of-00003.safetensors: not part of its weights"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "does not say which file holds"),
         (lose_a_shard, "has no model-00002-of-00002.safetensors, a part of its weights"),
         (link, "LICENSE: a link, and what it leads to would be published"),
         (change_code, "modeling_hydrahead.py: not the code of this hydrahead"),
@@ -377,3 +384,9 @@ def test_an_upload_of_the_folder_sends_what_a_push_sends(hub, saved):
     HfApi().upload_folder(repo_id=NAME, folder_path=saved)
     assert published(hub) == files_of(saved)
     assert set(publish.check_folder(saved)) == set(files_of(saved))
+
+
+def test_what_a_card_shows_loads_and_generates(saved, monkeypatch, capsys):
+    monkeypatch.chdir(saved)
+    exec(re.search(r"```python\n(.*?)```", (saved / "README.md").read_text(), flags=re.S)[1], {})
+    assert capsys.readouterr().out.startswith("The first thing to know is")
