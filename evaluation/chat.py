@@ -46,7 +46,8 @@ def chat(model: Model, new_tokens: int = 512, greedy: bool = False, template: bo
     use_tuned_kernels()
     screen = Screen()
     with screen.waiting(f"loading {model.name}"):
-        loaded, tokenizer = model.load(), model.tokenizer()
+        tokenizer = model.tokenizer()
+        loaded = model.load()
     room = Room(Conversation(loaded, tokenizer, template, new_tokens, greedy), screen)
     screen.note(describe(model.name, loaded, room.conversation.has_template) + "; /help tells of commands")
     for line in screen.lines():
@@ -78,8 +79,10 @@ class Room:
             whether the conversation goes on.
 
         Raises:
-            ValueError: an unknown command, or one that cannot be done; one line.
+            ValueError: an unknown command, one that cannot be done, or a line that is no text; one line.
         """
+        if any("\ud800" <= each <= "\udfff" for each in line):
+            raise ValueError("this line is not UTF-8: it was not read")
         word, *rest = line.split() or [""]
         if word == "/quit":
             return False
@@ -154,6 +157,7 @@ class Screen:
     def lines(self) -> Iterator[str]:
         """What the user types, line by line."""
         if not (sys.stdin.isatty() and self.is_watched):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 does not end the conversation
             yield from (line.rstrip("\n") for line in sys.stdin)
             return
         with contextlib.suppress(ImportError):  # which Windows lacks: lines cannot be edited there

@@ -95,7 +95,7 @@ class Conversation:
         self._forget()
 
     def _forget(self) -> None:
-        self._cached: list[int] = []  # what the cache holds, the beginning of `ids`
+        self._cached: list[int] = []  # tokens that the cache holds: of `ids`, or of a prompt that was not answered
         self._cache: Cache | None = None
 
     def say(

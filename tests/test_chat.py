@@ -183,7 +183,7 @@ def student(tmp_path_factory) -> Path:
     return folder / "student"
 
 
-def talk(folder, lines: str, *options) -> tuple[str, str]:
+def talk(folder, lines: str | bytes, *options) -> tuple[str, str]:
     """stdout and stderr of a conversation through pipes."""
     done = CliRunner().invoke(app, ["chat", str(folder), *options], input=lines, catch_exceptions=False)
     assert done.exit_code == 0, done.stderr
@@ -202,6 +202,11 @@ def test_through_pipes_stdout_has_answers_and_stderr_what_they_took(student):
     assert "too few for the header, the needles and the question" in notes and "Ctrl-C stops an answer" in notes
     first = answers[: answers.index("What is the special")]
     assert first.strip() and answers.endswith(first)  # /reset began anew
+
+
+def test_a_line_that_is_not_utf_8_is_not_read_and_the_next_one_is():
+    answers, notes = talk("demo", b"import \xff\nimport os\n", "--greedy", "--new-tokens", 3)
+    assert notes.count("this line is not UTF-8") == 1 and notes.count("tokens/s") == 1 and answers.strip()
 
 
 def test_the_shipped_teacher_finds_its_needle():
