@@ -1,6 +1,7 @@
 """What the documents name is there: files, modules, commands and their options."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from hydrahead.benchmarks import report
+from hydrahead.benchmarks import report, study
 from hydrahead.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -60,3 +61,15 @@ def test_commands_that_a_document_shows_have_the_options_that_it_gives_them(docu
 def test_the_page_of_benchmarks_says_what_the_files_of_results_hold():
     written = (ROOT / "docs" / "benchmarks.md").read_text()
     assert written == report.document(), "run `python benchmarks/report.py`"
+
+
+def test_the_experiments_say_what_the_study_measured():
+    """In every row of needles and text, whatever the page calls the models."""
+    found = json.loads((ROOT / "benchmarks" / "smollm2" / "rope-3to1.json").read_text())
+    rows = [line for line in study.tables(found).splitlines() if re.match(r"\| (teacher|default)", line)]
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    assert len(rows) == 6
+    for row in rows[:4]:
+        assert row.split("|", 3)[3] in page
+    for row in rows[4:]:
+        assert "|".join(row.split("|")[2:5]) in page
