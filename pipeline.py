@@ -44,7 +44,7 @@ from .evaluation.report import labels, read_report, short_table
 from .files import is_gguf
 from .hub.card import card_of, write_card
 from .hub.checkpoint import answer_in_clean_process
-from .hub.facts import read_made_from
+from .hub.folder import read_made_from
 from .provenance import Record, digest, first_difference
 from .training.align import run_align
 from .training.data import token_folder

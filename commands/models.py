@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..files import is_gguf
+from ..hub.folder import check_student
 from .options import Dtype
 
 
@@ -148,6 +149,7 @@ def card(
     language: LANGUAGE = None,
 ) -> None:
     """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
+    check_student(student)
     from ..hub.card import card_of, check_stated, state, write_card
 
     check_stated(license, language or [])
@@ -165,6 +167,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, and stop.")] = False,
 ) -> None:
     """Publish a student's folder on the Hub: upload, verify checksums, load it from there and compare, tag."""
+    check_student(student)
     if sys.stderr.isatty():  # an upload is worth a bar
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "0"
     from ..hub.publish import publish

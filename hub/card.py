@@ -17,7 +17,8 @@ from ..evaluation.report import (
 )
 from ..files import atomic_file
 from ..provenance import Record, digest
-from .facts import STATED, Facts
+from .facts import Facts
+from .folder import STATED, first_line
 from .heads import PAGE, chosen_heads, draw_heads, heads_page, heads_section
 from .metadata import base_models, check_stated, datasets, is_hub_id, metadata, terms
 
@@ -101,7 +102,7 @@ def _our_records(folder: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(
             f"{folder}: made_from.json, card.json or report.json does not hold what hydrahead writes there "
             f"({reason}); make the folder anew, or put the file back"

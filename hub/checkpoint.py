@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..files import atomic_folder
 from ..provenance import Record
 from .card import write_card
-from .facts import MADE_FROM
+from .folder import MADE_FROM
 
 if TYPE_CHECKING:  # what only writes files needs no PyTorch
     from transformers import PreTrainedTokenizerBase

@@ -1,6 +1,5 @@
 """What a student's folder records, read once for its card."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ..configuration_hydrahead import HydraHeadConfig
 from ..evaluation.report import read_report
 from ..provenance import Record
-
-MADE_FROM, STATED = "made_from.json", "card.json"
-
-
-def read_made_from(folder: Path) -> dict | None:
-    """What a student folder says it was made from; `None` where it is from before folders said so."""
-    return Record(folder / MADE_FROM).read()
+from .folder import MADE_FROM, STATED, check_student, first_line, read_made_from
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Facts:
             made_from, stated = read_made_from(folder), Record(folder / STATED).read() or {}
             report, config = read_report(folder), HydraHeadConfig.from_pretrained(folder)
         except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{folder}: its records cannot be read ({_first_line(error)})") from None
+            raise ValueError(f"{folder}: its records cannot be read ({first_line(error)})") from None
         if made_from is None:
             raise ValueError(f"{folder}: no student that says what it was made from ({MADE_FROM})")
         tokenizer = folder / "tokenizer_config.json"
@@ -72,22 +65,6 @@ class Facts:
         return [*([{"stage": "align"} | forms] if "steps" in forms else []), *self.made_from["stages"]]
 
 
-def check_student(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: there is no student in the folder.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no student there (no config.json)")
-    try:
-        kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({_first_line(error)})") from None
-    if kind != "hydrahead":
-        raise ValueError(f"{folder}: no HydraHead student but a model of type {kind}; hydrahead convert makes one")
-
-
 def count_parameters(folder: Path) -> dict[str, int]:
     """
     Parameters in the safetensors files of a folder by dtype, as the files name it (BF16); no tensor is read.
@@ -103,9 +80,5 @@ def count_parameters(folder: Path) -> dict[str, int]:
                     tensor = file.get_slice(name)
                     counts[tensor.get_dtype()] = counts.get(tensor.get_dtype(), 0) + prod(tensor.get_shape())
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({_first_line(error)})") from None
+            raise ValueError(f"{path}: not a whole safetensors file ({first_line(error)})") from None
     return counts
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

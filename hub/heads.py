@@ -48,11 +48,14 @@ def _speaks(score: float | None) -> bool:
 def heads_section(facts: Facts) -> list[str]:
     """The section of the card, paragraph by paragraph."""
     choice, scored, heads = facts.made_from["masks"], facts.scored, chosen_heads(facts)
-    if not scored:
+    if not scored and "method" not in choice:
         return [
             "Which heads stay full attention was given by hand, or in a file that does not say how they were chosen."
         ]
-    parts = [_how_chosen(facts, choice)]
+    parts = [_how_chosen(choice, scored)]
+    if not scored:  # masks from before they took their scores along
+        words = f"{choice['without_evidence']} of the {choice['kept']} chosen heads score 0 or less: nothing that was"
+        return [*parts, f"**Without evidence:** {words} measured speaks for them. The scores are not recorded here."]
     parts += [f"![{words}]({name})" for name, words in pictures(facts).items() if name == "head_map.png"]
     if scored.get("probes"):
         parts += ["Capabilities that the heads were scored for:", table(_capabilities(facts))]
@@ -70,10 +73,9 @@ def heads_section(facts: Facts) -> list[str]:
     return [*parts, f"Why head {layer}.{head} stays, and every other one: [{PAGE}]({PAGE})."]
 
 
-def _how_chosen(facts: Facts, choice: Mapping) -> str:
-    scored = facts.scored
+def _how_chosen(choice: Mapping, scored: Mapping) -> str:
     if choice.get("by_score", True):
-        words = f"Chosen by their {escaped(choice.get('method', scored['method']))} score"
+        words = f"Chosen by their {escaped(choice.get('method') or scored['method'])} score"
     else:
         words = "Chosen without regard to scores, as a control"
     if "strategy" in choice:

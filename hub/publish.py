@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from .card import CARD, card_of, is_edited, state, write_card
 from .checkpoint import run_clean_process
-from .facts import Facts, check_student
+from .facts import Facts
+from .folder import check_student, first_line
 from .metadata import is_hub_id
 
 PROMPT = "A few heads keep full attention; all others keep a state of constant size, whatever they read. So the model"
@@ -288,10 +289,9 @@ def _in_words(repository: str, chain: list[BaseException]) -> str:
         return f"{repository}: {BY_STATUS[status]}"
     if status is not None and status < 500:
         return f"{repository}: the Hub refused it ({status}): {' '.join((said or str(error)).split())}"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if type(error) is ValueError and status is None:
-        return first
-    reason = f"status {status}" if status else first
+        return first_line(error)
+    reason = f"status {status}" if status else first_line(error)
     return f"{repository}: the upload was interrupted ({reason}); the same command goes on where it stopped"
 
 

@@ -191,6 +191,16 @@ def test_heads_that_nobody_scored_are_said_to_be_given(tmp_path):
     assert not (folder / "heads.md").exists() and not list(folder.glob("*.png"))
 
 
+def test_masks_from_before_they_took_their_scores_along_say_what_they_know(masks_file, tmp_path):
+    choice = json.loads(masks_file.read_text())
+    for name in ("scored", "by_score", "keep", "drop"):
+        del choice[name]
+    (tmp_path / "masks.json").write_text(json.dumps(choice))
+    card = card_of(write_student(tmp_path / "s", tmp_path / "masks.json"))
+    assert "Chosen by their receiver score, strategy global, 0.333333 of heads." in card
+    assert "1 of the 4 chosen heads score 0 or less" in card and "The scores are not recorded here." in card
+
+
 def test_a_report_gives_tables_with_intervals_and_pictures(tmp_path):
     folder = write_student(tmp_path / "s", stages=[STAGE | {"stage": "distill"}])
     assert "Not measured: hydrahead evaluate" in card_of(folder)

@@ -121,6 +121,7 @@ def imported(*arguments) -> tuple[int, set[str], str]:
         ["run", "demo", "distill.token=1"],
         ["evaluate", "none"],
         ["card", "none"],
+        ["push", "none", "me/none"],
     ],
 )
 def test_a_typo_does_not_wait_for_pytorch(tmp_path, arguments):
@@ -360,8 +361,9 @@ def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
     assert file["kept"] == 12 and file["without_evidence"] == sum(score <= 0 for score in kept)
     done = hydrahead("convert", EMBEDDED_TEACHER, tmp_path / "out", "--masks", tmp_path / "masks.json")
     assert done.returncode == 0, done.stderr
-    said = f"receiver score, global-constrained, 0.25 of heads; {file['without_evidence']} of 12 without evidence"
-    assert said in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Chosen by their receiver score, strategy global-constrained, 0.25 of heads; kept by name: 5.0, 5.1" in card
+    assert f"**Without evidence:** {file['without_evidence']} of the 12 chosen heads" in card
     assert masks[1][2] == masks[1][3] == masks[5][0] == masks[5][1] == 1 and sum(map(sum, masks)) == 12
     assert all(map(any, masks)) and (tmp_path / "masks.png").is_file()
 

@@ -80,5 +80,5 @@ def test_the_pages_commands_lead_from_the_teacher_to_a_folder_that_loads(tmp_pat
 
 
 def test_the_page_names_what_it_uploads_as_the_recipe_leaves_it():
-    uploads = [words for words in COMMANDS if words[:2] == ["hf", "upload"]]
-    assert [words[3] for words in uploads] == [str(STUDENT)]
+    uploads = [words for words in COMMANDS if words[:2] == ["hydrahead", "push"]]
+    assert [words[2] for words in uploads] == [str(STUDENT)]

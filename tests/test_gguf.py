@@ -22,7 +22,7 @@ from hydrahead.cli import app  # noqa: E402
 from hydrahead.convert import gguf_files  # noqa: E402
 from hydrahead.convert.gguf_files import open_gguf  # noqa: E402
 from hydrahead.convert.teachers import open_teacher, public_name  # noqa: E402
-from hydrahead.hub.facts import read_made_from  # noqa: E402
+from hydrahead.hub.folder import read_made_from  # noqa: E402
 from hydrahead.tests.families import HEADS, LAYERS, LLAMA3_ROPE, random_ids  # noqa: E402
 from hydrahead.tests.gguf_models import TOKENS, tiny_teacher, write_gguf  # noqa: E402
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hydrahead.hub.facts import read_made_from
+from hydrahead.hub.folder import read_made_from
 from hydrahead.provenance import digest
 from hydrahead.tests.training_runs import finish_stage, make_inputs, metrics_of, write_recipe
 

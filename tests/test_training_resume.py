@@ -21,7 +21,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hydrahead.data.batches import Batch
-from hydrahead.hub.facts import read_made_from
+from hydrahead.hub.folder import read_made_from
 from hydrahead.tests.training_runs import (
     finish_stage,
     free_ports,

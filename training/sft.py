@@ -16,7 +16,7 @@ import importlib.util
 from pathlib import Path
 
 from ..console import one_line_errors
-from ..hub.checkpoint import MADE_FROM, read_made_from
+from ..hub.folder import MADE_FROM, read_made_from
 from ..kernels import use_tuned_kernels
 from ..provenance import Record
 

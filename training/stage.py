@@ -27,7 +27,7 @@ from ..evaluation.figures import draw_training
 from ..evaluation.needles import FIRST_SEED, answer, score
 from ..evaluation.text import text_loss
 from ..hub.checkpoint import save_checkpoint
-from ..hub.facts import read_made_from
+from ..hub.folder import read_made_from
 from ..kernels import use_tuned_kernels
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record, digest, environment, first_difference
