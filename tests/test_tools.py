@@ -86,18 +86,17 @@ def workplace(student, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def run(section: str, which: slice = slice(None), **names) -> dict:
+def run(section: str, which: slice = slice(None)) -> dict:
     """The page's first piece of code, then those of a section; what they leave behind, by name."""
-    namespace = {"__name__": "page", **names}
+    namespace = {"__name__": "page"}
     for piece in [LOAD, *code(section)[which]]:
         exec(compile(piece, f"docs/using.md, {section}", "exec"), namespace)
     return namespace
 
 
-def losses(trainer) -> list[float]:
+def check_losses(trainer) -> None:
     found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(found) == 2 and all(torch.tensor(found).isfinite()), found
-    return found
 
 
 def changed(before: Path, model) -> set[str]:
@@ -157,9 +156,8 @@ def test_a_trainer_that_was_killed_goes_on_to_the_same_weights(workplace, studen
 
 
 def test_trl_packs_whole_texts_and_each_is_read_alone(workplace, student):
-    pytest.importorskip("trl")
     found = run("TRL: supervised", slice(0, 1))
-    losses(found["trainer"])
+    check_losses(found["trainer"])
     assert len(changed(student, found["model"])) == len(found["model"].state_dict())
     batch = next(iter(found["trainer"].get_train_dataloader()))
     ids, positions = batch["input_ids"], batch["position_ids"]
@@ -173,9 +171,8 @@ def test_trl_packs_whole_texts_and_each_is_read_alone(workplace, student):
 
 
 def test_trl_learns_completions_by_adapters_that_become_a_student(workplace, student):
-    pytest.importorskip("trl")
     found = run("TRL: supervised", slice(1, 2))
-    losses(found["trainer"])
+    check_losses(found["trainer"])
     labels = next(iter(found["trainer"].get_train_dataloader()))["labels"]
     assert labels[:, 0].eq(-100).all() and labels.ne(-100).any(dim=1).all()
     tuned = found["trainer"].model.eval()
@@ -201,14 +198,12 @@ def test_peft_has_defaults_for_the_model(student):
 
 @pytest.mark.parametrize("section", ["TRL: preferences", "TRL: rewards"])
 def test_trl_learns_from_preferences_and_rewards(section, workplace, student):
-    pytest.importorskip("trl")
     found = run(section)
-    losses(found["trainer"])
+    check_losses(found["trainer"])
     assert changed(student, found["model"])
 
 
 def test_the_script_goes_on_where_it_was_killed_and_records_what_it_did(workplace, student, monkeypatch):
-    pytest.importorskip("trl")
     command = command_of("On several processes")
     assert command[:3] == ["accelerate", "launch", "-m"]
     monkeypatch.setattr(sys, "argv", command[3:])
@@ -225,7 +220,6 @@ def test_the_script_goes_on_where_it_was_killed_and_records_what_it_did(workplac
 
 @pytest.mark.parametrize("options", [[], ["--dataset_name", "chats.jsonl"], ["--model_name_or_path", "student"]])
 def test_the_script_asks_for_what_it_needs_in_one_line(options, workplace, monkeypatch, capsys):
-    pytest.importorskip("trl")
     monkeypatch.setattr(sys, "argv", ["sft", "--output_dir", "tuned", *options])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("hydrahead.training.sft", run_name="__main__")
@@ -267,14 +261,12 @@ for section, pieces in json.load(sys.stdin).items():
 
 @pytest.mark.slow
 def test_the_page_holds_where_the_folders_own_code_is_run(workplace):
-    pytest.importorskip("trl")
     pieces = {name: [LOAD, *code(name)] for name in SECTIONS if code(name) and name not in ("8 and 4 bits", "Export")}
     launch(["python", "-c", WITHOUT_HYDRAHEAD], json.dumps(pieces))
 
 
 @pytest.mark.slow
 def test_the_script_trains_adapters_on_two_processes(workplace):
-    pytest.importorskip("trl")
     command = command_of("On several processes")
     engine = ["--config_file", str(ROOT / "training" / "recipes" / "accelerate" / "ddp_cpu.yaml")]
     adapters = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_modules_to_save", "fusion"]
@@ -285,7 +277,6 @@ def test_the_script_trains_adapters_on_two_processes(workplace):
 
 @pytest.mark.slow
 def test_the_command_of_lm_eval_reads_a_folder(workplace, monkeypatch):
-    pytest.importorskip("lm_eval")
     # It would fetch a splitter of sentences, for a haystack that it does not split.
     (workplace / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True)
     monkeypatch.setenv("NLTK_DATA", "nltk")

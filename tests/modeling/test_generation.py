@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, VOCAB, make_student, random_ids
 from hydrahead.tests.modeling.checks import MASKS, NO_END, assert_close
@@ -94,6 +94,14 @@ def test_assisted_decoding_is_refused_because_a_recurrent_state_cannot_be_rolled
         with pytest.raises(ValueError, match="assisted generation is not supported with stateful models") as error:
             student.generate(ids, max_new_tokens=4, **assistance, **NO_END)
         assert "\n" not in str(error.value)
+
+
+def test_caches_without_a_place_for_a_recurrent_state_are_refused():
+    student, ids = make_student(), random_ids(1, 6)
+    with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
+        student.generate(ids, cache_implementation="quantized", max_new_tokens=4, **NO_END)
+    with pytest.raises(ValueError, match="non linear attention layer"):
+        student(ids, past_key_values=DynamicCache(), use_cache=True)
 
 
 @pytest.mark.parametrize("masks", MASKS)
