@@ -207,7 +207,9 @@ def _length_of(entry: Mapping) -> int | None:
 
 def _context(facts: Facts) -> str:
     lengths = [length for length in map(_length_of, facts.trained) if length]
-    return f"rows of up to {max(lengths):,} tokens" if lengths else "nothing"
+    if not facts.trained:
+        return "nothing"
+    return f"rows of up to {max(lengths):,} tokens" if lengths else "rows of a length that nobody recorded"
 
 
 def _precision(facts: Facts) -> str:
@@ -258,8 +260,8 @@ def _training(facts: Facts) -> list[str]:
         rate = f"{recipe['learning_rate']:g} to {recipe['final_learning_rate']:g}" if recipe else "–"
         metrics = {name: value for name, value in entry.get("metrics", {}).items() if name not in HOW_FAST}
         ends = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in metrics.items()) or "–"
-        row = [entry["stage"], f"{entry['steps']:,}", f"{length:,}" if length else "–", rate, _hours(entry), ends]
-        rows.append(row)
+        sizes = ["–" if size is None else f"{size:,}" for size in (entry.get("steps"), length)]
+        rows.append([entry["stage"], *sizes, rate, _hours(entry), ends])
         read.append(f"- {escaped(entry['stage'])}: {escaped(entry.get('summary') or entry.get('text', 'unknown'))}")
     parts = [table(rows), "Read:\n\n" + "\n".join(read)]
     if all(entry["stage"] == "align" for entry in facts.trained):

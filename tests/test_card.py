@@ -166,6 +166,15 @@ def test_every_stage_shows_what_it_recorded(tmp_path):
     assert "end to end" not in card_of(folder)
 
 
+def test_a_stage_that_says_little_is_shown_with_what_it_says(tmp_path):
+    """As fine-tuning with somebody else's trainer leaves it."""
+    folder = write_student(tmp_path / "s", stages=[{"stage": "sft", "summary": "9 steps on rows.jsonl, with TRL"}])
+    card, rows = card_of(folder), glance(folder)
+    assert "| sft | – | – | – | – | – |" in card and "- sft: 9 steps on rows.jsonl, with TRL" in card
+    assert (rows["Tokens"], rows["Compute"]) == ("sft unknown", "sft not recorded")
+    assert rows["Context"].startswith("trained on rows of a length that nobody recorded;")
+
+
 def test_the_chosen_heads_come_with_their_evidence(masks_file, tmp_path):
     folder = write_student(tmp_path / "s", masks_file)
     card = card_of(folder)
@@ -345,7 +354,7 @@ def test_nothing_becomes_a_link_a_mention_or_emphasis(words):
         ("made_from.json", "[]"),
         ("made_from.json", "{"),
         ("made_from.json", '{"teacher": "a/b"}'),
-        ("made_from.json", json.dumps(CONVERTED | {"stages": [{"stage": "distill"}]})),
+        ("made_from.json", json.dumps(CONVERTED | {"stages": [{"summary": "distill"}]})),
         ("made_from.json", json.dumps(CONVERTED | {"masks": {"scored": {"method": 1}}})),
         ("report.json", '{"models": 3}'),
         ("report.json", "{"),
