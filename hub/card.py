@@ -175,7 +175,7 @@ def at_a_glance(facts: Facts) -> dict[str, str]:
         "Full-attention heads by layer": ", ".join(map(str, per_layer)),
         "KV cache": f"{kv:,} bytes a token in bf16, {kv / of_teacher:.1%} of the teacher's {of_teacher:,}",
         "State": f"{config.state_bytes():,} bytes a sequence, at any length",
-        "Cache and state together": f"{own:,.3g} MiB at {native:,} tokens, the teacher's {whole:,.3g} MiB",
+        "Cache and state together": f"{_short(own)} MiB at {native:,} tokens, the teacher's {_short(whole)} MiB",
         "Full attention": f"{config.full_attention_position}, {scale}"
         + (", output gate" if config.full_attention_gate else ""),
         "Fusion": config.fusion if config.fusion == "concat" else f"{config.fusion} ({config.fusion_norm} heads)",
@@ -191,6 +191,11 @@ def at_a_glance(facts: Facts) -> dict[str, str]:
     known = [name for name in ("hydrahead", "transformers", "torch") if name in versions]
     rows["Made with"] = ", ".join(f"{name} {versions[name]}" for name in known) or "versions that nobody recorded"
     return rows
+
+
+def _short(number: float) -> str:
+    """Three digits, or all of a larger number."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _tokens_of(entry: Mapping) -> int | None:
@@ -233,8 +238,8 @@ def _hours(entry: Mapping) -> str:
     """Device-hours of a stage's optimiser steps; `–` where nobody recorded them."""
     if "seconds" not in entry:
         return "–"
-    hours = entry["seconds"] * entry["processes"] / 3600
-    return f"{hours:,.2g} {DEVICES.get(entry['device'], entry['device'])}-hours"
+    hours = _short(entry["seconds"] * entry["processes"] / 3600)
+    return f"{hours} {DEVICES.get(entry['device'], entry['device'])}-hours"
 
 
 def _compute(facts: Facts) -> str:
@@ -244,7 +249,7 @@ def _compute(facts: Facts) -> str:
         if "seconds" in entry:
             kind = (DEVICES.get(entry["device"], entry["device"]), entry["hardware"])
             totals[kind] = totals.get(kind, 0) + entry["seconds"] * entry["processes"] / 3600
-    words = [f"{hours:,.2g} {kind}-hours ({hardware})" for (kind, hardware), hours in totals.items()]
+    words = [f"{_short(hours)} {kind}-hours ({hardware})" for (kind, hardware), hours in totals.items()]
     missing = [entry["stage"] for entry in facts.trained if "seconds" not in entry]
     words += [f"{', '.join(missing)} not recorded"] if missing else []
     return ", ".join(words) + (", of optimiser steps" if totals else "")

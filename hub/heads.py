@@ -103,8 +103,11 @@ def _capabilities(facts: Facts) -> list[list[str]]:
         count = "not scored: no pair counts"
         if scores is not None:
             count = f"{sum(_speaks(scores[layer][head]) for layer, head in heads)} of {len(heads)}"
-        used, answered = (sum(probe[key] for probe in probes) for key in ("used", "answered"))
-        rows.append([name, names, f"{used} of {pairs}", f"{answered} of {pairs}", count])
+        # One that counts although the teacher wrote no answer is not asked for any: text that is only continued.
+        asked = [probe for probe in probes if probe["answered"] or not probe["used"]]
+        answers = f"{sum(probe['answered'] for probe in asked)} of {sum(probe['pairs'] for probe in asked)}"
+        used = sum(probe["used"] for probe in probes)
+        rows.append([name, names, f"{used} of {pairs}", answers if asked else "not asked", count])
     return rows
 
 

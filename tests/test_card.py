@@ -166,6 +166,11 @@ def test_every_stage_shows_what_it_recorded(tmp_path):
     assert "end to end" not in card_of(folder)
 
 
+def test_large_numbers_are_written_out(tmp_path):
+    folder = write_student(tmp_path / "s", stages=[STAGE | {"stage": "distill", "seconds": 3600 * 1234.0}])
+    assert glance(folder)["Compute"].startswith("9,872 GPU-hours (")
+
+
 def test_a_stage_that_says_little_is_shown_with_what_it_says(tmp_path):
     """As fine-tuning with somebody else's trainer leaves it."""
     folder = write_student(tmp_path / "s", stages=[{"stage": "sft", "summary": "9 steps on rows.jsonl, with TRL"}])
