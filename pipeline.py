@@ -35,7 +35,7 @@ from .convert.scoring.settings import ScoreSettings
 from .convert.selection import Masks
 from .convert.teachers import EMBEDDED_TEACHER, Teacher, open_teacher, public_name
 from .data.corpus import encode_corpus, load_corpus
-from .data.needles import make_niah, needle_text
+from .data.needles import make_niah, needle_text, ordinary_tokens
 from .data.tokens import DataSection, find_files, is_local, open_source, read_documents
 from .evaluation.cells import check_report
 from .evaluation.evaluator import Settings, evaluate, text_needed
@@ -507,6 +507,7 @@ def ask(road: Road) -> None:
     recipe, tokenizer = road.recipe, road.teacher.tokenizer()
     tokens = token_folder(recipe, recipe.data, "tokens")
     (ids,) = evaluation_texts(tokenizer, tokens, recipe.data.heldout_tokens).values()
+    ids = ordinary_tokens(tokenizer, ids)
     sample = make_niah(tokenizer, ids, length := min(recipe.evaluate.lengths), seed=2_000_000)
     prompt = tokenizer.decode(sample.input_ids)
     answer = answer_in_clean_process(road.student, prompt).strip()

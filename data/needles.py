@@ -50,6 +50,16 @@ class NiahSample:
     value_spans: list[tuple[int, int]]
 
 
+def ordinary_tokens(tokenizer, ids: Sequence[int]) -> np.ndarray:
+    """
+    Tokens of a text without special ones.
+
+    A token that ends a document tells a model to forget what stands before it, needles too.
+    """
+    ids = np.asarray(ids, dtype=np.int64)
+    return ids[~np.isin(ids, tokenizer.all_special_ids)]
+
+
 def header_text(plural: bool, kind: str = "number") -> str:
     """RULER's opening line; `plural` if more than one value is asked for, `kind` a key of `VALUES`."""
     what, kind = (f"Some special magic {kind}s are", f"{kind}s") if plural else (f"A special magic {kind} is", kind)

@@ -17,6 +17,7 @@ from .needles import (
     header_text,
     make_niah,
     needle_text,
+    ordinary_tokens,
     question_text,
 )
 
@@ -54,11 +55,15 @@ class Haystack:
 
     Attributes:
         tokenizer: a fast tokenizer.
-        ids: tokens of the text, a list or an integer array.
+        ids: tokens of the text, a list or an integer array; special ones are left out, such as those that end its
+            documents.
     """
 
     tokenizer: object
     ids: Sequence[int]
+
+    def __post_init__(self):
+        object.__setattr__(self, "ids", ordinary_tokens(self.tokenizer, self.ids))
 
     @cached_property
     def words(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -78,3 +79,13 @@ def test_what_cannot_be_made_is_refused_in_one_line(haystack):
         make_prompts(Haystack(haystack.tokenizer, haystack.ids[:2000]), "cwe", 3000, 1, seed=0)
     with pytest.raises(ValueError, match="too few for the header"):
         make_prompts(haystack, "niah_multikey_3", 90, 1, seed=0)
+
+
+@pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_1", "niah_multikey_2"])
+def test_no_prompt_has_tokens_that_end_documents(haystack, task):
+    """A model takes what stands before one for another text, and does not look for needles there."""
+    tokenizer, end = haystack.tokenizer, haystack.tokenizer.eos_token_id
+    separated = Haystack(tokenizer, np.insert(haystack.ids, np.arange(50, len(haystack.ids), 50), end))
+    prompts = make_prompts(separated, task, 512, 2, 0)
+    assert prompts == make_prompts(haystack, task, 512, 2, 0)
+    assert not any(end in prompt.input_ids for prompt in prompts)

@@ -12,7 +12,15 @@ from functools import partial
 
 import numpy as np
 
-from ...data.needles import answer_text, draw_keys, draw_values, encode_needle, least_length, make_niah
+from ...data.needles import (
+    answer_text,
+    draw_keys,
+    draw_values,
+    encode_needle,
+    least_length,
+    make_niah,
+    ordinary_tokens,
+)
 
 COUNTERFACTUALS = ("value", "key")
 NIAH_KEYS = (1, 4)  # needles in the text of the two built-in variants
@@ -192,7 +200,7 @@ def induction_probe(
     header = tokenizer("").input_ids
     stretch = REPEATED_TOKENS + ANSWER_TOKENS
     room = length - len(header) - stretch
-    haystack = _ordinary(tokenizer, haystack_ids)
+    haystack = ordinary_tokens(tokenizer, haystack_ids)
     if room < 2 * stretch or len(haystack) < room:
         raise ValueError(
             f"a copied stretch needs {len(header) + 3 * stretch} tokens and a longer text, got length={length} "
@@ -256,7 +264,7 @@ def text_probe(
     check_counterfactual(counterfactual)
     header = tokenizer("").input_ids
     room = length - len(header) - 1
-    haystack = _ordinary(tokenizer, haystack_ids)
+    haystack = ordinary_tokens(tokenizer, haystack_ids)
     if room < 2 * NEAR_TOKENS or len(haystack) < 2 * length:
         raise ValueError(
             f"the text probe needs {len(header) + 2 * NEAR_TOKENS + 1} tokens and a text of twice the length, "
@@ -295,12 +303,6 @@ def text_probe(
         if len(pairs) == num_pairs:
             return Probe("text", "language", tuple(pairs), counterfactual, resampled, generated=False)
     raise ValueError(f"text at {length} tokens: too few tokens recur in this text; give a longer one")
-
-
-def _ordinary(tokenizer, haystack_ids: Sequence[int]) -> np.ndarray:
-    """The text without special tokens."""
-    ids = np.asarray(haystack_ids, dtype=np.int64)
-    return ids[~np.isin(ids, tokenizer.all_special_ids)]
 
 
 def built_in_probes(
