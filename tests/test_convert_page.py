@@ -32,6 +32,7 @@ RECIPE = [  # at the size of a test
     "align.calibration_tokens=128",
     "score.length=200",
     "score.pairs=2",
+    "score.method=[attribution]",  # the quickest
     "score.only=[niah-single.value]",
     "score.evidence=false",
     "score.text=text.txt",
