@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ def quiet() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # without a network it tells of every retry
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs of a broken file is in its exception
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # flash-linear-attention says so at its import wherever there is no GPU; linear heads then run on PyTorch.
     warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
@@ -78,6 +80,10 @@ def quiet() -> None:
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+    if "datasets" in sys.modules:
+        from datasets import logging as datasets_logging
+
+        datasets_logging.set_verbosity(logging.CRITICAL)
 
 
 @contextlib.contextmanager
@@ -108,10 +114,34 @@ def one_line_errors(debug: bool | None = None) -> Iterator[None]:
         _end(line)
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first; of a stranger's text in it nothing that a terminal would obey."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+@contextlib.contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """
+    Around one call of a library that reads a stranger's file: whatever it stumbles on there is the file's fault.
+
+    Args:
+        what: the file, and what it should have been, in words.
+
+    Raises:
+        ValueError: `what`, and what the library said.
+    """
+    try:
+        yield
+    except Exception as error:  # bare ones of Rust, KeyErrors of missing keys, TypeErrors of a number for a list
+        reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
+        raise ValueError(f"{what} ({reason})") from error
+
+
 def _as_line(error: Exception) -> str | None:
     """What to tell a user who can mend it; `None` for what only we can."""
     if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):  # the Hub's are OSErrors
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return first_line(error)
     torch = sys.modules.get("torch")  # not imported for this: a command without PyTorch fills no GPU
     if torch is None or not isinstance(error, torch.OutOfMemoryError):
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -114,6 +115,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)  # what a killed process left, or a link: it is not written through
     try:
         yield partial
         force_to_disk(partial)
@@ -143,12 +145,35 @@ def read_utf8(path: Path) -> str:
     The text of a file.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: there is no such file, or it is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from None
+
+
+def read_json(path: Path, kind: type | tuple[type, ...] = dict):
+    """
+    What a JSON file holds.
+
+    Args:
+        kind: `dict`, `list` or both: what it has to be.
+
+    Raises:
+        ValueError: there is no such file, it is not UTF-8 or not JSON, or it holds something else; one line.
+    """
+    text = read_utf8(path)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, kind):
+        wanted = {dict: "an object", list: "a list", (dict, list): "an object or a list"}[kind]
+        raise ValueError(f"{path}: expected {wanted} in JSON, got {text.strip()[:20]!r}")
+    return found
 
 
 def check_free(folder: str | Path, overwrite: bool = False) -> None:
@@ -156,10 +181,29 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
     Check, before long work begins, that `folder` may be written.
 
     Raises:
-        ValueError: it is a file, or it holds something already and `overwrite` is not set.
+        ValueError: it is a file, cannot be written, or holds something already and `overwrite` is not set.
     """
     folder = Path(folder)
-    if folder.is_file():
-        raise ValueError(f"{folder}: is a file, expected a folder to write")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder}: not empty; choose another folder or pass overwrite")
+    check_writable(folder)
+
+
+def check_writable(folder: str | Path) -> None:
+    """
+    Check, before long work begins, that files can be written into a folder, which need not be there yet.
+
+    Raises:
+        ValueError: they cannot: it, or what it would be in, is a file, or the system forbids it.
+    """
+    there = Path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{there}: is a file, expected a folder to write")
+    try:
+        os.rmdir(
+            tempfile.mkdtemp(prefix=".", dir=there)
+        )  # the only way to know: for the superuser access() is a guess
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None

@@ -5,7 +5,6 @@ Every step leaves a file, and has a command that a person could type instead: th
 anywhere. A step whose file is there is not done again; one that was interrupted goes on.
 """
 
-import json
 import os
 import shlex
 import signal
@@ -36,15 +35,16 @@ from .convert.selection import Masks
 from .convert.teachers import EMBEDDED_TEACHER, Teacher, open_teacher, public_name
 from .data.corpus import encode_corpus, load_corpus
 from .data.needles import make_niah, needle_text, ordinary_tokens
-from .data.tokens import DataSection, find_files, is_local, open_source, read_documents
+from .data.tokens import DataSection, check_source, find_files, is_local, open_source, read_documents
 from .evaluation.cells import check_report
 from .evaluation.evaluator import Settings, evaluate, text_needed
 from .evaluation.models import Model
 from .evaluation.report import labels, read_report, short_table
-from .files import is_gguf
+from .files import check_writable, is_gguf
 from .hub.card import card_of, write_card
 from .hub.checkpoint import answer_in_clean_process
 from .hub.folder import read_made_from
+from .loading import load_student_config
 from .provenance import Record, digest, first_difference
 from .training.align import run_align
 from .training.data import token_folder
@@ -88,6 +88,8 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
         ValueError: a step cannot work, or its folder holds another recipe's; one line, before anything is done.
     """
     road = Road(name, overrides)
+    if not dry_run:
+        check_writable(road.output)
     steps = road.steps()
     for step in steps:
         step.check()
@@ -216,7 +218,7 @@ class Road:
             options = {key: value for key, value in asdict(recipe.student).items() if value is not None}
             check_settings(replace(settings, forms=None if recipe.align else recipe.forms, options=options))
             if output.is_file() and recipe.forms.is_file():
-                made, now = json.loads(output.read_text()).get("made_from") or {}, {"forms": digest(recipe.forms)}
+                made, now = HeadScores.load(output).made_from, {"forms": digest(recipe.forms)}
                 now |= {key: getattr(section, key) for key in ("pairs", "built_in", "only", "shortlist")}
                 now |= {"length": section.length} if section.length else {}
                 if changed := first_difference({key: made.get(key, now[key]) for key in now}, now):
@@ -363,7 +365,10 @@ def evaluation_texts(tokenizer, text: str | Path | None, tokens: int | None = No
     if text is None:
         return {text_name(None): encode_corpus(tokenizer, load_corpus("heldout"))[:tokens]}
     if (file := Path(text) / "tokens.bin").is_file():
-        return {text_name(text): np.fromfile(file, "<u4", -1 if tokens is None else tokens).astype(np.int64)}
+        ids = np.fromfile(file, "<u4", -1 if tokens is None else tokens).astype(np.int64)
+        if not len(ids) or ids.max() >= len(tokenizer):
+            raise ValueError(f"{text}: holds no tokens, or those of another tokenizer; expected this teacher's")
+        return {text_name(text): ids}
     files = find_files(str(text))
     tokens = tokens if files or tokens else HUB_TOKENS
     sources = {file.stem: str(file) for file in files} if files else {str(text): str(text)}
@@ -372,8 +377,9 @@ def evaluation_texts(tokenizer, text: str | Path | None, tokens: int | None = No
 
 def _encode_source(tokenizer, data: DataSection, tokens: int | None) -> np.ndarray:
     """The first so many tokens of a file or data set, or all."""
+    check_source(data)
     parts, count = [], 0
-    for texts, _ in read_documents(open_source(data), data.column, None):
+    for texts, _ in read_documents(open_source(data), data, None):
         parts.append(encode_corpus(tokenizer, texts))
         count += len(parts[-1])
         if tokens is not None and count >= tokens:
@@ -471,6 +477,9 @@ def evaluate_models(
         models, settings, output, heads: as in `evaluation.evaluator.evaluate`.
         text, heldout_tokens: as in `evaluation_texts`.
     """
+    for model in models:
+        model.check()
+    check_writable(output)
     texts = evaluation_texts(models[0].tokenizer(), text, heldout_tokens)
     evaluate(models, settings, texts, output, {"text_name": text_name(text)}, heads)
 
@@ -482,7 +491,7 @@ def heads_of(student: Path, scores: Path | None, output: Path) -> dict | None:
     Args:
         scores: a score file; without, what the report in `output` or the student's folder knows.
     """
-    masks = HydraHeadConfig.from_pretrained(student).head_masks
+    masks = load_student_config(student).head_masks
     if scores is not None:
         return {"masks": masks} | HeadScores.load(scores).brief()
     known = (read_report(output) or {}).get("heads") or {}

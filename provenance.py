@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from . import __version__
-from .files import atomic_file
+from .files import atomic_file, read_json
 
 PACKAGES = ("torch", "transformers", "flash-linear-attention", "triton")
 
@@ -83,8 +83,13 @@ class Record:
         self.path, self.defaults = path, defaults
 
     def read(self) -> dict | None:
-        """What the file holds; `None` where there is none."""
-        return {**self.defaults, **json.loads(self.path.read_text())} if self.path.is_file() else None
+        """
+        What the file holds; `None` where there is none.
+
+        Raises:
+            ValueError: it cannot be read, or holds no JSON object.
+        """
+        return {**self.defaults, **read_json(self.path)} if os.path.lexists(self.path) else None
 
     def difference(self, settings: dict) -> str | None:
         """The first setting that the file has otherwise, in words; `None` where there is none, or no file."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..configuration_hydrahead import HydraHeadConfig
 from ..files import atomic_file
+from ..loading import FLOATS
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .hooks import Visit, replaced_heads
 from .options import options_of, student_config
@@ -244,7 +245,37 @@ def save_forms(forms: Forms, options: dict, path: Path, made_from: Mapping = Map
 def forms_made_from(path: Path) -> dict:
     """What a file of forms says that they were made from; nothing, where it is from before files said so."""
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("made_from", "{}"))
+        return _said(path, file.metadata(), "made_from")
+
+
+def _said(path: Path, metadata: dict[str, str] | None, key: str) -> dict:
+    """What the header of a file of forms says under a key; nothing, where it says nothing."""
+    try:
+        found = json.loads((metadata or {}).get(key, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: its header holds no object under {key}; align the heads again")
+    return found
+
+
+def form_shapes(config: HydraHeadConfig) -> dict[str, list[int]]:
+    """The shapes of a layer's forms, by their names without the layer."""
+    heads, groups, shapes = config.num_attention_heads, config.num_key_value_heads, {}
+    for kind, branch in enumerate(BRANCHES):
+        masks = [[kind] * heads] * config.num_hidden_layers
+        with torch.device("meta"):
+            attention = HydraHeadAttention(with_masks(config, masks), 0)
+        for name, tensor in getattr(attention, f"{branch}_attention").state_dict().items():
+            if name == "short_conv.weight":
+                tensor = tensor.unflatten(0, (3, heads, -1))
+            elif "_norm." not in name:
+                per_group = branch == "full" and name.startswith(("k_proj", "v_proj"))
+                tensor = tensor.unflatten(0, (groups if per_group else heads, -1))
+            shapes[f"{branch}.{name}"] = list(tensor.shape)
+        if config.fusion != "concat":
+            shapes[f"{branch}.gamma"] = [heads]
+    return shapes
 
 
 def check_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyType({})) -> dict:
@@ -266,16 +297,17 @@ def check_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyTyp
     expected = [[adapter.num_heads, *size], [adapter.num_kv_heads, *size]]
     try:
         with safe_open(path, framework="pt") as file:
-            layers = {int(name.split(".")[0]) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            names = ("0.linear.q_proj.weight", "0.full.k_proj.weight")
-            found = [file.get_slice(name).get_shape() for name in names]
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            layers = {int(name.split(".")[0]) for name in slices}
+            shapes = {name: each.get_shape() for name, each in slices.items() if each.get_dtype() in FLOATS}
+            found = [shapes[name] for name in ("0.linear.q_proj.weight", "0.full.k_proj.weight")]
             metadata = file.metadata() or {}
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(
             f"{path}: not the aligned forms of a teacher's heads ({error}); hydrahead score and "
             "hydrahead.training.align write them as head_forms.safetensors"
         ) from None
-    teacher.check_made_from(path, json.loads(metadata.get("made_from", "{}")))
+    teacher.check_made_from(path, _said(path, metadata, "made_from"))
     if len(layers) != adapter.num_layers or found != expected:
         raise ValueError(
             f"{path}: heads of another teacher, expected {adapter.num_layers} layers of query and KV heads "
@@ -283,8 +315,16 @@ def check_forms(path: Path, teacher: Teacher, options: Mapping = MappingProxyTyp
         )
     if "student" not in metadata:
         raise ValueError(f"{path}: does not say what its heads were aligned for; align them again")
-    aligned = json.loads(metadata["student"])
-    of_file = options_of(student_config(adapter, adapter.blank_masks, **aligned))
+    aligned = _said(path, metadata, "student")
+    config = student_config(adapter, adapter.blank_masks, **aligned)
+    wanted, of_file = form_shapes(config), options_of(config)
+    for layer in range(adapter.num_layers):
+        for name, shape in wanted.items():
+            if (held := shapes.get(f"{layer}.{name}")) != shape:
+                raise ValueError(
+                    f"{path}: its {layer}.{name} is {held or 'missing'}, expected floating-point numbers {shape}: "
+                    "align the heads again"
+                )
     for name, here in of_file.items():
         asked = options.get(name, here)
         if asked != here and not (name == "fusion" and "concat" not in (asked, here)):

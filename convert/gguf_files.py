@@ -24,7 +24,9 @@ from transformers import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..console import blaming
 from ..files import atomic_folder
+from ..loading import load_config, load_tokenizer
 from ..provenance import Record, digest
 
 HUB = "https://huggingface.co/"
@@ -62,7 +64,7 @@ def open_gguf(
     folder = Path(constants.HF_HOME) / "hydrahead" / "gguf" / sha256[:16]
     if not (folder / FACTS).is_file():
         _make_folder(path, sha256, folder, check)
-    check(AutoConfig.from_pretrained(folder))
+    check(load_config(folder))
     return folder, Record(folder / FACTS).read() | {"file": path.name}
 
 
@@ -79,7 +81,7 @@ def _make_folder(path: Path, sha256: str, folder: Path, check: Callable[[PreTrai
         with atomic_folder(folder, overwrite=True) as partial:
             _read_model(path, config).save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            _check_words(path, tokenizer, AutoTokenizer.from_pretrained(partial))
+            _check_words(path, tokenizer, load_tokenizer(partial, config))
             Record(partial / FACTS).write(_facts(path, sha256, reader))
             for file in partial.iterdir():
                 file.chmod(0o644)  # safetensors writes files that only their owner can read
@@ -94,11 +96,8 @@ def _read(path: Path):
         raise ValueError(f"{path}: a GGUF file needs the package gguf: pip install 'hydrahead[gguf]'")
     import gguf
 
-    try:
+    with blaming(f"{path}: no whole GGUF file, fetch it again"):
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # whatever the bytes that it takes for lengths and types make it stumble on
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no whole GGUF file ({reason}); fetch it again") from None
     if _field(reader, "general.architecture") is None or not reader.tensors:
         raise ValueError(f"{path}: holds no model (no general.architecture, or no tensors)")
     return reader
@@ -145,11 +144,8 @@ def _read_config(path: Path, reader) -> PreTrainedConfig:
             not, or lacks some that it has.
     """
     architecture = _field(reader, "general.architecture")
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # a KeyError for a key that the header lacks, a ValueError for an unknown architecture
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no model that transformers can read, {architecture} ({reason})") from None
+    with blaming(f"{path}: no model that transformers can read, {architecture}"):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     vars(config).pop("_model_name_or_path", None)  # the header's general.name, which is no path
     if hasattr(config, "rms_norm_eps"):
         config.rms_norm_eps = _shortest(config.rms_norm_eps)
@@ -160,13 +156,10 @@ def _read_config(path: Path, reader) -> PreTrainedConfig:
     frequencies = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
     if frequencies is not None:
         config.rope_parameters = _llama3_rope(path, config, torch.tensor(frequencies))
-    try:
+    with blaming(f"{path}: no language model that transformers can read, {architecture}"):
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no language model that transformers can read, {architecture} ({reason})") from None
     _check_tensors(path, reader, model)
     config.architectures = [type(model).__name__]
     kinds = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
@@ -259,11 +252,8 @@ def _read_tokenizer(path: Path, reader) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is no tokenizer, or one that neither transformers nor we know how to split words for.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: no tokenizer that transformers can read ({reason})") from None
+    with blaming(f"{path}: no tokenizer that transformers can read"):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     kind, words = (_field(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind != "gpt2":
         return tokenizer
@@ -290,7 +280,7 @@ def _check_words(path: Path, tokenizer: PreTrainedTokenizerBase, loaded: PreTrai
 
 def _read_model(path: Path, config: PreTrainedConfig) -> PreTrainedModel:
     """The dequantised model of a file, as one that was never quantised."""
-    options = {"config": config, "dtype": config.dtype}
+    options = {"config": config, "dtype": config.dtype, "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # else weights stay packed where the package kernels is installed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)

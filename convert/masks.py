@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from ..files import atomic_file
+from ..files import atomic_file, check_writable, read_json
 from ..provenance import digest
 from .scoring.scores import HeadScores
 from .scoring.settings import Exchange
@@ -32,10 +32,7 @@ def read_choice(path: Path) -> tuple[Masks, dict]:
     Raises:
         ValueError: the file is missing, or holds neither masks nor what `select_to_file` writes.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    found = read_json(path, (dict, list))
     masks, facts = (found.pop("masks", None), found) if isinstance(found, dict) else (found, {})
     if not isinstance(masks, list) or not all(isinstance(row, list) for row in masks):
         raise ValueError(f"{path}: expected a list of layers, each a list of 0 and 1, alone or under `masks`")
@@ -145,6 +142,11 @@ def select_to_file(
             "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
             "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"
         )
+    picture = output.with_suffix(".png")
+    for path in (output, picture):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, expected a file to write")
+    check_writable(output.parent)
     scores = read_scores(files, method, parse_weights(weights))
     strategy = strategy or default_strategy(scores, ratio, budget_unit)
     kept, dropped = parse_heads(keep), parse_heads(drop)
@@ -185,14 +187,14 @@ def select_to_file(
     }
     from ..evaluation.figures import plot_head_map
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(output) as partial:
-        partial.write_text(json.dumps({"masks": masks} | facts) + "\n")
     title = (
         f"{scores.teacher}: {scores.method} score, {strategy}, {ratio:g} of {budget_unit}, "
         f"{cost.full_attention_heads} kept, {cost.without_evidence} of them without evidence"
     )
-    plot_head_map(scores.scores, masks, title, output.with_suffix(".png"))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(output) as partial:  # which appears after the picture, and not without it
+        partial.write_text(json.dumps({"masks": masks} | facts) + "\n")
+        plot_head_map(scores.scores, masks, title, picture)
     return masks, lines
 
 

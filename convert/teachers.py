@@ -1,6 +1,5 @@
 """Teacher families: which tensors of a pretrained transformer are its attention heads, norms and MLP."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,11 @@ import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..files import is_gguf
+from ..console import first_line
+from ..files import is_gguf, read_json
+from ..loading import check_checkpoint, load_config, load_model, load_tokenizer, weight_files
 from .gguf_files import FACTS, open_gguf
 
 Read = Callable[[str], torch.Tensor]
@@ -247,14 +240,20 @@ class Teacher:
             raise ValueError(f"{file}: made from the teacher {of}, not from {asked}: choose that one, or make it anew")
 
     def fetch(self) -> Path:
-        """Folder of the checkpoint, which is brought to this machine first where it is not here yet."""
+        """
+        Folder of the checkpoint, which is brought to this machine first where it is not here yet.
+
+        Raises:
+            ValueError: its weights are not those of its config; one line.
+        """
         if not Path(self.source).is_dir():
             self.source = snapshot_download(self.source, revision=self.revision, allow_patterns=CHECKPOINT_FILES)
+        check_checkpoint(Path(self.source), self.config)
         return Path(self.source)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer; no weight is fetched for it."""
-        return AutoTokenizer.from_pretrained(self.source, revision=self.revision)
+        """Its tokenizer; no weight is fetched for it. Raises as `load_tokenizer`."""
+        return load_tokenizer(self.source, self.config, self.revision)
 
     def load(self, dtype: str | torch.dtype = "auto", device: str | torch.device | dict | None = None):
         """
@@ -266,8 +265,7 @@ class Teacher:
         """
         dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         device = device or ("auto" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(self.fetch(), dtype=dtype, device_map=device)
-        return model.eval().requires_grad_(False)
+        return load_model(self.fetch(), self.config, dtype, device)
 
 
 def open_teacher(name: str | Path, revision: str | None = None) -> Teacher:
@@ -287,28 +285,28 @@ def open_teacher(name: str | Path, revision: str | None = None) -> Teacher:
         own = f"sha256:{facts['sha256']}"
         if revision not in (None, own):
             raise ValueError(f"{name}: is {own}, asked for was {revision}; a GGUF file has no other revision")
-        return Teacher(str(name), own, str(folder), AutoConfig.from_pretrained(folder), facts)
+        return Teacher(str(name), own, str(folder), load_config(folder), facts)
     source = str(EMBEDDED_TEACHER) if name == "demo" else str(name)
     path = Path(source)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path}: not a model folder (no config.json)")
     if not path.is_dir() and (path.is_absolute() or source.startswith(".")):
         raise ValueError(f"{path}: no such folder")
-    try:
-        model_type = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if path.is_dir():
-            raise ValueError(f"{path}: its config.json cannot be read ({reason})") from None
-        raise ValueError(
-            f"{name}: no folder here, and not to be had from the Hub ({reason}) Check the spelling; offline, "
-            "only what was downloaded before is found; a gated model needs `hf auth login`"
-        ) from None
+    if path.is_dir():
+        model_type = read_json(path / "config.json").get("model_type")
+    else:
+        try:
+            model_type = PreTrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name}: no folder here, and not to be had from the Hub ({first_line(error)}) Check the spelling; "
+                "offline, only what was downloaded before is found; a gated model needs `hf auth login`"
+            ) from None
     if model_type == "hydrahead":
         raise ValueError(f"{name}: a HydraHead student; pass the pretrained transformer that it was made from")
     if model_type not in CONFIG_MAPPING:  # transformers would ask whether to run the checkpoint's own code
         raise unknown_family(model_type)
-    return Teacher(str(name), revision, source, AutoConfig.from_pretrained(source, revision=revision))
+    return Teacher(str(name), revision, source, load_config(source, revision))
 
 
 def public_name(name_or_path: str) -> str:
@@ -320,7 +318,7 @@ def public_name(name_or_path: str) -> str:
     if not name_or_path or not path.is_dir():  # a model that was never saved has no name
         return name_or_path
     if (path / FACTS).is_file():
-        return json.loads((path / FACTS).read_text(encoding="utf-8"))["file"]
+        return str(read_json(path / FACTS).get("file"))
     return "demo" if path.resolve() == EMBEDDED_TEACHER.resolve() else path.resolve().name
 
 
@@ -350,21 +348,17 @@ def read_safetensors(folder: Path) -> Read:
     Raises:
         ValueError: the folder has no safetensors files.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            files = dict.fromkeys(file.keys(), "model.safetensors")
-    else:
-        raise ValueError(f"{folder}: no model.safetensors; pickled checkpoints are not read, convert them first")
+    where = weight_files(folder)
+    if not isinstance(where, dict):
+        with safe_open(where, framework="pt") as file:
+            where = dict.fromkeys(file.keys(), where)
 
     def read(name: str) -> torch.Tensor:
-        if name not in files:
+        if name not in where:
             raise ValueError(f"{folder}: the checkpoint has no tensor {name}")
         # Opened anew each time: an open file keeps every page it has read mapped into memory. Copied, because what it
         # gives is mapped too: a checkpoint that is written over later would take the student with it.
-        with safe_open(folder / files[name], framework="pt") as file:
+        with safe_open(where[name], framework="pt") as file:
             return file.get_tensor(name).clone()
 
     return read

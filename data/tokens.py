@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..console import progress
+from ..console import blaming, progress
 from ..files import read_utf8
 from ..provenance import Record
 from .corpus import load_corpus
@@ -91,24 +91,37 @@ def open_source(data: DataSection):
         return files
     import datasets  # takes seconds to import
 
-    try:
+    with blaming(f"data: {data.name}: cannot be opened"):
         if files:
             names = [str(file) for file in files]
-            stream = datasets.load_dataset(
-                FILE_KINDS[files[0].suffix], data_files=names, split="train", streaming=True
-            )
+            kind = FILE_KINDS[files[0].suffix]
+            stream = datasets.load_dataset(kind, data_files=names, split="train", streaming=True)
         else:
             stream = datasets.load_dataset(data.name, data.subset, split=data.split, streaming=True)
-    except Exception as error:  # the library has a dozen kinds, of several lines each
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"data: {data.name}: cannot be opened ({reason[0]})") from None
     if stream.column_names is not None and data.column not in stream.column_names:
         raise ValueError(f"data.column: {data.name} has no {data.column}, only {', '.join(stream.column_names)}")
     return stream
 
 
-def read_documents(source, column: str, position: dict | int | None) -> Iterator[tuple[list[str], dict | int]]:
-    """Texts of a source, some at a time, each time with the position to go on from."""
+def check_source(data: DataSection) -> None:
+    """
+    Open a source and read its first documents.
+
+    Raises:
+        ValueError: as `open_source` and `read_documents`; or it is empty.
+    """
+    first, _ = next(read_documents(open_source(data), data, None), ([], None))
+    if not any(text.strip() for text in first):
+        raise ValueError(f"data: {data.name}: holds no text")
+
+
+def read_documents(source, data: DataSection, position: dict | int | None) -> Iterator[tuple[list[str], dict | int]]:
+    """
+    Texts of a source, some at a time, each time with the position to go on from.
+
+    Raises:
+        ValueError: a document cannot be read, or is no text.
+    """
     if isinstance(source, list):
         for start in range(position or 0, len(source), DOCUMENTS_AT_A_TIME):
             part = source[start : start + DOCUMENTS_AT_A_TIME]
@@ -117,11 +130,17 @@ def read_documents(source, column: str, position: dict | int | None) -> Iterator
         return
     if position is not None:
         source.load_state_dict(position)
-    texts = []
-    for example in source:
-        if column not in example:
-            raise ValueError(f"data.column: there is no {column}, only {', '.join(example)}")
-        texts.append(example[column])
+    texts, examples = [], iter(source)
+    while True:
+        with blaming(f"data: {data.name}: cannot be read"):
+            example = next(examples, None)
+        if example is None:
+            break
+        if data.column not in example:
+            raise ValueError(f"data.column: there is no {data.column}, only {', '.join(example)}")
+        if not isinstance(text := example[data.column], str):
+            raise ValueError(f"data: {data.name}: its column {data.column} holds {text!r:.20}, expected text")
+        texts.append(text)
         if len(texts) == DOCUMENTS_AT_A_TIME:
             yield texts, source.state_dict()
             texts = []
@@ -157,7 +176,7 @@ class TokenFile:
         """
         Raises:
             ValueError: the tokenizer does not know the separator; or the folder holds tokens of another source or
-                tokenizer, or documents separated by another token.
+                tokenizer, or documents separated by another token, or is damaged.
         """
         self.folder, self.data, self.tokenizer = folder, data, tokenizer
         digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
@@ -171,6 +190,10 @@ class TokenFile:
         # Files from before it was recorded are separated by the tokenizer's own end token.
         self.record = Record(folder / "tokens.json", {"separator": tokenizer.eos_token})
         self.record.check(self.settings, "choose another data.cache")
+        tokens, held = self.state().get("tokens"), folder / "tokens.bin"
+        size = held.stat().st_size if held.is_file() else 0
+        if not isinstance(tokens, int) or not 0 <= 4 * tokens <= size or "complete" not in self.state():
+            raise ValueError(f"{folder}: damaged: {size:,} bytes for {tokens} tokens; remove it to have it made anew")
 
     def state(self) -> dict:
         """What is in the file by now."""
@@ -203,7 +226,7 @@ class TokenFile:
             source = open_source(self.data)
             with (self.folder / "tokens.bin").open("ab") as file:
                 file.truncate(state["tokens"] * 4)
-                for texts, position in read_documents(source, self.data.column, state["position"]):
+                for texts, position in read_documents(source, self.data, state["position"]):
                     ids = self._encode(texts)
                     file.write(ids.tobytes())
                     state["tokens"] += len(ids)

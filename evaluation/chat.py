@@ -41,11 +41,12 @@ def chat(model: Model, new_tokens: int = 512, greedy: bool = False, template: bo
         new_tokens, greedy, template: as in `evaluation.conversation.Conversation`.
 
     Raises:
-        ValueError: there is no such model; one line.
+        ValueError: as `Model.check`; one line.
     """
     use_tuned_kernels()
     screen = Screen()
     with screen.waiting(f"loading {model.name}"):
+        model.check()
         tokenizer = model.tokenizer()
         loaded = model.load()
     room = Room(Conversation(loaded, tokenizer, template, new_tokens, greedy), screen)

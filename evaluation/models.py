@@ -4,16 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..loading import check_checkpoint, load_config, load_model, load_tokenizer
 from ..provenance import digest
 
 ROPE_SCALINGS = ("yarn", "linear", "dynamic")
@@ -57,17 +50,25 @@ class Model:
         Raises:
             ValueError: there is no such model, or its RoPE cannot be scaled that way; one line.
         """
-        try:
-            config = AutoConfig.from_pretrained(self.source, **self._where)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{self.source}: no language model to be had ({reason})") from None
+        config = load_config(self.source, **self._where)
         if self.rope_scaling:
             scale_rope(config, self.rope_scaling)
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.source, **self._where)
+        return load_tokenizer(self.source, self.config(), **self._where)
+
+    def check(self) -> None:
+        """
+        Check what of a folder can be known to be wrong before weights are read.
+
+        Raises:
+            ValueError: its configuration, tokenizer or weights cannot be read, or do not fit each other; one line.
+        """
+        config, folder = self.config(), Path(self.source)
+        self.tokenizer()
+        if folder.is_dir():
+            check_checkpoint(folder, config if config.model_type == "hydrahead" else None)
 
     def load(self, device: torch.device | None = None) -> PreTrainedModel:
         """
@@ -79,10 +80,7 @@ class Model:
         config = self.config()
         dtype = "auto" if self.dtype == "auto" or config.model_type == "hydrahead" else getattr(torch, self.dtype)
         where = device or ("auto" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(
-            self.source, config=config, dtype=dtype, device_map=where, **self._where
-        )
-        return model.eval().requires_grad_(False)
+        return load_model(self.source, config, dtype, where, **self._where)
 
     @property
     def _where(self) -> dict:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from ..console import first_line
 from ..evaluation.markdown import escaped, table
 from ..evaluation.report import (
     depth_maps,
@@ -18,7 +19,7 @@ from ..evaluation.report import (
 from ..files import atomic_file
 from ..provenance import Record, digest
 from .facts import Facts
-from .folder import STATED, first_line
+from .folder import STATED
 from .heads import PAGE, chosen_heads, draw_heads, heads_page, heads_section
 from .metadata import base_models, check_stated, datasets, is_hub_id, metadata, terms
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import atomic_folder
+from ..configuration_hydrahead import AUTO_MAP
+from ..files import atomic_folder, read_json
 from ..provenance import Record
 from .card import write_card
 from .folder import MADE_FROM
@@ -18,6 +19,8 @@ if TYPE_CHECKING:  # what only writes files needs no PyTorch
     from transformers import PreTrainedTokenizerBase
 
     from ..modeling_hydrahead import HydraHeadForCausalLM
+
+CODE = [f"{name}_hydrahead.py" for name in ("configuration", "kernels", "modeling", "ops")]
 
 
 def save_checkpoint(
@@ -52,6 +55,27 @@ def save_checkpoint(
             file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
+def check_code(folder: Path) -> None:
+    """
+    Check that what a folder makes transformers run, where it is trusted, is this package's own code and no other.
+
+    Raises:
+        ValueError: it names, holds or lacks other code.
+    """
+    advice = "not the code of this hydrahead; load the student with it and save it again"
+    for path in folder.rglob("*.py"):
+        if path.parent != folder or path.name not in CODE:
+            raise ValueError(f"{path}: {advice}")
+    for name in CODE:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: has no {name}, which whoever loads it needs")
+        if (folder / name).read_bytes() != (Path(__file__).parents[1] / name).read_bytes():
+            raise ValueError(f"{folder / name}: {advice}")
+    for name, own in (("config.json", AUTO_MAP), ("tokenizer_config.json", None)):
+        if (folder / name).is_file() and read_json(folder / name).get("auto_map") != own:
+            raise ValueError(f"{folder / name}: its auto_map names {advice}")
+
+
 # What a process without hydrahead begins with: an import of it fails, whatever is installed.
 _WITHOUT_HYDRAHEAD = """
 import json, sys
@@ -78,8 +102,10 @@ def answer_in_clean_process(folder: str | Path, prompt: str, max_new_tokens: int
         the text of the continuation.
 
     Raises:
+        ValueError: the folder's code, which is run there, is not this package's own.
         RuntimeError: the folder does not load or generate there, with the last line of what the process said.
     """
+    check_code(Path(folder))
     arguments = [str(Path(folder).absolute()), str(max_new_tokens)]
     result = run_clean_process(_RELOAD, arguments, prompt, {"HF_HUB_OFFLINE": "1"}, str(folder))
     assert result["class"].startswith("transformers_modules."), result

@@ -9,9 +9,11 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..configuration_hydrahead import HydraHeadConfig
+from ..console import first_line
 from ..evaluation.report import read_report
+from ..loading import load_student_config
 from ..provenance import Record
-from .folder import MADE_FROM, STATED, check_student, first_line, read_made_from
+from .folder import MADE_FROM, STATED, check_student, read_made_from
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,8 @@ class Facts:
             ValueError: the folder is no student's, or does not say what it was made from.
         """
         check_student(folder)
-        try:
-            made_from, stated = read_made_from(folder), Record(folder / STATED).read() or {}
-            report, config = read_report(folder), HydraHeadConfig.from_pretrained(folder)
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(f"{folder}: its records cannot be read ({first_line(error)})") from None
+        made_from, stated = read_made_from(folder), Record(folder / STATED).read() or {}
+        report, config = read_report(folder), load_student_config(folder)
         if made_from is None:
             raise ValueError(f"{folder}: no student that says what it was made from ({MADE_FROM})")
         tokenizer = folder / "tokenizer_config.json"

@@ -10,14 +10,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
+from ..console import first_line
+from ..loading import check_checkpoint, load_tokenizer
 from .card import CARD, card_of, is_edited, state, write_card
-from .checkpoint import run_clean_process
+from .checkpoint import CODE, check_code, run_clean_process
 from .facts import Facts
-from .folder import check_student, first_line
+from .folder import check_student
 from .metadata import is_hub_id
 
 PROMPT = "A few heads keep full attention; all others keep a state of constant size, whatever they read. So the model"
-CODE = [f"{name}_hydrahead.py" for name in ("configuration", "kernels", "modeling", "ops")]
 # What hydrahead, transformers' tokenizers and a teacher's terms put into a folder, and nothing else.
 ALLOWED = re.compile(
     r"(configuration|kernels|modeling|ops)_hydrahead\.py"
@@ -132,12 +133,10 @@ def check_folder(folder: Path) -> dict[str, int]:
         if name not in paths:
             raise ValueError(f"{folder}: has no {name}, which whoever loads it needs")
     check_weights(folder, {name for name in paths if name.endswith(".safetensors")})
-    for name in CODE:  # which is run here, to see that it loads, and by everyone who loads it
-        if (folder / name).read_bytes() != (Path(__file__).parents[1] / name).read_bytes():
-            raise ValueError(
-                f"{folder / name}: not the code of this hydrahead; load the student with it and save it again"
-            )
-    Facts.read(folder)
+    check_code(folder)  # which is run by everyone who loads it
+    config = Facts.read(folder).config
+    load_tokenizer(folder, config)
+    check_checkpoint(folder, config)
     check_licence(folder)
     return {name: path.stat().st_size for name, path in paths.items()}
 

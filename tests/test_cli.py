@@ -189,7 +189,7 @@ def a_folder_of(tmp_path: Path, family: str, **changes) -> Path:
     ("arguments", "message"),
     [
         ({"teacher": "sliding"}, "sliding-window attention"),
-        ({"masks": "missing.json"}, "cannot be read as JSON"),
+        ({"masks": "missing.json"}, "cannot be read (No such file or directory)"),
         ({"masks": "[1, 0]"}, "expected a list of layers"),
         ({"masks": "[[1, 0]]"}, "head_masks must have one row per layer (6), got 1"),
         ({"text": "missing.txt"}, "missing.txt: no such file"),

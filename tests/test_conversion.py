@@ -27,7 +27,7 @@ from transformers import (
     T5Config,
 )
 
-from hydrahead import HydraHeadForCausalLM
+from hydrahead import HydraHeadForCausalLM, loading
 from hydrahead.convert import calibration, migration, teachers
 from hydrahead.convert.calibration import head_forms_of, measure_heads
 from hydrahead.convert.forms import read_attention
@@ -547,7 +547,7 @@ def test_a_teacher_that_cannot_be_represented_is_refused_before_any_weight_is_re
         adapter_for(config)
     # From the Hub: its configuration is fetched, its weights are not.
     monkeypatch.setattr(teachers.PreTrainedConfig, "get_config_dict", lambda *a, **k: (config.to_dict(), {}))
-    monkeypatch.setattr(teachers.AutoConfig, "from_pretrained", lambda *a, **k: config)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *a, **k: config)
     assert_refused(f"^{pattern}", "someone/model", MIXED)
 
 
@@ -645,7 +645,7 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused_by_its_name(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_refused("no tensor model.layers.1.mlp.up_proj.weight", tmp_path, ALL_FULL, **ANCHOR)
+    assert_refused("its weights lack model.layers.1.mlp.up_proj.weight", tmp_path, ALL_FULL, **ANCHOR)
 
 
 def test_a_model_without_a_language_model_head_is_refused():

@@ -73,7 +73,7 @@ def refusal(stage, folder, recipe, capsys, *overrides) -> str:
         ("align.tokens=8", "align.tokens .* must be at least one batch"),
         ("align.long_share=0.5", "align.long_share needs a section long_data"),
         ("run.report_to=nosuchtracker", "run.report_to: nosuchtracker is not installed"),
-        ("run.keep=0", "run.save_every and run.keep must be at least 1"),
+        ("run.keep=0", "run.keep: 0, expected 1 or more"),
         ("evaluate={every: 5, length: 600}", "evaluate: 512 tokens are held out .*, a window of 600 needs more"),
         ("student.fusion=sum", "fusion must be one of"),
         ("data.heldout_tokens=0", "data.heldout_tokens: alignment measures heads on held-out text"),

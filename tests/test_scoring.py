@@ -197,9 +197,9 @@ def test_nonsense_is_refused_in_one_line(teacher, pairs, tmp_path):
     ]:
         with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
             score_heads(teacher, None, **{"probes": [probe]} | arguments)
-    for content in (b"{}", b"\xff\xfe"):
+    for content, message in ((b"{}", "not a head score file"), (b"\xff\xfe", "byte 0 is not UTF-8")):
         (tmp_path / "scores.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"scores\.json: not a head score file"):
+        with pytest.raises(ValueError, match=rf"scores\.json: {message}"):
             HeadScores.load(tmp_path / "scores.json")
     scores = scores_of(torch.rand(1, LAYERS, HEADS))
     with pytest.raises(ValueError, match=r"^method must be one of [^\n]*'best'$"):

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from ..files import atomic_file, force_to_disk
+from ..files import atomic_file, force_to_disk, read_json, read_utf8
 
 _NOTHING_FREE = 2**20  # bytes
 _FILE_BYTES = 2**30  # of a file, at most, unless one tensor is larger: it is built in memory
@@ -42,6 +43,26 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         return next(reversed(self.all()), None)
+
+    def check(self) -> None:
+        """
+        Check that the newest checkpoint, if there is one, can be gone on from; no tensor is read.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        newest = self.newest()
+        if newest is None or (newest / "random_states_0.pkl").is_file():  # `resume` says what that is
+            return
+        try:
+            step = read_json(newest / "progress.json").get("step")
+            if not isinstance(step, int) or not (files := list(newest.glob("*.safetensors"))):
+                raise ValueError(f"{newest}: not a whole checkpoint")
+            for path in files:
+                with safe_open(path, framework="pt"):
+                    pass
+        except (ValueError, OSError, SafetensorError) as error:
+            raise ValueError(f"{newest}: damaged ({error}); remove it to go on from the one before") from None
 
     def save(
         self, accelerator: Accelerator, model: nn.Module, optimizer: AcceleratedOptimizer, step: int, progress: dict
@@ -94,7 +115,7 @@ class Checkpoints:
         what is not whole is removed.
 
         Raises:
-            ValueError: it is from before checkpoints had this format.
+            ValueError: it is from before checkpoints had this format, or damaged.
         """
         if accelerator.is_main_process:
             for partial in self.folder.glob("checkpoint-*.partial"):
@@ -110,7 +131,12 @@ class Checkpoints:
             )
         weights, state = get_state_dict(model, optimizer.optimizer, options=_OPTIONS)
         tensors = _tensors(accelerator, model, weights, state)
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(newest)))  # into these very tensors
+        try:
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(newest)))  # into these very tensors
+        except CheckpointException as error:  # which is no Exception
+            raise ValueError(
+                f"{newest}: holds other tensors than this run's; remove it to go on without it"
+            ) from error
         set_state_dict(model, optimizer.optimizer, model_state_dict=weights, optim_state_dict=state, options=_OPTIONS)
         return json.loads((newest / "progress.json").read_text())
 
@@ -142,7 +168,7 @@ def keep_metrics_before(file: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
+    for line in read_utf8(file).splitlines(keepends=True):
         if not line.endswith("\n") or json.loads(line)["step"] >= step:
             break
         kept.append(line)

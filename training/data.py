@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..console import one_line_errors
 from ..convert.teachers import open_teacher
 from ..data.batches import Batches, Mix
-from ..data.tokens import DataSection, is_local, open_source, ready_tokens
+from ..data.tokens import DataSection, check_source, is_local, ready_tokens
 from .recipe import STAGES, Recipe, StageSection, read_arguments
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int
         raise ValueError(f"{stage}: retrieval_share and long_share add up to more than 1")
     for data, folder in ((recipe.data, "tokens"), (recipe.long_data if section.long_share else None, "long_tokens")):
         if data is not None and not (token_folder(recipe, data, folder) / "tokens.json").is_file():
-            open_source(data)
+            check_source(data)
 
 
 def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) -> None:
@@ -138,6 +138,9 @@ def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) 
     curriculum = getattr(section, "curriculum", None)
     if curriculum is not None and not (
         all(isinstance(each, list) and len(each) == 2 for each in curriculum)
+        and all(
+            type(part) in (int, float) and part >= least for each in curriculum for part, least in zip(each, (1, 0))
+        )
         and abs(sum(share for _, share in curriculum) - 1) < 1e-6
     ):
         raise ValueError(f"{stage}.curriculum: expected [length, share] pairs whose shares add up to 1")

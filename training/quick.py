@@ -76,10 +76,10 @@ def align_for_scores(settings: ScoreSettings, output: Path) -> None:
     unfinished = Unfinished(output, settings)
     if unfinished.has_forms:
         return
-    unfinished.begin()
     steps, seed, adapter = settings.align_steps, settings.seed, opened.adapter
     options = options_of(student_config(adapter, adapter.blank_masks, **settings.options or {}))
     teacher = load_teacher(opened, settings)
+    unfinished.begin()
     with progress("align heads", steps) as advance:
         forms = quick_forms(teacher, tokenizer, text_ids, options, steps, seed, lambda *_: advance())
     made_from = {"text": text_name(settings), "length": LENGTH, "rows": ROWS, "steps": steps, "seed": seed}

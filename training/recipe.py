@@ -1,6 +1,7 @@
 """Recipes: one YAML file that says how a teacher becomes a student, in sections that the three stages share."""
 
 import argparse
+import io
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from ..data.ruler import NEEDLES
 from ..data.tokens import DataSection
+from ..files import read_utf8
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("align", "distill", "finetune")
@@ -298,14 +300,15 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     for item in overrides:
         if "=" not in item:
             raise ValueError(f"{item}: expected key=value")
-    recipe, key = OmegaConf.structured(Recipe), ""
+    text, recipe, key = read_utf8(path), OmegaConf.structured(Recipe), ""
     try:
-        for values in (OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))):
-            if not OmegaConf.is_dict(values):
-                raise ValueError(f"{name}: expected a mapping of keys to values")
+        given = OmegaConf.load(io.StringIO(text))
+        if not given or not OmegaConf.is_dict(given):
+            raise ValueError(f"{name}: expected a mapping of keys to values")
+        for values in (given, OmegaConf.from_dotlist(list(overrides))):
             for key, value in _plain(OmegaConf.to_container(values)).items():
                 recipe = OmegaConf.merge(recipe, {key: value})
-    except (yaml.YAMLError, OSError) as error:
+    except (yaml.YAMLError, OSError, RecursionError) as error:
         raise ValueError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     except OmegaConfBaseException as error:
         known = f"; known: {', '.join(error.parent_node)}" if isinstance(error, ConfigKeyError) else ""
@@ -313,12 +316,34 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if missing := OmegaConf.missing_keys(recipe):
         raise ValueError(f"{min(missing)}: missing from the recipe")
     recipe = OmegaConf.to_object(recipe)
+    _check_numbers(asdict(recipe))
     if recipe.retrieval_share is not None:
         for section in filter(None, (recipe.align, recipe.distill, recipe.finetune)):
             section.retrieval_share = recipe.retrieval_share
     if recipe.masks is None and recipe.select is not None:
         recipe.masks = str(recipe.chosen_masks)
     return recipe
+
+
+LEAST = {  # of numbers in recipes, by their keys, whichever section they are in
+    **dict.fromkeys(("learning_rate", "final_learning_rate", "warmup_steps", "answer_weight", "spike_factor"), 0),
+    **dict.fromkeys(("retrieval_share", "long_share", "kl_weight", "ce_weight", "temperature"), 0),
+    **dict.fromkeys(("seed", "heldout_tokens", "every", "niah_prompts", "depths", "exchange"), 0),
+    **dict.fromkeys(("tokens", "batch_tokens", "length", "micro_batch_tokens", "save_every", "keep"), 1),
+    **dict.fromkeys(("text_windows", "lengths", "prompts", "new_tokens", "text_tokens", "pairs", "shortlist"), 1),
+    **dict.fromkeys(("tensor_parallel", "top_k", "r", "alpha"), 1),
+    "calibration_tokens": 2,
+}
+
+
+def _check_numbers(values: dict, section: str = "") -> None:
+    """Raise a `ValueError` that names the first number of a recipe that is too small, or is none."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _check_numbers(value, f"{section}{key}.")
+        for number in (value if isinstance(value, list) else [value]) if key in LEAST else ():
+            if number is not None and not LEAST[key] <= number < float("inf"):
+                raise ValueError(f"{section}{key}: {number}, expected {LEAST[key]} or more")
 
 
 def _plain(value, key: str = ""):

@@ -26,11 +26,14 @@ from ..data.tokens import is_local
 from ..evaluation.figures import draw_training
 from ..evaluation.needles import FIRST_SEED, answer, score
 from ..evaluation.text import text_loss
+from ..files import check_writable, read_json
 from ..hub.checkpoint import save_checkpoint
 from ..hub.folder import read_made_from
 from ..kernels import use_tuned_kernels
+from ..loading import check_checkpoint, load_student_config
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record, digest, environment, first_difference
+from .checkpoints import Checkpoints
 from .data import check_stage_data, prepare_tokenizer, public_source, stage_batches, tokens_before
 from .loop import Run, Schedule
 from .recipe import Recipe, StageSection, stage_record
@@ -56,8 +59,6 @@ class Stage:
         self.adapter: TeacherAdapter = self.teacher.adapter
         self.processes = int(os.environ.get("WORLD_SIZE", 1))
         check_stage_data(recipe, name, self.teacher.config.max_position_embeddings, self.processes)
-        if min(recipe.run.save_every, recipe.run.keep) < 1:
-            raise ValueError("run.save_every and run.keep must be at least 1")
         tracker = recipe.run.report_to
         if tracker and tracker not in (known := [each.value for each in get_available_trackers()]):
             raise ValueError(f"run.report_to: {tracker} is not installed; there is {', '.join(known) or 'none'}")
@@ -102,7 +103,9 @@ class Stage:
         steps, before = self.section.tokens // self.section.batch_tokens, self.earlier.read()
         if before is None:
             return [steps]
-        now, then = self.record(), before[self.name]
+        now, then = self.record(), before.get(self.name)
+        if not isinstance(then, dict) or not all(isinstance(then.get(key), int) for key in ("tokens", "batch_tokens")):
+            raise ValueError(f"{self.earlier.path}: not the record of a stage; remove {self.folder} to begin it anew")
         if self.section.tokens > then["tokens"]:
             now[self.name]["tokens"] = then["tokens"]
         # What is gone by now is taken to be what it was, and a run from before these were recorded for one like this.
@@ -149,8 +152,8 @@ class Stage:
     @property
     def is_done(self) -> bool:
         """Whether the stage has left its output, for so many tokens as the recipe asks for."""
-        facts = Record(self.folder / "facts.json").read()
-        return self.output.exists() and facts is not None and facts["recipe"]["tokens"] == self.section.tokens
+        recipe = (Record(self.folder / "facts.json").read() or {}).get("recipe")
+        return self.output.exists() and isinstance(recipe, dict) and recipe.get("tokens") == self.section.tokens
 
     @cached_property
     def options(self) -> dict:
@@ -187,7 +190,8 @@ class Stage:
         """
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder}: no student there; the stage before this one writes it")
-        config = HydraHeadConfig.from_pretrained(folder)
+        config = load_student_config(folder)
+        check_checkpoint(folder, config)
         self.teacher.check_made_from(folder, read_made_from(folder) or {})
         for field, value in self.adapter.student_fields().items():
             if field not in ("rope_parameters", "use_cache") and (found := getattr(config, field, None)) != value:
@@ -208,7 +212,7 @@ class Stage:
         made_from = conversion_record(self.teacher, config, masks and Path(masks), forms)
         # Of what version 0.1 wrote, only this says how it was trained.
         if student is not None and (file := student / "training.json").is_file():
-            made_from["stages"] = json.loads(file.read_text())
+            made_from["stages"] = read_json(file, list)
         elif forms is not None and "stage" not in made_from["forms"]:
             made_from["forms"] |= Record(forms.parent / "facts.json").read() or {}
         return made_from
@@ -241,10 +245,12 @@ class Job:
     def __init__(self, stage: Stage):
         recipe, section = stage.recipe, stage.section
         self.stage, self.recipe, self.section, self.folder = stage, recipe, section, stage.folder
+        check_writable(stage.folder)
+        Checkpoints(stage.folder, recipe.run.keep).check()
+        stage.teacher.fetch()
         self.tokenizer = prepare_tokenizer(recipe)
         self.data = stage_batches(recipe, stage.name, self.tokenizer, stage.parts)
         self.prompts = self.make_prompts() if stage.name != "align" else {}
-        stage.teacher.fetch()
         self.accelerator = open_accelerator(
             section.batch_tokens // recipe.run.micro_batch_tokens // stage.processes,
             log_with=recipe.run.report_to,

@@ -55,6 +55,10 @@ def check_settings(settings: ScoreSettings) -> tuple[Teacher, PreTrainedTokenize
     tokenizer = teacher.tokenizer()
     if settings.built_in:
         check_length(tokenizer, length)
+    if settings.text is not None and not read_utf8(settings.text).strip():
+        raise ValueError(f"{settings.text}: holds no text")
+    for file in settings.probe_files:
+        jsonl_probes(file, tokenizer)
     return teacher, tokenizer, length
 
 
@@ -139,9 +143,9 @@ def score_to_folder(settings: ScoreSettings, output: Path, overwrite: bool = Fal
         raise ValueError(
             f"{', '.join(settings.methods)}: needs aligned forms of the heads; pass those of the alignment"
         )
-    unfinished.begin()
     teacher = load_teacher(opened, settings)
     forms = None if forms_file is None else running_forms(opened, forms_file)
+    unfinished.begin()
     rows, done = ([] if forms is None else text_rows(text_ids)), unfinished.finished()
     with progress("score heads", score_steps(probes[len(done) :], settings.methods, len(rows))) as advance:
         scores = score_heads(

@@ -5,14 +5,16 @@ Plain data, read and fused without PyTorch: what selection and pictures need.
 
 import json
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import UnionType
 from typing import NamedTuple
 
 import numpy as np
 
-from ...files import atomic_file
+from ...files import atomic_file, read_json
 from .methods import METHODS, check_methods
 
 BUILT_IN = ("retrieval", "copying", "language")  # capabilities of the probes that need no file
@@ -273,15 +275,58 @@ class HeadScores:
         Raises:
             ValueError: the file is missing, or is not a score file.
         """
+        data = read_json(Path(path))
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             data["probes"] = [ProbeResult(**probe) for probe in data["probes"]]
             measured = {"scores", "tie_break", "capabilities", "kappa"} & data.keys()
-            return cls(**data | {name: _numbers(data[name]) for name in measured})
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError) as error:
+            scores = cls(**data | {name: _numbers(data[name]) for name in measured})
+            scores._check()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: not a head score file ({error})") from None
+        return scores
+
+    def _check(self) -> None:
+        """Raise a `ValueError` that names the field at fault: a file may hold anything."""
+        check_types(self)
+        check_methods([self.method])
+        shape = (len(self.scores), len(self.scores[0]) if self.scores and isinstance(self.scores[0], list) else 0)
+        if 0 in shape:
+            raise ValueError("scores: expected numbers [layers, heads], got none")
+        arrays = {"scores": self.scores, "tie_break": self.tie_break, **self.capabilities, **self.kappa}
+        for name, array in arrays.items():
+            _check_array(name, array, shape)
+        groups = self.num_key_value_heads
+        if groups < 1 or shape[1] % groups:
+            raise ValueError(f"num_key_value_heads: {groups}, expected a divisor of the {shape[1]} heads of a layer")
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"head_dim: {self.head_dim}, expected a positive number")
+        for name in ("weights", "seconds"):
+            _check_array(name, list(getattr(self, name).values()), (len(getattr(self, name)),))
+        for probe in self.probes:
+            check_types(probe)
+            for name, effects in probe.effects.items() if probe.used else ():
+                _check_array(f"{probe.name}: {name}", _numbers(effects), (probe.used, *shape))
+
+
+def check_types(record) -> None:
+    """Raise a `ValueError` that names the first field of a dataclass whose value is not of its annotated type."""
+    for name, hint in typing.get_type_hints(type(record)).items():
+        hints = typing.get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        kinds = tuple(typing.get_origin(each) or each for each in hints)
+        value = getattr(record, name)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}: expected {wanted}, got {type(value).__name__}")
+
+
+def _check_array(name: str, value, shape: tuple[int, ...]) -> None:
+    """Raise a `ValueError` unless nested lists are numbers of a shape."""
+    try:
+        array = np.array(value)
+    except ValueError:  # rows of unequal length
+        array = np.array("")
+    if array.shape != shape or array.dtype.kind not in "if":
+        raise ValueError(f"{name}: expected numbers {list(shape)}")
 
 
 def _rounded(value):
@@ -298,4 +343,4 @@ def _numbers(value):
         return {key: _numbers(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_numbers(entry) for entry in value]
-    return math.nan if value is None else value
+    return math.nan if value is None or (isinstance(value, float) and not math.isfinite(value)) else value

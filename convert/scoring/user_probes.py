@@ -24,10 +24,7 @@ def jsonl_probes(path: str | Path, tokenizer) -> list[Probe]:
         ValueError: the file is empty or missing, or a line is wrong; names the first such line and how many there are.
     """
     path = Path(path)
-    try:
-        lines = [(number, line) for number, line in enumerate(read_utf8(path).splitlines(), 1) if line.strip()]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    lines = [(number, line) for number, line in enumerate(read_utf8(path).splitlines(), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path}: holds no pairs; expected a JSON object a line with {', '.join(FIELDS)}")
     groups: dict[tuple[str, str, str], list[Pair]] = {}
@@ -49,8 +46,8 @@ def jsonl_probes(path: str | Path, tokenizer) -> list[Probe]:
 def _read_line(line: str, tokenizer, default: str) -> tuple[tuple[str, str, str], Pair]:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
     known = (*FIELDS, "probe", "capability", "counterfactual")
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) and entry[name] for name in FIELDS):
         raise ValueError(f"expected an object with the texts {', '.join(FIELDS)}")
