@@ -215,7 +215,8 @@ def test_the_script_goes_on_where_it_was_killed_and_records_what_it_did(workplac
     assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file("tuned/model.safetensors").items())
     assert changed(student, AutoModelForCausalLM.from_pretrained("tuned"))
     stages = json.loads(Path("tuned/made_from.json").read_text())["stages"]
-    assert stages == [{"stage": "sft", "summary": "2 steps on chats.jsonl, with TRL"}]
+    summary = "2 steps on chats.jsonl, with TRL"
+    assert stages == [{"stage": "sft", "summary": summary, "steps": 2, "datasets": []}]
 
 
 @pytest.mark.parametrize("options", [[], ["--dataset_name", "chats.jsonl"], ["--model_name_or_path", "student"]])

@@ -38,7 +38,7 @@ def record(script_args, model_args, output: Path, steps: int) -> None:
     made_from = read_made_from(Path(model_args.model_name_or_path))
     if made_from is not None:
         name = script_args.dataset_name
-        rows, datasets = (Path(name).name, []) if Path(name).is_file() else (name, [name])
+        rows, datasets = (Path(name).name, []) if Path(name).exists() else (name, [name])
         stage = {"stage": "sft", "summary": f"{steps:,} steps on {rows}, with TRL"}
         stage |= {"steps": steps, "datasets": datasets}
         Record(output / MADE_FROM).write(made_from | {"stages": [*made_from["stages"], stage]})
