@@ -7,6 +7,7 @@ import signal
 import sys
 import textwrap
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -114,10 +115,15 @@ def one_line_errors(debug: bool | None = None) -> Iterator[None]:
         _end(line)
 
 
+def printable(text: str) -> str:
+    """Text that cannot command a terminal, and that one can show: models, and who names one, may write anything."""
+    kinds = ("Cc", "Cs")  # control characters, and halves of surrogate pairs, which no encoding has
+    return "".join(each if each in "\n\t" or unicodedata.category(each) not in kinds else "\ufffd" for each in text)
+
+
 def first_line(error: Exception) -> str:
-    """What an error says first; of a stranger's text in it nothing that a terminal would obey."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return "".join(letter if letter.isprintable() else "?" for letter in line)
+    """What an error says first."""
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ def _take_lock(path: Path, folder: Path) -> IO | None:
     """
     if fcntl is None:
         return None
-    file = path.open("w")
+    file = path.open("a")  # not "w": what a link in its place leads to stays as it is
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -3,6 +3,7 @@ Opening models. A folder or a repository from a stranger is data: none of its co
 to run it, unless the caller trusts it; weights are safetensors, and pickles are not read.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -69,6 +70,11 @@ def load_tokenizer(
     with blaming(f"{source}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
         known, size = tokenizer.vocab_size, getattr(config.get_text_config(), "vocab_size", None)
+    if not trust_remote_code:
+        tokenizer.init_kwargs.pop("auto_map", None)  # or whatever it is saved into would name that code
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and not all(re.fullmatch(r"[\w-]+", name) for name in templates):
+        raise ValueError(f"{source}: a chat template's name has to be a word, for a file is called by it")
     if size is not None and known > size:
         raise ValueError(f"{source}: its tokenizer is of another model: it has {known:,} tokens, the model {size:,}")
     return tokenizer
@@ -103,6 +109,8 @@ def check_checkpoint(folder: Path, config: PreTrainedConfig | None = None) -> No
     Raises:
         ValueError: they are not safetensors, or cut off; or the model needs others; one line, by name.
     """
+    if (folder / "adapter_config.json").is_file():  # which transformers would put into the model
+        raise ValueError(f"{folder}: holds an adapter beside its weights (adapter_config.json): merge or move it")
     if (generation := folder / "generation_config.json").is_file():
         read_json(generation)  # transformers passes over one that it cannot read
     where = weight_files(folder)

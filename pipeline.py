@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Column, Table
+from rich.text import Text
 
 from .configuration_hydrahead import HydraHeadConfig
+from .console import printable
 from .convert.forms import check_forms
 from .convert.gguf_files import open_gguf
 from .convert.masks import Exchange, select_to_file
@@ -407,7 +409,7 @@ def side_by_side(names: Sequence[str], dtype: str, trust_remote_code: bool = Fal
         source = str(EMBEDDED_TEACHER) if source == "demo" else source
         name = Path(source).name if is_gguf(source) else public_name(source)
         source = str(open_gguf(source)[0]) if is_gguf(source) else source
-        label = Path(name).name
+        label = printable(Path(name).name)
         count = sum(model.label.split(" (")[0] == label for model in models)
         label += f" ({count + 1})" if count else ""
         models.append(Model(label, source, name, revision or None, dtype, trust_remote_code=trust_remote_code))
@@ -504,10 +506,10 @@ def show_report(folder: Path) -> None:
     if not PartialState().is_main_process:
         return
     report = read_report(folder)
-    columns, *rows = short_table(report)
-    table = Table(*(Column(name, justify="right") for name in columns), title=" / ".join(labels(report)))
+    title, (columns, *rows) = " / ".join(labels(report)), short_table(report)
+    table = Table(*(Column(Text(printable(name)), justify="right") for name in columns), title=Text(printable(title)))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     Console().print(table)
 
 

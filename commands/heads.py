@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..console import printable
 from ..convert.scoring.methods import DEFAULT_METHOD, METHODS
 from ..convert.selection import STRATEGIES
 from .options import FUSION_NORM, POSITION, TEACHER, Dtype, Fusion, given
@@ -85,7 +86,7 @@ def score(
         align_for_scores(settings, output)
     scores = score_to_folder(settings, output, overwrite)
     for warning in scores.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(printable(f"warning: {warning}"), err=True)
     typer.echo(f"{output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
@@ -145,7 +146,7 @@ def select(
         exchange=improve,
     )
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
     typer.echo(f"{output}, {output.with_suffix('.png')}")
 
 
@@ -193,11 +194,8 @@ def convert(
         fusion=fusion,
         fusion_norm=fusion_norm,
     )
-    console = Console()
-    with console.status("reading the teacher's config") as status:
+    with Console().status("reading the teacher's config") as status:
         convert_to_folder(
             teacher, output, masks, text, calibration_tokens, revision, overwrite, status.update, forms, **options
         )
-    console.print(
-        f"{output}: loads with AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)"
-    )
+    typer.echo(f"{output}: loads with AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)")

@@ -52,7 +52,8 @@ def demo(
         if key := NOW_KEYS.get(word.split("=")[0]):
             raise ValueError(f"{word}: a key of the recipe now, {key}")
     if teacher:
-        overrides = [f"teacher.name={teacher}", f"output=runs/{config}-{Path(teacher).name}", *overrides]
+        name = Path(config).name.removesuffix(".yaml")
+        overrides = [f"teacher.name={teacher}", f"output=runs/{name}-{Path(teacher).name}", *overrides]
     road = _walk(config, overrides)
     from ..pipeline import ask
 

@@ -78,6 +78,10 @@ class TeacherAdapter:
                 f"{self.model_type}: sliding-window attention ({window} of "
                 f"{self.config.max_position_embeddings} positions) is not supported, only full attention"
             )
+        if getattr(self.config, "quantization_config", None):
+            raise ValueError(
+                f"{self.model_type}: quantised weights (quantization_config) are not supported, only plain and GGUF"
+            )
         if getattr(self.config, "mlp_bias", False):
             raise ValueError(f"{self.model_type}: a bias in the MLP (mlp_bias) is not supported")
 

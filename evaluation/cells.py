@@ -63,6 +63,8 @@ class Cells:
 
     def __init__(self, folder: Path, settings: Mapping, models: Sequence[Model]):
         self._folder, self.news = folder / ".evaluation", False
+        if self._folder.is_symlink():
+            raise ValueError(f"{self._folder}: a link, and what is measured would be written elsewhere: remove it")
         labels = [model.label for model in models]
         self._found: dict[tuple, dict] = {}
         self.report = Record(folder / "report.json").read()

@@ -3,7 +3,6 @@
 import contextlib
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -13,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..console import printable
 from ..data.corpus import encode_corpus, load_corpus
 from ..data.ruler import Haystack, make_prompts
 from ..kernels import use_tuned_kernels
@@ -141,11 +141,6 @@ def in_words(turn: Turn) -> str:
     if turn.ids:
         words += f"; {turn.tokens_per_second:.1f} tokens/s; {turn.read:,} read in {turn.read_seconds:.1f} s"
     return words
-
-
-def printable(text: str) -> str:
-    """Text that cannot command a terminal: a model may write anything."""
-    return "".join(each if each in "\n\t" or unicodedata.category(each) != "Cc" else "\ufffd" for each in text)
 
 
 class Screen:

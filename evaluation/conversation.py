@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..data.ruler import Prompt
 from .models import cache_bytes
-from .needles import as_asked, can_go_on, position_limit
+from .needles import as_asked, can_go_on, in_template, position_limit
 
 # transformers 5.24 renamed `past_key_values`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -140,7 +140,7 @@ class Conversation:
 
     def _templated(self, messages: Sequence[dict]) -> list[int]:
         """The messages in the chat template: what the text holds of them, token by token, and the rest."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = in_template(self.tokenizer, messages)
         before = self._decode(self.ids)
         if self.ids and text.startswith(before):
             ids = self.ids + self._encode(text.removeprefix(before))

@@ -14,7 +14,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from ..console import printable
 from ..files import atomic_file
+
+plt.rcParams["text.parse_math"] = False  # names with a dollar are names
 
 RED, BLUE, GREEN, GREY = "#d1495b", "#1f6f9f", "#3a7d44", "#6c757d"
 STRONG = {"replacement": RED, "receiver+sender": BLUE}  # methods that stand out where many are compared
@@ -103,7 +106,7 @@ def _draw_heads(axes, scores: Sequence[Sequence[float]], masks: Sequence[Sequenc
 
 def _wrapped(title: str, width: float) -> str:
     """A title in lines that fit a figure of `width` inches, at 9 points."""
-    return textwrap.fill(title, int(width * 12), break_on_hyphens=False)
+    return textwrap.fill(printable(title), int(width * 12), break_on_hyphens=False)
 
 
 def plot_knockout(curves: Mapping[str, dict], title: str, path: Path) -> None:

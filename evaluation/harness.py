@@ -1,10 +1,14 @@
 """Tasks of lm-eval (EleutherAI's evaluation harness), through its Python API."""
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..console import blaming
 
 OFFLINE = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe")
 """RULER's tasks that lm-eval makes without a network."""
@@ -41,6 +45,21 @@ def check_installed() -> None:
         raise ValueError("lm-eval is not installed: pip install 'lm-eval[ruler]'")
 
 
+@contextlib.contextmanager
+def _without_code(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """
+    A folder from which a tokenizer loads: lm-eval's RULER opens one by name, and runs whatever code is there.
+
+    That of a tokenizer whose own code was trusted is its own; any other is written anew, and names none.
+    """
+    if type(tokenizer).__module__.startswith("transformers_modules."):
+        yield tokenizer.name_or_path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        yield folder
+
+
 def run_task(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,15 +93,12 @@ def run_task(
     size = max(1, batch_tokens // length) if length else 4
     longest = {"max_length": length + ANSWER_ROOM} if length else {}
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=size, **longest)
-    # One length a call: a limit counts the first length's questions only.
-    metadata = {"max_seq_lengths": [length], "tokenizer": tokenizer.name_or_path} if length else None
-    try:
+    with _without_code(tokenizer) as folder, blaming(f"lm-eval: {task}"):  # for want of a network above all
+        # One length a call: a limit counts the first length's questions only.
+        metadata = {"max_seq_lengths": [length], "tokenizer": folder} if length else None
         found = lm_eval.simple_evaluate(
             model=wrapped, tasks=[task], limit=limit, apply_chat_template=template, metadata=metadata
         )
-    except Exception as error:  # of a dozen libraries, for want of a network above all
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"lm-eval: {task}: {reason[0]}") from None
     results, metrics = found["results"][task], {}
     for name, value in results.items():
         metric, _, kind = name.partition(",")

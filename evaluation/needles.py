@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..console import blaming
 from ..data.ruler import Prompt
 
 FIRST_SEED = 1_000_000  # of prompts that are evaluated; training rows come from small seeds, and from other text
@@ -28,8 +29,19 @@ def as_asked(prompt: Prompt, written_with, tokenizer, template: bool = False) ->
     if not template:
         return tokenizer(text, verbose=False).input_ids
     message = {"role": "user", "content": text.removesuffix(prompt.prefix)}
-    chat = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    chat = in_template(tokenizer, [message])
     return tokenizer(chat + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False).input_ids
+
+
+def in_template(tokenizer, messages: Sequence[dict]) -> str:
+    """
+    Messages in a tokenizer's chat template, and the beginning of the model's.
+
+    Raises:
+        ValueError: the template, which is a program in a sandbox, fails.
+    """
+    with blaming("the chat template cannot be applied"):
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
 
 def same_vocabulary(one, other) -> bool:

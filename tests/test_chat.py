@@ -19,12 +19,12 @@ from transformers import AutoTokenizer, DynamicCache
 from typer.testing import CliRunner
 
 from hydrahead.cli import app
+from hydrahead.console import printable
 from hydrahead.convert.migration import convert_to_folder
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.ruler import Haystack, make_prompts
 from hydrahead.evaluation import conversation as module
-from hydrahead.evaluation.chat import printable
 from hydrahead.evaluation.conversation import CACHE, Conversation
 from hydrahead.tests.families import ALL_LINEAR, MIXED, make_student, make_teacher
 
@@ -168,7 +168,7 @@ def test_a_template_that_is_not_there_is_refused(tokenizer):
 
 
 def test_what_a_model_writes_cannot_command_a_terminal():
-    assert printable("a\x1b[2Jb\r\x9b1m\tü\n👩‍💻") == "a�[2Jb��1m\tü\n👩‍💻"
+    assert printable("a\x1b[2Jb\r\x9b1m\tü\n\ud800👩‍💻") == "a�[2Jb��1m\tü\n�👩‍💻"
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from hydrahead.tests.workshop import (
     line_of,
     make_workshop,
     run_command,
+    succeed,
     tree,
     write_forms,
     write_teacher,
@@ -376,17 +377,15 @@ def test_the_table_is_long():
     "command", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in COMMANDS]
 )
 def test_a_command_works_where_nothing_is_wrong(copy, command):
-    ended = run_command(line_of(command, copy))
-    assert (ended.status, ended.error) == (0, None), ended.said
+    succeed(line_of(command, inputs(copy)))
 
 
 @pytest.mark.parametrize(("command", "name", "damage"), CASES)
 def test_malformed_input_ends_in_one_line_and_leaves_everything_as_it_was(copy, command, name, damage):
     names = inputs(copy)
     names[name] = DAMAGES[name][damage](names[name]) or names[name]
-    line = COMMANDS[command].format(**names)
     before = tree(copy)
-    ended = run_command(line)
+    ended = run_command(line_of(command, names))
     assert ended.error is None, f"{type(ended.error).__name__}: {ended.error}"
     assert ended.status != 0
     assert ended.said.startswith("hydrahead: ") and ended.said.count("\n") == 1, ended.said

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ COMMANDS = {
     "demo": "demo --config {recipe} --teacher {teacher} output={out} data.name={corpus} score.probe=[{pairs}]",
     "plan": "plan {teacher}",
     "plan, of a recipe": "plan {recipe} teacher.name={teacher} data.name={corpus} masks={masks} output={out}",
-    "evaluate": "evaluate {student} --teacher {teacher} --text {text} --scores {scores} --lengths 192 "
+    "evaluate": "evaluate {student} --teacher {teacher} --text {text} --scores {scores} --lengths 200 "
     "--tasks niah_single_2 --prompts 1 --new-tokens 2 --text-tokens 192",
     "evaluate, side by side": "evaluate {teacher} {student} --text {text} --output {out} --lengths 192 "
     "--tasks niah_single_2 --prompts 1 --new-tokens 2 --text-tokens 192",
@@ -70,28 +71,35 @@ COMMANDS = {
 
 @dataclass
 class Ended:
-    """How a command ended: its status, what it said on stderr, and the traceback's exception, if one got through."""
+    """How a command ended: its status, what it wrote on stderr and stdout, and the error that got through, if any."""
 
     status: int
     said: str
-    error: BaseException | None
+    printed: str = ""
+    error: BaseException | None = None
 
 
-def run_command(line: str) -> Ended:
-    """Run a command, or a stage of training, in this process."""
-    name, *words = line.split()
+def run_command(line: Sequence[str], typed: str = "/quit\n") -> Ended:
+    """Run a command, or a stage of training, in this process, with what is typed into it."""
+    name, *words = line
     if name not in MAINS:
-        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [name, *words], input="/quit\n")
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [name, *words], input=typed)
         error = None if isinstance(result.exception, (SystemExit, type(None))) else result.exception
-        return Ended(result.exit_code, result.stderr, error)
+        return Ended(result.exit_code, result.stderr, result.stdout, error)
     with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
         try:
             MAINS[name](words)
         except SystemExit as ended:
-            return Ended(ended.code or 0, said.getvalue(), None)
+            return Ended(ended.code or 0, said.getvalue())
         except Exception as error:
-            return Ended(1, said.getvalue(), error)
-    return Ended(0, said.getvalue(), None)
+            return Ended(1, said.getvalue(), error=error)
+    return Ended(0, said.getvalue())
+
+
+def succeed(line: Sequence[str]) -> None:
+    """Run a command that has to work."""
+    ended = run_command(line)
+    assert (ended.status, ended.error) == (0, None), ended.said
 
 
 def inputs(folder: Path) -> dict[str, Path]:
@@ -99,9 +107,9 @@ def inputs(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in folder.iterdir()} | {"out": folder / "out"}
 
 
-def line_of(command: str, folder: Path) -> str:
-    """The line of a command on the inputs in a workshop."""
-    return COMMANDS[command].format(**inputs(folder))
+def line_of(command: str, names: Mapping[str, Path]) -> list[str]:
+    """The words of a command's line, on some inputs."""
+    return [word.format(**names) for word in COMMANDS[command].split()]
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -117,10 +125,10 @@ def write_text(path: Path, pages: int = 60) -> Path:
     return path
 
 
-def write_teacher(folder: Path, **changes) -> None:
+def write_teacher(folder: Path, family: str = "qwen3-tied", **changes) -> None:
     """A teacher with the tokenizer of the one that ships."""
     sizes = {"vocab_size": VOCABULARY, "eos_token_id": 0, "pad_token_id": 1, "max_position_embeddings": NATIVE}
-    make_teacher("qwen3-tied", **sizes | changes).save_pretrained(folder)
+    make_teacher(family, **sizes | changes).save_pretrained(folder)
     AutoTokenizer.from_pretrained(EMBEDDED_TEACHER).save_pretrained(folder)
 
 
@@ -158,15 +166,10 @@ def make_workshop(folder: Path) -> None:
     write_pairs(folder / "pairs.jsonl", folder / "teacher")
     write_forms(folder / "forms.safetensors", folder / "teacher")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    names = inputs(folder) | {"begun": Path("begun")}
     with contextlib.chdir(folder):  # names in the record of what was begun hold in any copy
-        ended = run_command(
-            COMMANDS["align, going on"].format(recipe="recipe.yaml", begun="begun").replace("384", "256")
-        )
-    assert ended.status == 0, ended.said
+        succeed([word.replace("384", "256") for word in line_of("align, going on", names)])
     convert_to_folder(str(folder / "teacher"), folder / "student", folder / "masks.json", folder / "text.txt")
-    for line in (
-        line_of("evaluate", folder).replace("--lengths 192", "--lengths 208"),  # so that there is more to measure
-        f"card {folder / 'student'} --license apache-2.0",
-    ):
-        ended = run_command(line)
-        assert ended.status == 0, ended.said
+    # At another length, so that there is more to measure.
+    succeed([word.replace("200", "208") for word in line_of("evaluate", inputs(folder))])
+    succeed(["card", str(folder / "student"), "--license", "apache-2.0"])

@@ -60,7 +60,7 @@ def run_distill(recipe: Recipe, dry_run: bool = False) -> None:
 
     def load() -> HydraHeadForCausalLM:
         if student:
-            return HydraHeadForCausalLM.from_pretrained(student, dtype=torch.float32)
+            return HydraHeadForCausalLM.from_pretrained(student, config=config, dtype=torch.float32)
         return convert_model(
             stage.teacher.fetch(), stage.masks, head_forms=load_file(forms), dtype=torch.float32, **stage.options
         )

@@ -30,7 +30,7 @@ def run_finetune(recipe: Recipe, dry_run: bool = False) -> None:
     if stage.is_done:
         return print(f"{stage.output} is there already")
 
-    load = partial(HydraHeadForCausalLM.from_pretrained, folder, dtype=torch.float32)
+    load = partial(HydraHeadForCausalLM.from_pretrained, folder, config=config, dtype=torch.float32)
     train_and_save(Job(stage), config, load)
 
 

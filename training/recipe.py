@@ -3,8 +3,9 @@
 import argparse
 import io
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import yaml
@@ -17,6 +18,7 @@ from ..files import read_utf8
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("align", "distill", "finetune")
+MOST_PARTS = 100_000  # of a recipe, masks among them
 # What does not decide a stage's numbers: `retrieval_share` does, where it has become the stage's own.
 NOT_A_STAGES = (*STAGES, "output", "evaluate", "launch", "score", "select", "retrieval_share")
 
@@ -302,6 +304,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"{item}: expected key=value")
     text, recipe, key = read_utf8(path), OmegaConf.structured(Recipe), ""
     try:
+        if next(islice(_parts(yaml.safe_load(text)), MOST_PARTS, None), None):
+            raise ValueError(f"{name}: more than {MOST_PARTS:,} values, of anchors within anchors: write them out")
         given = OmegaConf.load(io.StringIO(text))
         if not given or not OmegaConf.is_dict(given):
             raise ValueError(f"{name}: expected a mapping of keys to values")
@@ -334,6 +338,13 @@ LEAST = {  # of numbers in recipes, by their keys, whichever section they are in
     **dict.fromkeys(("tensor_parallel", "top_k", "r", "alpha"), 1),
     "calibration_tokens": 2,
 }
+
+
+def _parts(value) -> Iterator[bool]:
+    """One of each value in YAML, as often as it is referred to."""
+    yield True
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _parts(each)
 
 
 def _check_numbers(values: dict, section: str = "") -> None:
