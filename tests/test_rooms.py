@@ -23,6 +23,7 @@ ROOMS = {
     "usage": set(),
     "data": ROOT_FILES,
     "evaluation": {*ROOT_FILES, "kernels", "loading", "data"},
+    "serving": {"configuration_hydrahead"},
     "hub": {*ROOT_FILES, "loading", "evaluation", *MODEL},
     "convert": {*ROOT_FILES, "kernels", "loading", "data", "evaluation", "hub", *MODEL},
     "training": {*ROOT_FILES, "kernels", "loading", "data", "evaluation", "hub", "convert", *MODEL},

@@ -1,0 +1,314 @@
+"""
+The plug-in inside vLLM itself, on a CPU: its own layers, weight loading and metadata around stand-ins for the kernels.
+
+Runs where vLLM can be imported; `serving_gpu.py` is for machines where it can run.
+"""
+# ruff: noqa: E402 (what vLLM takes itself for is said before it is imported)
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+platforms = pytest.importorskip("vllm.platforms")
+if torch.cuda.is_available():
+    pytest.skip("stands in for a GPU's kernels: run tests/serving_gpu.py here", allow_module_level=True)
+
+from vllm.platforms.cpu import CpuPlatform
+
+platforms._current_platform = CpuPlatform()  # a build for GPUs finds no platform here
+if not hasattr(torch.ops._C, "silu_and_mul"):  # nor its compiled operations; asked for, not called
+    compiled = torch.library.Library("_C", "FRAGMENT")
+    compiled.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
+
+from safetensors.torch import load_file
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.models import ModelRegistry
+from vllm.utils import torch_utils
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import utils as backends
+from vllm.v1.core.kv_cache_utils import (
+    _get_kv_cache_groups_uniform_page_size,
+    unify_kv_cache_spec_page_size,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+from hydrahead import HydraHeadConfig, serving
+from hydrahead.ops_hydrahead import reference_recurrent_gated_delta_rule
+from hydrahead.serving.heads import Pages, served_kv_heads
+from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, VOCAB, make_student, random_ids
+from hydrahead.tests.test_serving import GROUPS, OPTIONS, QWEN3_1_7B, config_of
+
+serving.register()
+plugin = pytest.importorskip("hydrahead.serving.vllm")
+
+
+def test_the_architecture_is_registered_as_a_hybrid_model(tmp_path):
+    assert "HydraHeadForCausalLM" in ModelRegistry.get_supported_archs()
+    make_student().save_pretrained(tmp_path)
+    model = ModelConfig(model=str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=64)
+    assert model.is_hybrid and model.has_inner_state and isinstance(model.hf_config, HydraHeadConfig)
+
+
+class Convolution:
+    """For `causal_conv1d_fn` and `causal_conv1d_update`: sequence by sequence, states in place."""
+
+    @staticmethod
+    def one(x, weight, state):
+        """`[C, T]`, `[C, W]` and the inputs before, `[C, W - 1]`."""
+        inputs = torch.cat([state, x], dim=1)
+        state.copy_(inputs[:, -state.shape[1] :])
+        return F.conv1d(inputs, weight[:, None], groups=len(weight))
+
+    @classmethod
+    def fn(
+        cls, x, weight, bias, *, conv_states, query_start_loc, cache_indices, has_initial_state, activation, metadata
+    ):
+        assert bias is None and activation is None and metadata.nums_dict is not None
+        outputs = []
+        for row, page in enumerate(cache_indices.tolist()):
+            if not has_initial_state[row]:
+                conv_states[page] = 0
+            outputs.append(cls.one(x[:, query_start_loc[row] : query_start_loc[row + 1]], weight, conv_states[page]))
+        return torch.cat(outputs, dim=1)
+
+    @classmethod
+    def update(cls, x, state, weight, *, conv_state_indices):
+        return torch.cat([cls.one(row[:, None], weight, state[page]).t() for row, page in zip(x, conv_state_indices)])
+
+
+def recurrence(query, key, value, g, beta, state):
+    """One sequence `[1, T, h, d]` from a state `[h, d, d]`, in vLLM's order values by keys."""
+    output, state = reference_recurrent_gated_delta_rule(
+        query, key, value, g=g, beta=beta, initial_state=state.transpose(-1, -2)[None].float(),
+        output_final_state=True, use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+    return output, state[0].transpose(-1, -2)
+
+
+def fused_recurrent(
+    *heads, initial_state, inplace_final_state, cu_seqlens, ssm_state_indices, use_qk_l2norm_in_kernel
+):
+    assert inplace_final_state and use_qk_l2norm_in_kernel and initial_state.shape[1] == heads[0].shape[2]
+    outputs = []
+    for row in range(len(cu_seqlens) - 1):
+        part = slice(cu_seqlens[row], cu_seqlens[row + 1])
+        output, state = recurrence(*(x[:, part] for x in heads), initial_state[ssm_state_indices[row]])
+        initial_state[ssm_state_indices[row]] = state
+        outputs.append(output)
+    return torch.cat(outputs, dim=1).squeeze(0), initial_state  # vLLM's gives no batch dimension
+
+
+def chunked(
+    *heads, initial_state, output_final_state, cu_seqlens, chunk_indices, chunk_offsets, use_qk_l2norm_in_kernel
+):
+    assert output_final_state and use_qk_l2norm_in_kernel and chunk_indices is not None
+    outputs, states = [], []
+    for row in range(len(cu_seqlens) - 1):
+        part = slice(cu_seqlens[row], cu_seqlens[row + 1])
+        output, state = recurrence(*(x[:, part] for x in heads), initial_state[row])
+        outputs.append(output)
+        states.append(state)
+    return torch.cat(outputs, dim=1), torch.stack(states)
+
+
+class Batches:
+    """Runs a vLLM model batch by batch, as the engine does, with plain attention over what it has seen."""
+
+    PAGES = 8
+
+    def __init__(self, model, vllm_config: VllmConfig):
+        self.model, self.vllm_config, self.batch = model, vllm_config, []
+        self.seen: dict[str, int] = {}
+        self.layers = vllm_config.compilation_config.static_forward_context
+        self.builders = {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, plugin.HydraHeadGatedDeltaNet):
+                # What is in a page before belongs to somebody else.
+                layer.kv_cache = tuple(torch.full((self.PAGES, *shape), 7.0) for shape in layer.get_state_shape())
+                builder = layer.get_attn_backend().get_builder_cls()
+                spec = layer.get_kv_cache_spec(vllm_config)
+                self.builders[name] = builder(spec, [name], vllm_config, torch.device("cpu"))
+            else:
+                layer.forward = self.attention(layer)
+
+    def attention(self, layer):
+        cache: dict[str, list[torch.Tensor]] = {}
+
+        def forward(query, key, value):
+            outputs, start = [], 0
+            for name, count in self.batch:
+                q, k, v = (
+                    x[start : start + count].unflatten(-1, (-1, layer.head_size)).transpose(0, 1)
+                    for x in (query, key, value)
+                )
+                if name in cache:
+                    k, v = torch.cat([cache[name][0], k], dim=1), torch.cat([cache[name][1], v], dim=1)
+                cache[name] = [k, v]
+                mask = torch.ones(count, k.shape[1], dtype=torch.bool).tril(k.shape[1] - count)
+                k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+                outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).flatten(1))
+                start += count
+            return torch.cat(outputs)
+
+        return forward
+
+    def step(self, **pieces: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The next ids of some sequences, those that generate first, to the logits of each."""
+        self.batch = [(name, len(ids)) for name, ids in pieces.items()]
+        before = [self.seen.get(name, 0) for name in pieces]
+        for name, ids in pieces.items():
+            self.seen[name] = self.seen.get(name, 0) + len(ids)
+        lengths = torch.tensor([self.seen[name] for name in pieces], dtype=torch.int32)
+        counts = torch.tensor([len(ids) for ids in pieces.values()])
+        starts = F.pad(counts.cumsum(0), (1, 0)).int()
+        pages = torch.tensor([[1 + list(self.seen).index(name)] for name in pieces], dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=lengths,
+            num_reqs=len(pieces),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=int(counts.max()),
+            max_seq_len=int(lengths.max()),
+            block_table_tensor=pages,
+            slot_mapping=torch.zeros(int(starts[-1]), dtype=torch.long),
+        )
+        metadata = {name: builder.build(0, common) for name, builder in self.builders.items()}
+        positions = torch.cat([torch.arange(start, start + len(ids)) for start, ids in zip(before, pieces.values())])
+        with set_forward_context(metadata, self.vllm_config), torch.no_grad():
+            hidden_states = self.model(torch.cat(list(pieces.values())), positions)
+            logits = F.linear(hidden_states, self.model.lm_head.weight[:VOCAB])
+        return dict(zip(pieces, logits.split(counts.tolist())))
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """From a student to its `Batches` in vLLM, in fp32: what differs is the order of sums."""
+    monkeypatch.setattr(plugin, "refuse_what_is_not_supported", lambda config: None)
+    for module in (torch_utils, backends):
+        monkeypatch.setattr(module, "PIN_MEMORY", False)
+    monkeypatch.setattr(plugin, "set_triton_allocator", lambda device: None)
+    monkeypatch.setattr(plugin, "causal_conv1d_fn", Convolution.fn)
+    monkeypatch.setattr(plugin, "causal_conv1d_update", Convolution.update)
+    monkeypatch.setattr(plugin, "fused_recurrent_gated_delta_rule", fused_recurrent)
+    monkeypatch.setattr(plugin, "chunk_gated_delta_rule", chunked)
+
+    def start(student) -> Batches:
+        student.save_pretrained(tmp_path)
+        vllm_config = VllmConfig(
+            model_config=ModelConfig(
+                model=str(tmp_path), dtype="float32", skip_tokenizer_init=True, max_model_len=64, enforce_eager=True
+            ),
+            device_config=DeviceConfig(device="cpu"),
+            cache_config=CacheConfig(block_size=32, enable_prefix_caching=False),
+        )
+        with set_current_vllm_config(vllm_config):
+            if not model_parallel_is_initialized():
+                init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
+                initialize_model_parallel(1, 1)
+            model = vllm_model(vllm_config)
+            weights = {}
+            for file in Path(tmp_path).glob("*.safetensors"):
+                weights |= load_file(file)
+            loaded = model.load_weights(iter(weights.items()))
+            assert loaded == {name for name, _ in model.named_parameters()}
+            for module in model.modules():
+                module.cpu_linear = F.linear
+                if isinstance(module, CustomOp):
+                    module._forward_method = module.forward_native
+            return Batches(model, vllm_config)
+
+    return start
+
+
+def vllm_model(vllm_config: VllmConfig):
+    return plugin.HydraHeadForCausalLM(vllm_config=vllm_config)
+
+
+MASKS = [MIXED, ALL_FULL, ALL_LINEAR, [[0] * 6, [1] * 6]]
+
+
+@pytest.mark.parametrize(
+    ("options", "masks"),
+    [*((OPTIONS["paper"], masks) for masks in MASKS), *((options, MIXED) for options in OPTIONS.values())],
+    ids=lambda value: str(value)[:40],
+)
+def test_sequences_that_come_go_and_are_fed_in_pieces_give_what_our_model_gives(serve, options, masks):
+    student = make_student(head_masks=masks, **options)
+    batches = serve(student)
+    ids = dict(zip("abcd", random_ids(4, 14)))
+    given = {name: [] for name in ids}
+    for step in (
+        {"a": 5, "b": 7},
+        {"a": 1, "b": 4, "c": 6},  # one generates, the prompt of another goes on, a third begins
+        {"a": 1, "b": 1, "c": 1, "d": 1},  # a prompt of one token
+        {"c": 1, "d": 1, "a": 3},
+    ):
+        pieces = {}
+        for name, count in step.items():
+            start = batches.seen.get(name, 0)
+            pieces[name] = ids[name][start : start + count]
+        for name, logits in batches.step(**pieces).items():
+            given[name].append(logits)
+    for name, logits in given.items():
+        logits = torch.cat(logits)
+        with torch.no_grad():
+            expected = student(ids[name][None, : len(logits)]).logits[0]
+        assert (logits - expected).abs().max() <= 1e-4, name
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_the_weight_at_fault(serve):
+    batches = serve(make_student())
+    weights = make_student().state_dict()
+    lacking = weights.copy()
+    del lacking["model.layers.1.self_attn.o_proj.weight"]
+    with pytest.raises(ValueError, match=r"the checkpoint has no layers\.1\.self_attn\.o_proj\.weight$"):
+        batches.model.load_weights(iter(lacking.items()))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight is a weight that this model does not"):
+        batches.model.load_weights(iter({"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)}.items()))
+
+
+IRREGULAR = [[1, 0] * (layer % 4) + [0] * (16 - 2 * (layer % 4)) for layer in range(28)]
+
+
+PAGED = {"groups": GROUPS, "irregular": IRREGULAR, "full": [[1] * 16] * 28, "linear": [[0] * 16] * 28}
+
+
+@pytest.mark.parametrize("masks", PAGED.values(), ids=PAGED)
+def test_pages_are_what_vllm_makes_of_them(masks):
+    config = config_of(**QWEN3_1_7B | {"head_masks": masks})
+    pages, specs = Pages.of(config), {}
+    heads = max(row.count(0) for row in masks)
+    for layer, row in enumerate(masks):
+        if any(row):
+            specs[f"{layer}"] = FullAttentionSpec(
+                block_size=pages.page_bytes // (2 * 8 * 128 * 2) if heads else 16,
+                num_kv_heads=served_kv_heads(config),
+                head_size=128,
+                dtype=torch.bfloat16,
+            )
+        if not all(row):
+            specs[f"{layer}.state"] = MambaSpec(
+                block_size=2048,
+                shapes=((3, 3 * heads * 128), (heads, 128, 128)),
+                dtypes=(torch.bfloat16, torch.float32),
+                page_size_padded=pages.page_bytes,
+            )
+    specs = unify_kv_cache_spec_page_size(specs)
+    groups = _get_kv_cache_groups_uniform_page_size(specs)
+    size = max(len(group.layer_names) for group in groups)
+    token = state = 0
+    for group in groups:
+        assert group.kv_cache_spec.page_size_bytes == pages.page_bytes
+        if isinstance(group.kv_cache_spec, MambaSpec):
+            state += size * pages.page_bytes
+        else:
+            assert group.kv_cache_spec.block_size == pages.tokens
+            token += size * pages.page_bytes // pages.tokens
+    assert (token, state) == (pages.kv_bytes_per_token, pages.state_bytes)
