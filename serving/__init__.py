@@ -12,7 +12,7 @@ VERSIONS = ("0.26.0",)  # of vLLM, whose insides the plug-in was written against
 
 def why_not_with(version: str) -> str | None:
     """What to say where vLLM is of another version, or `None`."""
-    if version in VERSIONS:
+    if version.partition("+")[0] in VERSIONS:  # builds for other versions of CUDA have a name behind it
         return None
     known = ", ".join(VERSIONS)
     return f"HydraHead is served by vLLM {known}, and this is {version}: pip install vllm=={VERSIONS[-1]}"

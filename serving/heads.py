@@ -286,6 +286,7 @@ class Pages:
         state_bytes, state_bytes_needed: of convolutions and recurrent states, for one sequence.
         page_bytes: of one page, on one GPU; a sequence holds whole pages.
         tokens: of a page of the KV cache.
+        kv_groups, state_groups: vLLM's groups of layers; a page of a group has a number, and is there once a layer.
     """
 
     kv_bytes_per_token: int
@@ -294,6 +295,8 @@ class Pages:
     state_bytes_needed: int
     page_bytes: int
     tokens: int
+    kv_groups: int
+    state_groups: int
 
     @classmethod
     def of(cls, config: HydraHeadConfig, ranks: int = 1, kv_bytes: int = 2, conv_bytes: int = 2, state_bytes: int = 4):
@@ -318,14 +321,21 @@ class Pages:
             page = KERNEL_BLOCK * of_token
         counts = [count for count in (with_kv, with_state) if count]
         size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+        kv_groups, state_groups = math.ceil(with_kv / size), math.ceil(with_state / size)
         return cls(
-            kv_bytes_per_token=math.ceil(with_kv / size) * size * of_token * ranks,
+            kv_bytes_per_token=kv_groups * size * of_token * ranks,
             kv_bytes_needed=config.kv_bytes_per_token(kv_bytes),
-            state_bytes=math.ceil(with_state / size) * size * page * ranks,
+            state_bytes=state_groups * size * page * ranks,
             state_bytes_needed=sum(len(x.linear_heads) for x in layouts) * of_head,
             page_bytes=page,
             tokens=page // of_token if with_kv else 0,
+            kv_groups=kv_groups,
+            state_groups=state_groups,
         )
+
+    def numbers(self, tokens: int) -> int:
+        """How many of vLLM's numbered pages (`num_gpu_blocks`) a sequence of so many tokens holds."""
+        return self.state_groups + (self.kv_groups * math.ceil(tokens / self.tokens) if self.tokens else 0)
 
     def in_words(self) -> str:
         """One line for the start of a server."""

@@ -12,6 +12,7 @@ from . import why_not_with
 if (problem := why_not_with(__version__)) is not None:
     raise ImportError(problem)
 
+from vllm import _custom_ops as ops
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
@@ -236,7 +237,7 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[T, D]` to the heads' outputs `[T, h, d]`."""
         # Zeros: where a batch is padded to the size of a CUDA graph, nothing is written.
-        output = hidden_states.new_zeros(len(hidden_states), self.heads * self.head_dim)
+        output = hidden_states.new_zeros(hidden_states.shape[0], self.heads * self.head_dim)
         torch.ops.vllm.linear_attention(hidden_states, output, positions, self.prefix)
         return output.unflatten(-1, (self.heads, self.head_dim))
 
@@ -279,10 +280,20 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
         """q, k and v `[1, T, h, d]`, normalised and rotated as in the teacher."""
         query, key, value = (x.contiguous() for x in qkv.chunk(3, dim=-1))
         if self.q_norm is not None:
-            query = self.q_norm(query.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-            key = self.k_norm(key.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        query, key = self.rotary_emb(positions, query.contiguous(), key.contiguous())
+            query, key = self._normalize(query, self.q_norm), self._normalize(key, self.k_norm)
+        # Where no compiler fuses anything, vLLM's own kernels are asked for.
+        rotate = self.rotary_emb.forward_cuda if query.is_cuda else self.rotary_emb
+        query, key = rotate(positions, query, key)
         return tuple(x.view(1, -1, self.heads, self.head_dim) for x in (query, key, value))
+
+    def _normalize(self, heads: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """`[T, h * d]`, head by head."""
+        rows = heads.view(-1, self.head_dim)
+        if not rows.is_cuda:
+            return norm(rows).view(heads.shape)
+        output = torch.empty_like(rows)
+        ops.rms_norm(output, rows, norm.weight, norm.variance_epsilon)
+        return output.view(heads.shape)
 
     def _recur(self, query, key, value, g, beta, metadata: GDNAttentionMetadata) -> torch.Tensor:
         """`[1, T, h, d]`; vLLM puts the sequences that decode before those that have more than one token."""

@@ -7,6 +7,7 @@ from hypothesis import given
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from hydrahead import HydraHeadConfig
+from hydrahead.benchmarks import serving as benchmark
 from hydrahead.modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from hydrahead.ops_hydrahead import reference_chunk_gated_delta_rule
 from hydrahead.serving import VERSIONS, why_not_with
@@ -22,6 +23,7 @@ from hydrahead.serving.heads import (
     served_kv_heads,
     served_weights,
 )
+from hydrahead.tests import serving_gpu
 from hydrahead.tests.families import ALL_LINEAR, MIXED, make_student, mask_examples, random_masks, student_fields
 
 LENGTH = 11
@@ -223,6 +225,27 @@ def test_a_convolution_wider_than_vllms_is_refused():
 
 
 def test_other_versions_of_vllm_are_refused_in_one_line():
-    assert why_not_with(VERSIONS[0]) is None
+    assert why_not_with(VERSIONS[0]) is None and why_not_with(f"{VERSIONS[0]}+cu129") is None
     problem = why_not_with("0.33.0")
     assert "0.33.0" in problem and VERSIONS[-1] in problem and "\n" not in problem
+
+
+def test_the_gpus_script_says_where_tokens_part_and_by_what_margin():
+    expected = {"prompt_tokens": 9, "tokens": [4, 5], "best": [[4, 1], [5, 6]], "logits": [[3.0, 1.0], [2.0, 1.75]]}
+    assert serving_gpu.first_difference(expected, [4, 5]) is None
+    found = serving_gpu.compared([expected] * 3, [[4, 5], [4, 6], [7, 5]])
+    assert (found["equal"], found["widest_margin"]) == (1, 2.0)
+    close, far = found["differences"]
+    assert (close["step"], close["given"], close["margin"], close["is_bound"]) == (1, 6, 0.25, False)
+    assert (far["step"], far["given"], far["margin"], far["is_bound"]) == (0, 7, 2.0, True)
+    turn = {"turn 1": found, "metrics": {"vllm:num_preemptions": 0}}
+    assert [len(serving_gpu.problems(part, turn)) for part in ("eager", "arrivals")] == [1, 2]
+
+
+def test_the_benchmark_fills_the_cache_and_compares_what_both_models_have():
+    config = config_of(**QWEN3_1_7B | {"head_masks": GROUPS})
+    # A state, and 5 pages of 1,920 tokens; one page is vLLM's own.
+    assert benchmark.room_for(config, 1 + 7 * 6, 8192, block_size=16) == 7
+    row = {"environment": {"hardware": "a GPU"}, "ms_per_token": 4.0, "tokens_per_second": 100.0}
+    rows = {"teacher full 8192": row, "hybrid full 8192": row | {"tokens_per_second": 250.0}, "hybrid one 2048": row}
+    assert benchmark.summary({"cells": rows}) == ["full 8192: tokens_per_second 100.00 and 250.00, 2.50×"]

@@ -100,7 +100,7 @@ def fused_recurrent(
         output, state = recurrence(*(x[:, part] for x in heads), initial_state[ssm_state_indices[row]])
         initial_state[ssm_state_indices[row]] = state
         outputs.append(output)
-    return torch.cat(outputs, dim=1).squeeze(0), initial_state  # vLLM's gives no batch dimension
+    return torch.cat(outputs, dim=1), initial_state
 
 
 def chunked(
@@ -312,3 +312,4 @@ def test_pages_are_what_vllm_makes_of_them(masks):
             assert group.kv_cache_spec.block_size == pages.tokens
             token += size * pages.page_bytes // pages.tokens
     assert (token, state) == (pages.kv_bytes_per_token, pages.state_bytes)
+    assert pages.numbers(1) == len(groups)

@@ -1,0 +1,272 @@
+"""Speed and room of a teacher and its hybrid in vLLM on one GPU, with random weights in bf16; needles of a real one.
+
+    python benchmarks/serving.py                        # every cell that serving-cuda.json does not hold
+    python benchmarks/serving.py hybrid --tokens 32K    # these cells
+    python benchmarks/serving.py needles --model FOLDER # a checkpoint is asked for needles, as the evaluation asks
+
+Qwen3-1.7B's shape: vLLM's own Qwen3, and a hybrid of an eighth of its KV groups. A cell is one length of prompts:
+`one` is a single sequence, `full` as many as the cache has room for, all of them generating. Time per token is that of
+steps in which every sequence gets one token and no prompt is read; what it took to read the prompts stands beside it.
+
+Each model runs in a process of its own, which starts vLLM once, and begins no cell that `--minutes` have no room for:
+the next call does what is left. Every cell is written as soon as it is measured.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from hydrahead.console import one_line_errors
+from hydrahead.files import atomic_file, read_json
+from hydrahead.provenance import environment
+
+K = 1024
+MODELS = {"teacher": "teacher", "hybrid": "12.5% kv_groups"}  # by their names in decode.py
+LENGTHS = {"one": (2 * K, 8 * K, 32 * K, 128 * K), "full": (8 * K, 32 * K, 128 * K)}
+MOST = 512  # sequences at a time: the largest batch that vLLM captures as a CUDA graph
+STEPS = 64  # measured, after as many that are not
+SPARE = 4 * K  # tokens that the first sequences may generate while the prompts of the last are read
+NEEDLES = {"task": "niah_single_2", "count": 24}
+FOLDER = Path(__file__).parent
+
+
+def cells(kinds: list[str], tokens: list[int]) -> list[tuple[str, int]]:
+    """What to measure, the quick cells first."""
+    return sorted(
+        ((kind, length) for kind in kinds for length in LENGTHS[kind] if not tokens or length in tokens),
+        key=lambda cell: (cell[1], cell[0] == "full"),
+    )
+
+
+def config_of(name: str):
+    """The configuration of a model, with positions for the longest prompt."""
+    from hydrahead.benchmarks.decode import config_of
+    from hydrahead.benchmarks.gpu import QWEN3_1_7B
+
+    config = config_of(MODELS[name], QWEN3_1_7B)
+    config.architectures = ["Qwen3ForCausalLM" if name == "teacher" else "HydraHeadForCausalLM"]
+    return config
+
+
+def room_for(config, blocks: int, tokens: int, block_size: int) -> int:
+    """Sequences of so many tokens that fit vLLM's numbered pages, of which it keeps one for itself."""
+    from hydrahead.serving.heads import Pages
+
+    each = Pages.of(config).numbers(tokens) if config.model_type == "hydrahead" else -(-tokens // block_size)
+    return min(MOST, (blocks - 1) // each)
+
+
+def run_cell(llm, length: int, count: int) -> dict:
+    """Reads the prompts of so many sequences, then measures steps in which each gets a token."""
+    import numpy as np
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    engine, ids = llm.llm_engine, np.random.default_rng(0)
+    options = SamplingParams(
+        temperature=0.0,
+        max_tokens=SPARE - 1,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    vocabulary = llm.model_config.get_vocab_size()
+    started, names = time.perf_counter(), []
+    for index in range(count):
+        prompt = TokensPrompt(prompt_token_ids=ids.integers(0, vocabulary, length).tolist())
+        names.append(engine.add_request(f"{length}-{count}-{index}", prompt, options))
+    begun, first = set(), None
+    while len(begun) < count:
+        begun |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+        first = first or (time.perf_counter() - started if begun else None)
+    prompts_read = time.perf_counter() - started
+    for _ in range(STEPS):
+        engine.step()
+    seconds, given = [], 0
+    for _ in range(STEPS):
+        before = time.perf_counter()
+        outputs = engine.step()
+        seconds.append(time.perf_counter() - before)
+        given += sum(len(output.outputs[0].token_ids) for output in outputs)
+    engine.abort_request([f"{length}-{count}-{index}" for index in range(count)])
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        "sequences": count,
+        "first_token_seconds": first,
+        "prompts_read_seconds": prompts_read,
+        "prompt_tokens_per_second": count * length / prompts_read,
+        "ms_per_token": 1e3 * statistics.median(seconds),
+        "ms_per_token_of_each_step": [1e3 * each for each in seconds],
+        "tokens_per_second": given / sum(seconds),
+        "tokens_given": given,  # fewer than sequences times steps where one was preempted
+        "steps": STEPS,
+    }
+
+
+def start(model: str | Path, **options):
+    """vLLM in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine at a time
+    from hydrahead import serving
+
+    serving.register()  # in this one process the package need not be installed
+    from vllm import LLM
+
+    return LLM(str(model), dtype="bfloat16", max_num_seqs=MOST, enable_prefix_caching=False, **options)
+
+
+def surroundings() -> dict:
+    """`environment`, with vLLM's version."""
+    from vllm import __version__
+
+    found = environment()
+    found["versions"]["vllm"] = __version__
+    return found
+
+
+def measure(name: str, todo: list[tuple[str, int]], output: Path, deadline: float) -> None:
+    """A model's cells, in this process, into the file of results."""
+    config, started = config_of(name), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        llm = start(
+            folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            max_model_len=max(length for _, length in todo) + SPARE,
+            max_num_batched_tokens=16 * K,
+            gpu_memory_utilization=0.9,
+        )
+    start_seconds, last = time.perf_counter() - started, 0.0
+    cache = llm.llm_engine.vllm_config.cache_config
+    run_cell(llm, 2 * K, 1)  # kernels compile, or are tuned
+    for kind, length in todo:
+        if time.time() + last > deadline:
+            print(f"{name}: the time is up before {kind} {length}", flush=True)
+            return
+        before = time.perf_counter()
+        count = 1 if kind == "one" else room_for(config, cache.num_gpu_blocks, length + SPARE, cache.block_size)
+        row = run_cell(llm, length, count)
+        last = time.perf_counter() - before
+        row |= {"seconds": last, "start_seconds": start_seconds, "num_gpu_blocks": cache.num_gpu_blocks}
+        row["environment"] = surroundings()
+        held = read_json(output)
+        held["cells"][f"{name} {kind} {length}"] = row
+        write(output, held)
+        print(f"{name} {kind} {length}: {row['ms_per_token']:.2f} ms, {row['tokens_per_second']:.0f} tokens/s")
+
+
+def needles(model: Path, length: int, output: Path) -> None:
+    """A checkpoint's share of answers found, of prompts that the evaluation makes, into the file of results."""
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams, TokensPrompt
+
+    from hydrahead.data.ruler import TASKS, Haystack, make_prompts
+    from hydrahead.evaluation.needles import FIRST_SEED, score
+
+    started, tokenizer = time.perf_counter(), AutoTokenizer.from_pretrained(model)
+    text = "\n".join(file.read_text() for file in sorted((FOLDER.parent / "docs").glob("*.md")))
+    haystack = Haystack(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    prompts = make_prompts(haystack, NEEDLES["task"], length, NEEDLES["count"], FIRST_SEED)
+    llm = start(model, max_model_len=length + 256, gpu_memory_utilization=0.8)
+    options = SamplingParams(temperature=0.0, max_tokens=TASKS[NEEDLES["task"]].new_tokens)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt.input_ids) for prompt in prompts], options)
+    answers = [output.outputs[0].text for output in outputs]
+    row = {
+        **NEEDLES,
+        "tokens": length,
+        "score": statistics.mean(score(answer, prompt.answers) for answer, prompt in zip(answers, prompts)),
+        "answers": answers,
+        "seconds": time.perf_counter() - started,
+        "environment": surroundings(),
+    }
+    held = read_json(output)
+    held["cells"][f"needles {model.name} {length}"] = row
+    write(output, held)
+    print(f"needles at {length} tokens: {row['score']:.2f}")
+
+
+def summary(held: dict) -> list[str]:
+    """Hybrid against teacher, where both were measured on one kind of GPU."""
+    lines, rows = [], held["cells"]
+    for kind, length in cells(list(LENGTHS), []):
+        pair = [rows.get(f"{name} {kind} {length}") for name in MODELS]
+        if None in pair or len({row["environment"]["hardware"] for row in pair}) > 1:
+            continue
+        teacher, hybrid = pair
+        what = "ms_per_token" if kind == "one" else "tokens_per_second"
+        lines.append(
+            f"{kind} {length}: {what} {teacher[what]:.2f} and {hybrid[what]:.2f}, {hybrid[what] / teacher[what]:.2f}×"
+        )
+    return lines
+
+
+def write(output: Path, held: dict) -> None:
+    with atomic_file(output) as partial:
+        partial.write_text(json.dumps(held, indent=1) + "\n")
+
+
+def number(text: str) -> int:
+    return int(text[:-1]) * K if text[-1:] in "kK" else int(text)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", metavar="WHAT", help="teacher, hybrid or needles (default: both models)")
+    parser.add_argument(
+        "--kind", choices=LENGTHS, action="append", help="one sequence, or a full cache (default: both)"
+    )
+    parser.add_argument(
+        "--tokens", type=number, nargs="+", default=[], help="of a prompt: 2K 8K 32K 128K; needles: one"
+    )
+    parser.add_argument("--model", type=Path, help="folder of the checkpoint that is asked for needles")
+    parser.add_argument("--minutes", type=float, default=9, help="time for each model (default: 9)")
+    parser.add_argument("--output", type=Path, default=FOLDER / "serving-cuda.json", help="file of results")
+    parser.add_argument("--again", action="store_true", help="measure cells that the file holds already")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    what = options.what or list(MODELS)
+    if unknown := set(what) - {*MODELS, "needles"}:
+        parser.error(f"{', '.join(sorted(unknown))}: expected teacher, hybrid or needles")
+    if "needles" in what and (options.model is None or len(options.tokens) != 1):
+        parser.error("needles need --model FOLDER and the length of one prompt, --tokens 1K")
+    with one_line_errors():
+        held = read_json(options.output) if options.output.exists() else {"cells": {}}
+    deadline, failed = time.time() + 60 * options.minutes, False
+    if options.here and what == ["needles"]:
+        needles(options.model, options.tokens[0], options.output)
+        return 0
+    wanted = cells(options.kind or list(LENGTHS), options.tokens)
+    for name in what:
+        todo = [] if name == "needles" else wanted
+        if not options.again:
+            todo = [cell for cell in todo if f"{name} {cell[0]} {cell[1]}" not in held["cells"]]
+        if options.here:
+            measure(name, todo, options.output, deadline)
+        elif todo or name == "needles":
+            write(options.output, held)
+            print(f"{name}: at most {options.minutes:g} minutes", flush=True)
+            failed |= bool(subprocess.run([sys.executable, __file__, name, *passed_on(options), "--here"]).returncode)
+            held = read_json(options.output)
+    if not options.here:
+        print("\n".join(summary(held)))
+    return int(failed)
+
+
+def passed_on(options: argparse.Namespace) -> list[str]:
+    """Options for the process of one model."""
+    words = ["--output", str(options.output), "--minutes", str(options.minutes), *["--again"] * options.again]
+    words += [word for kind in options.kind or [] for word in ("--kind", kind)]
+    if options.tokens:
+        words += ["--tokens", *map(str, options.tokens)]
+    return words + (["--model", str(options.model)] if options.model else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
