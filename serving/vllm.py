@@ -1,6 +1,7 @@
 """HydraHead for vLLM: full-attention heads on its paged KV cache, linear heads on its Gated DeltaNet kernels."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -31,7 +32,7 @@ from vllm.model_executor.layers.mamba.mamba_utils import (
     is_conv_state_dim_first,
 )
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader, sharded_weight_loader
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
@@ -44,12 +45,14 @@ from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule, 
 from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
 from vllm.triton_utils.allocation import set_triton_allocator
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionMetadataBuilder
 from vllm.v1.attention.backends.gdn_attn import (
     GDNAttentionBackend,
     GDNAttentionMetadata,
     GDNAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from ..configuration_hydrahead import HydraHeadConfig
 from .heads import (
@@ -61,6 +64,7 @@ from .heads import (
     checkpoint_names,
     most_linear_heads,
     query_scale,
+    served_kv_heads,
     served_weights,
 )
 
@@ -99,6 +103,36 @@ def rotary_embedding(vllm_config: VllmConfig) -> nn.Module:
     return get_rope(config.head_dim, max_position=positions, rope_parameters=config.rope_parameters)
 
 
+class HydraHeadFlashMetadataBuilder(FlashAttentionMetadataBuilder):
+    """
+    As vLLM's for FlashAttention, with the layers' heads rather than those of `config.json`.
+
+    FlashAttention 3 refuses a schedule that was made for other numbers of heads than it is given.
+    """
+
+    supports_update_block_table = False  # it would hand on a schedule to layers with other heads
+
+    def __init__(self, kv_cache_spec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # vLLM makes one builder for each number of query heads.
+        self.num_heads_q = vllm_config.compilation_config.static_forward_context[layer_names[0]].num_heads
+        self.num_heads_kv = kv_cache_spec.num_kv_heads
+
+
+class HydraHeadFlashBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_builder_cls() -> type[HydraHeadFlashMetadataBuilder]:
+        return HydraHeadFlashMetadataBuilder
+
+
+class HydraHeadSlots(Attention):
+    """vLLM's attention, and its metadata made for the slots of the layer."""
+
+    def get_attn_backend(self):
+        backend = super().get_attn_backend()
+        return HydraHeadFlashBackend if backend is FlashAttentionBackend else backend
+
+
 class HydraHeadFullAttention(nn.Module):
     """Full-attention branch of a layer: its slots' q, k, v and output gate in one product, vLLM's attention."""
 
@@ -121,7 +155,7 @@ class HydraHeadFullAttention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         is_rotated = config.full_attention_position == "rope"
         self.rotary_emb = rotary_embedding(vllm_config) if is_rotated else None
-        self.attn = Attention(
+        self.attn = HydraHeadSlots(
             self.heads,
             self.head_dim,
             self.head_dim**-0.5,
@@ -199,6 +233,7 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
         super().__init__()
         config: HydraHeadConfig = vllm_config.model_config.hf_config
         ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+        self.config = config
         self.prefix = prefix
         self.head_dim = config.head_dim
         self.heads = len(layer.linear[rank])
@@ -233,6 +268,16 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
 
     def get_state_dtype(self) -> tuple[torch.dtype, torch.dtype]:
         return self.dtypes
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> MambaSpec:
+        spec, slots = super().get_kv_cache_spec(vllm_config), served_kv_heads(self.config)
+        if spec.mamba_cache_mode != "align" or not slots:
+            return spec
+        # States are kept where a page of keys and values ends, or no prefix would be found in both: vLLM counts the
+        # tokens of a page by the teacher's KV heads, and makes it longer where a layer has fewer.
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        longer = max(1, self.config.num_key_value_heads // ranks) // max(1, slots // ranks)
+        return replace(spec, block_size=spec.block_size * longer)
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[T, D]` to the heads' outputs `[T, h, d]`."""
@@ -282,7 +327,8 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
         if self.q_norm is not None:
             query, key = self._normalize(query, self.q_norm), self._normalize(key, self.k_norm)
         # Where no compiler fuses anything, vLLM's own kernels are asked for.
-        rotate = self.rotary_emb.forward_cuda if query.is_cuda else self.rotary_emb
+        has_kernel = query.is_cuda and isinstance(self.rotary_emb, RotaryEmbedding)
+        rotate = self.rotary_emb.forward_cuda if has_kernel else self.rotary_emb
         query, key = rotate(positions, query, key)
         return tuple(x.view(1, -1, self.heads, self.head_dim) for x in (query, key, value))
 

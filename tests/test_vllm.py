@@ -23,7 +23,8 @@ if not hasattr(torch.ops._C, "silu_and_mul"):  # nor its compiled operations; as
     compiled.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
 
 from safetensors.torch import load_file
-from vllm.config import CacheConfig, DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
+from vllm import SamplingParams
+from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.custom_op import CustomOp
@@ -31,11 +32,20 @@ from vllm.model_executor.models import ModelRegistry
 from vllm.utils import torch_utils
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import utils as backends
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.core.kv_cache_utils import (
     _get_kv_cache_groups_uniform_page_size,
+    get_kv_cache_configs,
+    get_request_block_hasher,
+    init_none_hash,
+    resolve_kv_cache_block_sizes,
     unify_kv_cache_spec_page_size,
 )
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
 
 from hydrahead import HydraHeadConfig, serving
 from hydrahead.ops_hydrahead import reference_recurrent_gated_delta_rule
@@ -199,14 +209,26 @@ def serve(tmp_path, monkeypatch):
     monkeypatch.setattr(plugin, "fused_recurrent_gated_delta_rule", fused_recurrent)
     monkeypatch.setattr(plugin, "chunk_gated_delta_rule", chunked)
 
-    def start(student) -> Batches:
+    def start(student, prefix_caching: bool = False) -> Batches:
         student.save_pretrained(tmp_path)
+        longest = student.config.max_position_embeddings
         vllm_config = VllmConfig(
             model_config=ModelConfig(
-                model=str(tmp_path), dtype="float32", skip_tokenizer_init=True, max_model_len=64, enforce_eager=True
+                model=str(tmp_path),
+                dtype="float32",
+                skip_tokenizer_init=True,
+                max_model_len=longest,
+                enforce_eager=True,
             ),
             device_config=DeviceConfig(device="cpu"),
-            cache_config=CacheConfig(block_size=32, enable_prefix_caching=False),
+            cache_config=CacheConfig(block_size=32, enable_prefix_caching=prefix_caching),
+            scheduler_config=SchedulerConfig(
+                max_model_len=longest,
+                is_encoder_decoder=False,
+                max_num_batched_tokens=100,
+                max_num_seqs=8,
+                async_scheduling=False,
+            ),
         )
         with set_current_vllm_config(vllm_config):
             if not model_parallel_is_initialized():
@@ -272,6 +294,60 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_weight_at_fault(serve):
         batches.model.load_weights(iter(lacking.items()))
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.weight is a weight that this model does not"):
         batches.model.load_weights(iter({"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)}.items()))
+
+
+@pytest.mark.parametrize("masks", [[[1, 0, 0, 0, 0, 0]] * 2, [[1, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0]]], ids=str)
+def test_flash_attention_is_scheduled_for_the_heads_of_the_layer(serve, masks):
+    batches = serve(make_student(head_masks=masks))
+    for name, layer in batches.layers.items():
+        if isinstance(layer, plugin.HydraHeadSlots):
+            layer.attn_backend = FlashAttentionBackend
+            builder = layer.get_attn_backend().get_builder_cls()
+            made = builder(layer.get_kv_cache_spec(batches.vllm_config), [name], batches.vllm_config, "cpu")
+            assert (made.num_heads_q, made.num_heads_kv) == (layer.num_heads, layer.num_kv_heads)
+            assert not made.supports_update_block_table
+
+
+def found_in_cache(vllm_config: VllmConfig, kv_cache_config, prompt: list[int]) -> int:
+    """Tokens of a prompt that vLLM's scheduler finds where the same prompt was read before."""
+    block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    init_none_hash(hash)
+    scheduler = Scheduler(
+        vllm_config, kv_cache_config, StructuredOutputManager(vllm_config), block_size, hash_block_size
+    )
+    found = []
+    for name in ("first", "second"):
+        options = SamplingParams(max_tokens=2, ignore_eos=True)
+        hasher = get_request_block_hasher(hash_block_size, lambda value: hash(value).to_bytes(8, signed=True))
+        request = Request(name, prompt, options, None, block_hasher=hasher)
+        scheduler.add_request(request)
+        while scheduler.has_unfinished_requests():
+            step = scheduler.schedule()
+            found = [new.num_computed_tokens for new in step.scheduled_new_reqs] or found
+            ended = request.num_computed_tokens >= len(prompt)
+            output = ModelRunnerOutput([name], {name: 0}, sampled_token_ids=[[1] if ended else []])
+            scheduler.update_from_output(step, output)
+    return found[0]
+
+
+def test_a_prefix_is_found_where_a_page_of_keys_and_values_ends(serve):
+    batches = serve(  # one KV head of two
+        make_student(head_masks=[[1, 0, 0, 0, 0, 0]] * 2, max_position_embeddings=512), prefix_caching=True
+    )
+    vllm_config = batches.vllm_config
+    layers = batches.layers.values()
+    attention = next(layer.get_attn_backend() for layer in layers if isinstance(layer, plugin.HydraHeadSlots))
+    with set_current_vllm_config(vllm_config):
+        CpuPlatform._align_hybrid_block_size(vllm_config, attention)
+    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in batches.layers.items()}
+    (kv_cache_config,) = get_kv_cache_configs(vllm_config, [specs], [2**24])
+    groups = kv_cache_config.kv_cache_groups
+    assert {group.kv_cache_spec.block_size for group in groups} == {64}
+    vllm_config.cache_config.block_size = min(group.kv_cache_spec.block_size for group in groups)  # as its engine does
+    vllm_config.cache_config.num_gpu_blocks = kv_cache_config.num_blocks
+    # Pieces of 100 tokens end at multiples of 64, not of 32: 96 and 160 would be of no use to the attention layers.
+    for length, expected in ((64 * 2 + 40, 64 * 2), (64 * 5 + 40, 64 * 5), (63, 0)):
+        assert found_in_cache(vllm_config, kv_cache_config, list(range(length))) == expected
 
 
 IRREGULAR = [[1, 0] * (layer % 4) + [0] * (16 - 2 * (layer % 4)) for layer in range(28)]
