@@ -43,7 +43,7 @@ from .evaluation.evaluator import Settings, evaluate, text_needed
 from .evaluation.models import Model
 from .evaluation.report import labels, read_report, short_table
 from .files import check_writable, is_gguf
-from .hub.card import card_of, write_card
+from .hub.card import card_of, is_edited, write_card
 from .hub.checkpoint import answer_in_clean_process
 from .hub.folder import read_made_from
 from .loading import load_student_config
@@ -294,11 +294,11 @@ class Road:
         return Step("evaluate", command, self.student / "report.json", do, is_done, check)
 
     def card(self) -> Step:
-        """The README of the student's folder, with what was measured."""
+        """The README of the student's folder, with what was measured; one that somebody edited stays as it is."""
         file = self.student / "README.md"
 
         def is_done() -> bool:
-            return file.is_file() and file.read_text() == card_of(self.student)
+            return is_edited(self.student) or (file.is_file() and file.read_text() == card_of(self.student))
 
         return Step("card", ["hydrahead", "card", str(self.student)], file, partial(write_card, self.student), is_done)
 

@@ -345,7 +345,7 @@ def demo() -> str:
         losses = " / ".join(f"{one['text_loss']:.3f}" for one in both)
         caches = " / ".join(f"{one['cache_bytes'] / K:,.0f}" for one in both)
         rows.append((f"{int(tokens):,}", *shares, losses, caches))
-    header = ("tokens", "single key, teacher / hybrid", "four keys", "loss on held-out text", "cache, KB (bf16)")
+    header = ("tokens", "single key, teacher / hybrid", "four keys", "loss on held-out text", "cache, KiB (bf16)")
     return table(header, rows)
 
 

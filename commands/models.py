@@ -147,15 +147,17 @@ def card(
     student: Annotated[Path, typer.Argument(help="Folder of a converted or trained student.")],
     license: LICENSE = None,
     language: LANGUAGE = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write it anew even if somebody edited it.")] = False,
 ) -> None:
     """Write the README of a student's folder anew, from what the folder says of itself and what was measured."""
     check_student(student)
-    from ..hub.card import card_of, check_stated, state, write_card
+    from ..hub.card import card_of, check_card, check_stated, state, write_card
 
     check_stated(license, language or [])
+    check_card(student, overwrite)
     card_of(student)  # what is wrong with the folder is known before anything is written
     state(student, license, language or [])
-    write_card(student)
+    write_card(student, overwrite)
     typer.echo(student / "README.md")
 
 

@@ -132,7 +132,7 @@ class Room:
 
 def in_words(turn: Turn) -> str:
     """What a turn has taken so far, and what the cache holds."""
-    kv, state = (f"{count / 1024:,.1f} KB" for count in (turn.kv_bytes, turn.state_bytes))
+    kv, state = (f"{count / 1024:,.1f} KiB" for count in (turn.kv_bytes, turn.state_bytes))
     words = f"cache of {turn.held:,} tokens: KV {kv}, state {state}"
     if turn.is_stopped:
         words += "; stopped"

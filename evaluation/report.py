@@ -104,7 +104,7 @@ def short_table(report: Mapping) -> list[list[str]]:
     domains = list(dict.fromkeys(cell["domain"] for cell in report["text"]))
     columns = [[task] for task in asked] if len(asked) <= FEW_TASKS else [asked]
     heads = [TITLES.get(task, task) for task in asked] if len(asked) <= FEW_TASKS else [f"mean of {len(asked)} tasks"]
-    rows = [["tokens", *heads, *(["text loss"] if domains else []), "cache, KB (bf16)"]]
+    rows = [["tokens", *heads, *(["text loss"] if domains else []), "cache, KiB (bf16)"]]
     found = {(cell["model"], cell["task"], cell["length"]): cell.get("accuracy") for cell in report["needles"]}
     losses = {(cell["model"], cell["domain"], cell["length"]): cell.get("loss") for cell in report["text"]}
     for length in lengths(report):

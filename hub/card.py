@@ -24,14 +24,15 @@ from .heads import PAGE, chosen_heads, draw_heads, heads_page, heads_section
 from .metadata import base_models, check_stated, datasets, is_hub_id, metadata, terms
 
 CARD = "README.md"
-TESTED = "5.21 to 5.24"  # releases of transformers that the model's tests run on
+TESTED = "5.21 and 5.24"  # releases of transformers that the model's tests run on: the lowest and the newest
 FEW_ROWS = 24  # of a table that is not folded away
 PRECISIONS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 DEVICES = {"cuda": "GPU", "cpu": "CPU"}
 HOW_FAST = ("grad_norm", "learning_rate")  # of a stage's last numbers: how it learned, not what
 CITATION = """```bibtex
-@misc{hydrahead,
-  title         = {{HydraHead}},
+@misc{tan2026hydrahead,
+  title         = {{HydraHead}: From Head-Level Functional Heterogeneity to Specialized Attention Hybridization},
+  author        = {Tan, Zhentao and Chen, Wei and Shen, Jingyi and Liu, Yao and Shen, Xu and Wu, Yue and Ye, Jieping},
   year          = {2026},
   eprint        = {2606.20097},
   archivePrefix = {arXiv},
@@ -73,11 +74,18 @@ def card_of(folder: Path) -> str:
         return model_card(facts)
 
 
-def write_card(folder: Path) -> None:
+def write_card(folder: Path, overwrite: bool = False) -> None:
     """
-    Write the card of a student's folder, the page on its heads, and the pictures of both; raises as `card_of`, before
-    anything is written.
+    Write the card of a student's folder, the page on its heads, and the pictures of both; what those were of before
+    goes.
+
+    Args:
+        overwrite: a card that somebody edited, too.
+
+    Raises:
+        ValueError: as `card_of`, or the card was edited; nothing is written then.
     """
+    check_card(folder, overwrite)
     facts = Facts.read(folder)
     with _our_records(folder):
         texts = {PAGE: heads_page(facts), CARD: model_card(facts)}
@@ -85,16 +93,29 @@ def write_card(folder: Path) -> None:
         if facts.report:
             draw_report(facts.report, folder)
     for name, text in texts.items():
-        if text is not None:
+        if text is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
             with atomic_file(folder / name) as partial:
                 partial.write_text(text, encoding="utf-8")
     Record(folder / STATED).write({**facts.stated, "written": digest(folder / CARD)})
 
 
+def check_card(folder: Path, overwrite: bool = False) -> None:
+    """
+    Raises:
+        ValueError: the card was edited, and may not be overwritten.
+    """
+    if is_edited(folder) and not overwrite:
+        raise ValueError(
+            f"{folder / CARD}: was edited since hydrahead wrote it; --overwrite of hydrahead card replaces it"
+        )
+
+
 def is_edited(folder: Path) -> bool:
-    """Whether somebody has changed the card of a folder since `write_card` wrote it."""
+    """Whether a folder has a card that is not as `write_card` left it."""
     stated = Record(folder / STATED).read() or {}
-    return stated.get("written") != digest(folder / CARD)
+    return (folder / CARD).is_file() and stated.get("written") != digest(folder / CARD)
 
 
 @contextlib.contextmanager
@@ -203,6 +224,8 @@ def _tokens_of(entry: Mapping) -> int | None:
     """Of a stage; a quick alignment says rows, their length, and steps."""
     if "recipe" in entry:
         return entry["recipe"]["tokens"]
+    if "tokens" in entry:
+        return entry["tokens"]
     sizes = [entry.get(name) for name in ("steps", "rows", "length")]
     return None if None in sizes else sizes[0] * sizes[1] * sizes[2]
 

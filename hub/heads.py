@@ -23,7 +23,9 @@ def pictures(facts: Facts) -> dict[str, str]:
 
 
 def draw_heads(facts: Facts, folder: Path) -> None:
-    """Draw `pictures` into a folder."""
+    """Draw `pictures` into a folder, and remove those of other scores."""
+    for path in (folder / "head_map.png", *folder.glob("knockout_*.png")):
+        path.unlink(missing_ok=True)
     scored, teacher = facts.scored, facts.made_from["teacher"]
     if scored:
         title = f"{teacher}: {scored['method']} score"
@@ -136,15 +138,16 @@ def heads_page(facts: Facts) -> str | None:
         because = ", ".join(name for name, value in zip(names, values[1:]) if _speaks(value)) or "nothing measured"
         if f"{layer}.{head}" in choice.get("keep", ()):
             because += "; kept by name"
-        shown = ["–" if value is None else f"{value:.3f}" for value in values]
+        shown = ["–" if value is None else f"{value:.3f}".replace("-0.000", "0.000") for value in values]
         rows.append([f"{layer}.{head}", *shown, because])
     return (
         "\n\n".join(
             [
                 "# Why these heads stay full attention",
                 f"LAYER.HEAD, counted from 0, with the {escaped(scored['method'])} score that ranked it and the "
-                "capabilities that the score is made of. 1 is the best head's; 0 or less means that nothing measured "
-                "speaks for the head, and that it stays to meet the budget or the strategy. The replacement effect is "
+                "capabilities that the score is made of. Of a capability 1 is the best head's, of the score it is a "
+                "head's that is best at everything; 0 or less means that nothing measured speaks for the head, which "
+                "stays to meet the budget or the strategy. The replacement effect is "
                 "what a head's linear form loses beyond its full-attention form, when each takes its place in the "
                 "otherwise intact teacher; docs/method.md of hydrahead describes every method.",
                 table(rows),

@@ -37,6 +37,8 @@ BY_STATUS = {
     409: "it was changed meanwhile (409): run the same command again",
     429: "the Hub asks to wait (429): run the same command again later",
 }
+# What a request ends with: the library's error has the bases of whatever its release sends requests with.
+ERRORS = HfHubHTTPError.__bases__
 _COMPARE = """
 import torch
 folder, repository, revision = sys.argv[1:]
@@ -100,11 +102,12 @@ def publish(
     with one_line(repository):
         ModelCard.load(folder / CARD).validate()
         api = HfApi()
-        commit = tagged = tag and tagged_commit(api, repository, tag)
-        if tagged is None:
+        tagged = tagged_commit(api, repository, tag) if tag else None
+        commit = tagged
+        if commit is None:
             commit = upload(api, folder, list(files), repository, private)
             say(f"uploaded: {commit}")
-        left = verify(api, folder, repository, commit, tagged and tag)
+        left = verify(api, folder, repository, commit, tag if tagged else None)
         say(f"checksums of {len(files)} files agree" + (f"; was there before: {', '.join(left)}" if left else ""))
         tokens = reload(folder, repository, commit)
         say(f"loaded from {commit[:12]} without hydrahead: the folder's logits, bit for bit, for {tokens} tokens")
@@ -267,7 +270,7 @@ def one_line(repository: str) -> Iterator[None]:
     """Have whatever the Hub and the way there say end in one line that says what to do, and never holds the token."""
     try:
         yield
-    except (*HfHubHTTPError.__bases__, ValueError, RuntimeError) as error:  # of HTTP, of the system, and uploads
+    except (*ERRORS, ValueError, RuntimeError) as error:
         chain: list[BaseException] = [error]
         while (last := chain[-1].__cause__ or chain[-1].__context__) is not None:
             chain.append(last)

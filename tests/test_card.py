@@ -291,6 +291,34 @@ def test_what_is_stated_stands_in_place_of_what_is_inherited_and_stays(tmp_path)
     assert {file: file.read_bytes() for file in folder.iterdir()} == before
 
 
+def test_a_card_that_somebody_edited_is_overwritten_only_when_told(tmp_path):
+    folder = write_student(tmp_path / "s")
+    written = (folder / "README.md").read_text()
+    (folder / "README.md").write_text("mine")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    result = CliRunner().invoke(app, ["card", str(folder), "--license", "mit"])
+    assert result.exit_code == 1 and "was edited" in result.stderr and result.stderr.count("\n") == 1
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert CliRunner().invoke(app, ["card", str(folder), "--overwrite"]).exit_code == 0
+    assert (folder / "README.md").read_text() == written
+
+
+def test_what_a_card_no_longer_shows_is_gone(tmp_path):
+    folder = write_student(tmp_path / "s")
+    for name in ("heads.md", "head_map.png", "knockout_ablation.png"):
+        (folder / name).write_text("of other scores")
+    write_card(folder)
+    assert not any((folder / name).exists() for name in ("heads.md", "head_map.png", "knockout_ablation.png"))
+
+
+def test_a_card_cites_the_paper_as_the_repository_does(tmp_path):
+    paper = yaml.safe_load((Path(__file__).parents[1] / "CITATION.cff").read_text())["references"][0]
+    card = card_of(write_student(tmp_path / "s"))
+    cited = re.sub(r"[{}]", "", re.search(r"```bibtex\n(.*?)```", card, flags=re.S)[1])
+    authors = " and ".join(f"{each['family-names']}, {each['given-names']}" for each in paper["authors"])
+    assert paper["title"] in cited and authors in cited and paper["identifiers"][0]["value"][6:] in cited
+
+
 def test_a_licence_in_words_is_another_one_by_that_name(tmp_path):
     gguf = {"file": "a.gguf", "quantisation": "Q8_0", "license": "Tiny Lab's licence: v2", "base_ids": ["a/b", "no"]}
     data = ModelCard(card_of(write_student(tmp_path / "s", teacher="a.gguf", gguf=gguf))).data
@@ -384,7 +412,7 @@ def test_a_folder_from_before_folders_said_what_they_were_made_from_has_no_card(
 
 
 def test_the_releases_that_a_card_names_are_those_that_are_tested():
-    first, last = card_module.TESTED.split(" to ")
+    first, last = card_module.TESTED.split(" and ")
     project = (ROOT / "pyproject.toml").read_text()
     admitted = SpecifierSet(re.search(r'"transformers([>=].*)"', project)[1])
     pinned = re.search(r"transformers==(.*)", (ROOT / "constraints.txt").read_text())[1]

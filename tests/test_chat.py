@@ -196,7 +196,7 @@ def test_through_pipes_stdout_has_answers_and_stderr_what_they_took(student):
     assert "hydrahead" in notes and "no chat template" in notes and "the code in the folder" not in notes
     assert answers.count("What is the special magic number for ") == 1 and "not read" not in answers
     assert re.search(r"\d{7} is hidden at \d+% of 300 tokens", notes)
-    took = r"cache of \d+ tokens: KV [\d.]+ KB, state 114.0 KB; [\d.]+ tokens/s; \d+ read in [\d.]+ s\n"
+    took = r"cache of \d+ tokens: KV [\d.]+ KiB, state 114.0 KiB; [\d.]+ tokens/s; \d+ read in [\d.]+ s\n"
     assert len(re.findall(took, notes)) == 3
     assert "/bogus: no such command" in notes and "/needle many: expected a number of tokens" in notes
     assert "too few for the header, the needles and the question" in notes and "Ctrl-C stops an answer" in notes

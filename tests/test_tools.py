@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from hydrahead import HydraHeadForCausalLM, HydraHeadModel
 from hydrahead.convert import convert_model
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
+from hydrahead.hub.card import state
 from hydrahead.hub.checkpoint import save_checkpoint
+from hydrahead.hub.publish import check_folder
 from hydrahead.tests.families import random_ids
 from hydrahead.training.sft import main
 
@@ -208,15 +210,21 @@ def test_the_script_goes_on_where_it_was_killed_and_records_what_it_did(workplac
     assert command[:3] == ["accelerate", "launch", "-m"]
     monkeypatch.setattr(sys, "argv", command[3:])
     runpy.run_module(command[3], run_name="__main__")
-    trained = load_file("tuned/model.safetensors")
+    trained = load_file("tuned/student/model.safetensors")
     shutil.rmtree("tuned/checkpoint-2")
     runpy.run_module(command[3], run_name="__main__")
     assert json.loads(Path("tuned/checkpoint-2/trainer_state.json").read_text())["log_history"][0]["step"] == 1
-    assert all(torch.equal(tensor, trained[name]) for name, tensor in load_file("tuned/model.safetensors").items())
-    assert changed(student, AutoModelForCausalLM.from_pretrained("tuned"))
-    stages = json.loads(Path("tuned/made_from.json").read_text())["stages"]
+    assert all(
+        torch.equal(tensor, trained[name]) for name, tensor in load_file("tuned/student/model.safetensors").items()
+    )
+    assert changed(student, AutoModelForCausalLM.from_pretrained("tuned/student"))
+    [stage] = json.loads(Path("tuned/student/made_from.json").read_text())["stages"]
+    assert stage.pop("tokens") > 0
     summary = "2 steps on chats.jsonl, with TRL"
-    assert stages == [{"stage": "sft", "summary": summary, "steps": 2, "datasets": []}]
+    assert stage == {"stage": "sft", "summary": summary, "steps": 2, "datasets": []}
+    assert summary in Path("tuned/student/README.md").read_text()
+    state(Path("tuned/student"), license="apache-2.0")  # nobody knows the licence of a teacher of our own
+    assert {"README.md", "head_masks.json", "model.safetensors"} <= check_folder(Path("tuned/student")).keys()
 
 
 @pytest.mark.parametrize("options", [[], ["--dataset_name", "chats.jsonl"], ["--model_name_or_path", "student"]])
@@ -272,7 +280,7 @@ def test_the_script_trains_adapters_on_two_processes(workplace):
     engine = ["--config_file", str(ROOT / "training" / "recipes" / "accelerate" / "ddp_cpu.yaml")]
     adapters = ["--use_peft", "--lora_target_modules", "all-linear", "--lora_modules_to_save", "fusion"]
     launch([*command[:2], *engine, *command[2:], *adapters, "--use_cpu", "--max_steps", "2"])
-    tuned = AutoPeftModelForCausalLM.from_pretrained("tuned").merge_and_unload()
+    tuned = AutoPeftModelForCausalLM.from_pretrained("tuned/adapters").merge_and_unload()
     assert changed(Path("student"), tuned)
 
 

@@ -8,17 +8,21 @@
 
 The data are a Hub id, or a JSON lines or Parquet file with `messages`, with `prompt` and `completion`, or with `text`;
 the options are those of TRL's `ScriptArguments`, `SFTConfig` and `ModelConfig`. Interrupted, the same command goes on
-from its last checkpoint. Writes a folder like the student's, or one of adapters. A conversion itself ends with the
-stage `hydrahead.training.finetune`, not with this.
+from its last checkpoint. `OUTPUT_DIR/student` is then a folder like the student's, with a card, that `hydrahead push`
+takes; `OUTPUT_DIR/adapters` one of PEFT's. A conversion itself ends with the stage `hydrahead.training.finetune`, not
+with this.
 """
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 from ..console import one_line_errors
+from ..files import atomic_folder
+from ..hub.card import write_card
 from ..hub.folder import MADE_FROM, read_made_from
 from ..kernels import use_tuned_kernels
-from ..provenance import Record
+from ..provenance import Record, environment
 
 
 def load_rows(script_args):
@@ -33,15 +37,35 @@ def load_rows(script_args):
     return load_dataset(name, name=script_args.dataset_config, split=split)
 
 
-def record(script_args, model_args, output: Path, steps: int) -> None:
-    """Say in the folder, as every stage does, what it was made from: where the student said it too."""
-    made_from = read_made_from(Path(model_args.model_name_or_path))
-    if made_from is not None:
-        name = script_args.dataset_name
-        rows, datasets = (Path(name).name, []) if Path(name).exists() else (name, [name])
-        stage = {"stage": "sft", "summary": f"{steps:,} steps on {rows}, with TRL"}
-        stage |= {"steps": steps, "datasets": datasets}
-        Record(output / MADE_FROM).write(made_from | {"stages": [*made_from["stages"], stage]})
+def save(trainer, script_args, model_args) -> None:
+    """Leave the model or its adapters in a folder of their own, with what they were made from where it is known."""
+    output = Path(trainer.args.output_dir)
+    saved = output / "saving"
+    shutil.rmtree(saved, ignore_errors=True)
+    trainer.save_model(str(saved))  # by all processes: weights may be sharded
+    if not trainer.accelerator.is_main_process:
+        return
+    (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    with atomic_folder(output / ("adapters" if model_args.use_peft else "student"), overwrite=True) as folder:
+        for path in saved.iterdir():
+            path.rename(folder / path.name)
+        made_from = read_made_from(Path(model_args.model_name_or_path))
+        if made_from is not None:
+            stages = [*made_from["stages"], stage_facts(trainer.state, script_args)]
+            Record(folder / MADE_FROM).write(made_from | {"stages": stages} | environment())
+        if made_from is not None and not model_args.use_peft:
+            Record(folder / "head_masks.json").write(trainer.accelerator.unwrap_model(trainer.model).config.head_masks)
+            write_card(folder)
+    saved.rmdir()
+
+
+def stage_facts(state, script_args) -> dict:
+    """What a stage of training says of itself, as far as TRL's trainer knows it."""
+    name = script_args.dataset_name
+    rows, datasets = (Path(name).name, []) if Path(name).exists() else (name, [name])
+    found = {"stage": "sft", "summary": f"{state.global_step:,} steps on {rows}, with TRL", "steps": state.global_step}
+    seen = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
+    return found | ({"tokens": int(seen[-1])} if seen else {}) | {"datasets": datasets}
 
 
 def main() -> None:
@@ -68,9 +92,7 @@ def main() -> None:
     )
     output = Path(training_args.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
-    trainer.save_model()
-    if trainer.accelerator.is_main_process:
-        record(script_args, model_args, output, trainer.state.global_step)
+    save(trainer, script_args, model_args)
 
 
 if __name__ == "__main__":
