@@ -3,7 +3,7 @@ Students of one teacher on the same text, row by row: which heads, budget, posit
 
     python benchmarks/study.py smollm2-135m-3to1 data.name=plain.jsonl data.subset=null --output runs/study
     python benchmarks/study.py smollm2-135m-3to1 … --rows default-3to1 random-3to1 --minutes 20
-    python benchmarks/study.py --tables runs/study/study.json docs/smollm2.md
+    python benchmarks/study.py --tables runs/study/study.json students.md  # and students.png
 
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
 its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
@@ -24,8 +24,9 @@ from hydrahead.console import one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.evaluation.evaluator import Settings
+from hydrahead.evaluation.figures import plot_students
 from hydrahead.evaluation.report import read_report
-from hydrahead.evaluation.statistics import paired_difference
+from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file
 from hydrahead.pipeline import MEASURED, Road, evaluate_models, side_by_side
 from hydrahead.provenance import Record
@@ -37,6 +38,8 @@ from hydrahead.training.recipe import Recipe, load_recipe
 METHODS = ("replacement", "receiver+sender", "receiver", "attribution-qk")
 SCORED = f"score.method=[{','.join(METHODS)}]"
 TENTH = 0.1
+MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
+WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,8 @@ class Study:
             lines = {stage: (folder / stage / "metrics.jsonl").read_text().splitlines() for stage in stages}
             found[name] = asdict(row) | {
                 "tokens": {stage: getattr(recipe, stage).tokens for stage in stages},
+                "batch_tokens": recipe.distill.batch_tokens,
+                "niah_prompts": recipe.evaluate.niah_prompts,
                 "masks": read_masks(folder / "head_masks.json", open_teacher(recipe.teacher.name)),
                 "steps": {stage: [json.loads(line) for line in each] for stage, each in lines.items()},
             }
@@ -195,8 +200,10 @@ class Study:
 
 
 def tables(study: dict) -> str:
-    """Needles, text and training of every row, and what the default does beyond random choices, in Markdown."""
-    report, lines = study["report"], ["# Students of one teacher", ""]
+    """Training, needles and text of every row, and what the default does beyond random choices, in Markdown."""
+    report, lines = study["report"], ["# Students of one teacher", "", *_progress(study)]
+    if report is None:  # all rows were interrupted
+        return "\n".join(lines) + "\n"
     tasks = list(dict.fromkeys(cell["task"] for cell in report["needles"]))
     lengths = sorted({cell["length"] for cell in report["needles"]})
     needles = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["needles"]}
@@ -229,6 +236,44 @@ def tables(study: dict) -> str:
         values += [f"{sum(step['kl'] for step in last) / len(last):.3f}" if last else ""]
         lines += [f"| {name} | {' | '.join(values)} |"]
     return "\n".join([*lines, "", *_against_random(study, needles, tasks, lengths)]) + "\n"
+
+
+def curves(study: dict) -> dict[str, dict[str, list[tuple]]]:
+    """
+    What a picture shows of every row: for `kl` and the watched tasks, points of millions of tokens, value, and the low
+    and high end of its 95% interval. KL is the mean of ten steps.
+    """
+    found = {}
+    for name, row in study["rows"].items():
+        steps = row["steps"]["distill"]
+        batch = row.get("batch_tokens", row["tokens"]["distill"] / len(steps)) / 1e6
+        ten = [(end, [step["kl"] for step in steps[end - 10 : end]]) for end in range(10, len(steps) + 1, 10)]
+        found[name] = {"kl": [(end * batch, sum(each) / 10, None, None) for end, each in ten]}
+        for task in WATCHED:
+            asked = [(at, step[task]) for at, step in enumerate(steps, 1) if task in step]
+            prompts = row.get("niah_prompts", 0) // 2
+            found[name][task] = [(at * batch, share, *wilson_interval(share, prompts)) for at, share in asked]
+    return found
+
+
+def _progress(study: dict) -> list[str]:
+    """KL, and needles as they were asked while students learnt, over tokens of distillation."""
+    found = curves(study)
+    marks = [mark for mark in MARKS if any(each["kl"] and each["kl"][-1][0] >= mark for each in found.values())]
+    lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
+    lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
+    for name, each in found.items():
+        before = [[value for at, value, *_ in each["kl"] if mark - 1 < at <= mark] for mark in marks]
+        lines += [f"| {name} | {' | '.join(f'{values[-1]:.3f}' if values else '' for values in before)} |"]
+    places = sorted({round(at, 1) for each in found.values() for at, *_ in each[WATCHED[0]]})
+    if places:
+        lines += ["", f"Needles while learning, `{'` and `'.join(WATCHED)}`:", ""]
+        lines += [f"| | {' | '.join(f'{at:g}M' for at in places)} |", "| --- " + "| ---: " * len(places) + "|"]
+    for name, each in found.items() if places else ():
+        shares = [{round(at, 1): f"{share:.2f}" for at, share, *_ in each[task]} for task in WATCHED]
+        cells = [", ".join(of[at] for of in shares if at in of) for at in places]
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    return [*lines, ""]
 
 
 def _against_random(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
@@ -265,12 +310,14 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
     parser.add_argument("--batch-tokens", type=int, help="of prompts answered together; default: the evaluator's")
-    parser.add_argument("--tables", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write the page, and stop")
+    parser.add_argument("--tables", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write page and picture, stop")
     options = parser.parse_intermixed_args()
     if options.tables:
         source, page = options.tables
+        found = json.loads(source.read_text())
         with atomic_file(page) as partial:
-            partial.write_text(tables(json.loads(source.read_text())), encoding="utf-8")
+            partial.write_text(tables(found), encoding="utf-8")
+        plot_students(curves(found), page.with_suffix(".png"))
         return
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")
@@ -282,7 +329,9 @@ def main() -> None:
         print(f"\n{name}: {ROWS[name].about}", flush=True)
         study.make(name, ROWS[name])
         study.evaluate(name, options.batch_tokens)
-        Record(options.output / "study.json").write(study.collect())
+        found = study.collect()
+        Record(options.output / "study.json").write(found)
+        plot_students(curves(found), options.output / "study.png")
     print(tables(study.collect()))
 
 

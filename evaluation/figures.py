@@ -25,6 +25,7 @@ LAYER_TITLES = {"linear_layers": "linear forms", "full_layers": "full-attention 
 MODELS = (GREY, RED, BLUE, GREEN, "#b8860b", "#7b4fa3", "#2a9d8f", "#8c564b")  # colours of models side by side
 NEEDLE_COLORS = {"niah_single_2": GREEN, "niah_multikey_1": "#b8860b"}
 TRAINING_COLORS = {"linear_loss": BLUE, "full_loss": RED, "layer_loss": BLUE, "kl": BLUE, "ce": RED}
+CURVES = {"kl": "KL to the teacher, nats a token", "niah_single_2": "needles, one key", "niah_multikey_1": "four keys"}
 HELD_OUT = {f"heldout_{name}": name for name in TRAINING_COLORS} | {"heldout_loss": "ce"}
 
 
@@ -338,6 +339,36 @@ def draw_training(folder: Path) -> None:
     save_picture(figure, folder / "training.png")
     if layers := [name for name in LAYER_TITLES if name in lines[0]]:
         _draw_layers(lines, layers, folder / "layers.png")
+
+
+def plot_students(curves: Mapping[str, Mapping[str, Sequence[tuple]]], file: Path) -> None:
+    """
+    Draw how students learn, a panel for each number, a line for each student.
+
+    Args:
+        curves: of every student, for every number, points: millions of tokens, value, and the low and high end of its
+            interval or `None`.
+    """
+    names = [name for name in next(iter(curves.values())) if any(each[name] for each in curves.values())]
+    figure, panels = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", squeeze=False)
+    for axes, name in zip(panels[0], names):
+        for number, (student, each) in enumerate(curves.items()):
+            if not each[name]:
+                continue
+            at, value, low, high = zip(*each[name])
+            color = MODELS[(number + 1) % len(MODELS)]  # grey is the teacher's
+            axes.plot(at, value, color=color, label=student, marker="o" if low[0] is not None else "", markersize=4)
+            if low[0] is not None:
+                axes.fill_between(at, low, high, color=color, alpha=0.1, linewidth=0)
+        axes.set_xlabel("tokens of distillation, millions")
+        axes.set_title(CURVES.get(name, name), fontsize=10)
+        axes.grid(alpha=0.25)
+        if name in NEEDLE_COLORS:
+            axes.set_ylim(-0.05, 1.05)
+        else:
+            _use_log(axes)
+    panels[0][0].legend(fontsize=8)
+    save_picture(figure, file)
 
 
 def _words(name: str) -> str:

@@ -64,12 +64,19 @@ def test_the_page_of_benchmarks_says_what_the_files_of_results_hold():
 
 
 def test_the_experiments_say_what_the_study_measured():
-    """In every row of needles and text, whatever the page calls the models."""
-    found = json.loads((ROOT / "benchmarks" / "smollm2" / "rope-3to1.json").read_text())
-    rows = [line for line in study.tables(found).splitlines() if re.match(r"\| (teacher|default)", line)]
+    """In every row of needles, text and training, whatever the page calls the models."""
     page = (ROOT / "docs" / "experiments.md").read_text()
-    assert len(rows) == 6
-    for row in rows[:4]:
+
+    def rows(name: str) -> list[str]:
+        found = json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text())
+        return [
+            line for line in study.tables(found).splitlines() if re.match(r"\| (teacher|default|random|layer)", line)
+        ]
+
+    _, *measured = rows("rope-3to1.json")
+    assert len(measured) == 6
+    for row in measured[:4]:
         assert row.split("|", 3)[3] in page
-    for row in rows[4:]:
+    for row in measured[4:]:
         assert "|".join(row.split("|")[2:5]) in page
+    assert len(learnt := rows("whole-3to1-7to1.json")) == 8 and all(row in page for row in learnt)
