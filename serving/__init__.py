@@ -7,15 +7,14 @@ HydraHead in vLLM: a plug-in that vLLM finds by itself where both are installed.
 
 import logging
 
-VERSIONS = ("0.26.0",)  # of vLLM, whose insides the plug-in was written against
+RELEASE = "0.26"  # of vLLM, whose insides the plug-in was written against
 
 
 def why_not_with(version: str) -> str | None:
     """What to say where vLLM is of another version, or `None`."""
-    if version.partition("+")[0] in VERSIONS:  # builds for other versions of CUDA have a name behind it
+    if version.split(".")[:2] == RELEASE.split("."):
         return None
-    known = ", ".join(VERSIONS)
-    return f"HydraHead is served by vLLM {known}, and this is {version}: pip install vllm=={VERSIONS[-1]}"
+    return f"HydraHead is served by vLLM {RELEASE}, and this is {version}: pip install 'vllm=={RELEASE}.*'"
 
 
 def register() -> None:

@@ -1,12 +1,15 @@
 """
-Greedy tokens of vLLM against those of transformers, on one GPU, from a HydraHead checkpoint.
+vLLM against transformers on one GPU: greedy tokens, and log-probabilities against those of transformers in fp32.
 
-    python tests/serving_gpu.py FOLDER                              # every part that the file of results does not hold
-    python tests/serving_gpu.py FOLDER reference graphs --again     # these parts, whether it holds them or not
+    python tests/serving_gpu.py FOLDER                           # every part that the file of results does not hold
+    python tests/serving_gpu.py FOLDER --make small              # of a model with random weights, which it makes first
+    python tests/serving_gpu.py FOLDER reference graphs --again  # these parts, whether it holds them or not
 
 Each part runs in a process of its own and is written as soon as it is done. `reference` comes first: transformers'
-tokens, with the logits of the best five at every step. The others give each prompt's first token that differs and its
-margin, by how much transformers preferred its own; in bf16 close calls differ, so a part fails where a margin is wide.
+tokens, the logits of the best five at every step, and the log-probability of every token of prompts and continuations,
+in bf16 and in fp32. The others give each prompt's first token that differs and its margin, by how much transformers
+preferred its own, and how far their log-probabilities are from fp32, beside how far transformers' own are in bf16.
+A part fails where a margin is wide, or where its error is more than twice that of transformers.
 """
 
 import argparse
@@ -19,21 +22,97 @@ from importlib.metadata import version
 from pathlib import Path
 
 from hydrahead.console import one_line_errors
-from hydrahead.files import atomic_file, read_json
+from hydrahead.files import atomic_file, atomic_folder, read_json
 from hydrahead.provenance import digest, environment
 
+DEVICE = "cuda"
 PROMPTS, SHORTEST, LONGEST = 32, 16, 8192
 EDGES = 8  # prompts that end shortly before the end of a page
+ROWS = 8  # prompts that transformers answers at a time
 BEST = 5  # logits kept of every step
 WIDE = 0.5  # of logits around 16 to 32, whose neighbours in bf16 are 1/8 apart
+WORSE = 2  # times the error that transformers makes in bf16: other kernels round elsewhere, but no worse
 PARTS = {  # what each does, and the most minutes it is to take on an H100: set, not measured
-    "reference": ("transformers, prompt by prompt", 9),
-    "graphs": ("vLLM, all prompts at once, with CUDA graphs", 4),
-    "eager": ("the same without compiler and CUDA graphs", 3),
-    "chunked": ("prompts read 512 tokens at a time, beside others that generate", 4),
-    "arrivals": ("prompts that come one by one, into a cache too small for them: some are preempted", 4),
-    "prefix": ("prefix caching, all prompts twice", 5),
+    "reference": ("transformers", 4),
+    "eager": (
+        "vLLM without compiler and CUDA graphs, prompts at once; then prompts and continuations read at once",
+        2,
+    ),
+    "graphs": ("compiled, with CUDA graphs: prompts at once; then prompts that come one by one", 4),
+    "chunked": ("prompts read 512 tokens at a time, beside others that generate", 2),
+    "preempted": ("a cache too small for the prompts: some are preempted", 2),
+    "prefix": ("prefix caching, all prompts twice", 2),
 }
+OPTIONS = {
+    "eager": {"enforce_eager": True},
+    "graphs": {"max_num_seqs": PROMPTS, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]}},
+    "chunked": {"enforce_eager": True, "max_num_batched_tokens": 512, "max_num_seqs": 8},
+    "preempted": {"enforce_eager": True, "max_num_seqs": 8},
+    "prefix": {"enforce_eager": True, "enable_prefix_caching": True},
+}
+SMOLLM2 = [[int(head // 3 == layer % 3) for head in range(9)] for layer in range(30)]
+SHAPES = {
+    "small": {  # an irregular layer, and layers of one kind of heads
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 16384,
+        "head_masks": [[1, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]],
+        "logit_scale_base": 1024,
+    },
+    "smollm2": {  # SmolLM2-135M's, one KV group in every layer
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "qk_norm": False,
+        "full_attention_position": "rope",
+        "fusion_norm": "linear",
+        "head_masks": SMOLLM2,
+    },
+    "demo": None,  # the demo's teacher, converted and not trained
+}
+
+
+def make_model(folder: Path, shape: str) -> None:
+    """A checkpoint with random weights, none at its neutral initial value, or the demo's teacher, converted."""
+    import torch
+
+    from hydrahead import HydraHeadConfig, HydraHeadForCausalLM
+
+    torch.manual_seed(0)
+    if shape == "demo":
+        from transformers import AutoTokenizer
+
+        from hydrahead.convert import convert_model
+
+        teacher = Path(__file__).parents[1] / "demo" / "teacher"
+        masks = [[int(head // 2 == layer % 4) for head in range(8)] for layer in range(6)]
+        convert_model(teacher, masks, dtype=torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
+        return
+    fields = SHAPES[shape]
+    spread = 1.25 * fields["hidden_size"] ** -0.5  # attention is sharp and the residual stream is the layers'
+    model = HydraHeadForCausalLM(HydraHeadConfig(**fields, initializer_range=spread))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif "short_conv" in name or "output_gate" in name:
+                parameter.add_(torch.randn_like(parameter) * spread)
+            elif "fusion.weight" in name:
+                parameter.uniform_(0.3, 1.5)
+        model.model.norm.weight *= 4  # logits as far apart as those of trained models
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def prompts_of(folder: Path, config, new_tokens: int) -> dict[str, list[list[int]]]:
@@ -43,7 +122,7 @@ def prompts_of(folder: Path, config, new_tokens: int) -> dict[str, list[list[int
 
     from hydrahead.serving.heads import Pages
 
-    page, room = Pages.of(config).tokens, config.max_position_embeddings - new_tokens
+    page, room = Pages.of(config).tokens, config.max_position_embeddings - new_tokens - 1
     lengths = np.geomspace(SHORTEST, min(LONGEST, room), PROMPTS).astype(int).tolist()
     edge = page - EDGES if EDGES < page <= room else 0  # for models whose positions end before a page does: none
     if any(folder.glob("tokenizer*")):
@@ -61,41 +140,100 @@ def prompts_of(folder: Path, config, new_tokens: int) -> dict[str, list[list[int
     }
 
 
-def reference(folder: Path, prompts: dict, new_tokens: int, attention: str) -> dict:
-    """For every prompt its continuation, and of each step the ids and logits of the best tokens."""
+def scores(model, rows: list[list[int]]) -> list:
+    """For each row the log-probability of every token but the first, fp32 `[tokens - 1]`."""
     import torch
+
+    found = []
+    for row in rows:
+        ids = torch.tensor([row], device=DEVICE)
+        with torch.inference_mode():
+            logits = model(ids, use_cache=False).logits[0, :-1].float()
+            chosen = logits.gather(1, ids[0, 1:, None])[:, 0]
+            found.append((chosen - logits.logsumexp(-1)).cpu())
+    return found
+
+
+def reference(folder: Path, prompts: dict, new_tokens: int, attention: str, output: Path) -> dict:
+    """
+    For every prompt its continuation, and of each step the ids and logits of the best tokens.
+
+    The log-probabilities of `mixed` go into a file of their own, beside the results.
+    """
+    import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    from hydrahead import ops_hydrahead
     from hydrahead.kernels import use_tuned_kernels
 
     use_tuned_kernels()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention).cuda()
+
+    def load(dtype: torch.dtype):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(DEVICE)
+
+    model = load(torch.bfloat16)
     model.generation_config.eos_token_id = None  # all continuations are equally long
     found = {}
     for kind, rows in prompts.items():
         found[kind] = []
-        for row in rows:
-            ids = torch.tensor([row], device="cuda")
-            output = model.generate(
+        for start in range(0, len(rows), ROWS):  # neighbours are of about one length
+            batch = rows[start : start + ROWS]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(row)) + row for row in batch], device=DEVICE)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=DEVICE)
+            generated = model.generate(
                 ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=mask,
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 pad_token_id=0,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            best = torch.cat(output.logits).float().topk(BEST)
-            found[kind].append(
-                {
-                    "prompt_tokens": len(row),
-                    "tokens": output.sequences[0, len(row) :].tolist(),
-                    "best": best.indices.tolist(),
-                    "logits": best.values.tolist(),
-                }
-            )
-            print(f"{kind} prompt of {len(row)} tokens", flush=True)
+            best = torch.stack(generated.logits, dim=1).float().topk(BEST)  # [rows, steps, BEST]
+            for row, tokens, indices, values in zip(
+                batch, generated.sequences[:, longest:].tolist(), best.indices.tolist(), best.values.tolist()
+            ):
+                found[kind].append({"prompt_tokens": len(row), "tokens": tokens, "best": indices, "logits": values})
+            print(f"{kind}: prompts to {longest} tokens", flush=True)
+    whole = [row + answer["tokens"] for row, answer in zip(prompts["mixed"], found["mixed"])]
+    in_bf16 = scores(model, whole)
+    del model
+    ops_hydrahead.chunk_gated_delta_rule = None  # fla has nothing tuned for fp32: PyTorch's own form is soon done
+    named = {"bf16": in_bf16, "fp32": scores(load(torch.float32), whole)}
+    with atomic_file(scores_file(output)) as partial:
+        save_file({f"{name}.{place}": row for name, rows in named.items() for place, row in enumerate(rows)}, partial)
     return found
+
+
+def scores_file(output: Path) -> Path:
+    return output.with_suffix(".safetensors")
+
+
+def errors(given: list[dict[int, float]], held: dict) -> dict:
+    """
+    How far log-probabilities are from fp32, beside how far transformers' are in bf16 at the same places.
+
+    Args:
+        given: of each row the log-probability at some places; place 0 is the row's second token.
+        held: by "bf16.ROW" and "fp32.ROW" transformers' own, `[tokens - 1]`.
+    """
+    ours, theirs = [], []
+    for row, values in enumerate(given):
+        for place, value in values.items():
+            exact = float(held[f"fp32.{row}"][place])
+            ours.append(abs(value - exact))
+            theirs.append(abs(float(held[f"bf16.{row}"][place]) - exact))
+    if not ours:
+        return {"places": 0}
+    return {
+        "places": len(ours),
+        "mean_error": sum(ours) / len(ours),
+        "mean_error_of_transformers": sum(theirs) / len(theirs),
+        "largest_error": max(ours),
+        "largest_error_of_transformers": max(theirs),
+    }
 
 
 def first_difference(expected: dict, tokens: list[int]) -> dict | None:
@@ -124,8 +262,13 @@ def compared(expected: list[dict], given: list[list[int]]) -> dict:
     return {"prompts": len(found), "equal": found.count(None), "widest_margin": widest, "differences": differences}
 
 
-def generate(engine, prompts: list[list[int]], new_tokens: int, every: int = 0) -> list[list[int]]:
-    """Greedy continuations; one prompt comes after every so many steps of the engine, or all at once."""
+def generate(engine, prompts: list[list[int]], new_tokens: int, every: int = 0) -> list[tuple[list[int], list[float]]]:
+    """
+    Greedy continuations and their log-probabilities.
+
+    Args:
+        every: one prompt comes after so many steps of the engine; 0: all at once.
+    """
     from vllm import SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -134,6 +277,7 @@ def generate(engine, prompts: list[list[int]], new_tokens: int, every: int = 0) 
         max_tokens=new_tokens,
         ignore_eos=True,
         detokenize=False,
+        logprobs=0,  # of the token that is taken
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     waiting, done, steps = list(enumerate(prompts)), {}, 0
@@ -143,61 +287,90 @@ def generate(engine, prompts: list[list[int]], new_tokens: int, every: int = 0) 
             engine.add_request(str(index), TokensPrompt(prompt_token_ids=ids), options)
         for output in engine.step():
             if output.finished:
-                done[int(output.request_id)] = list(output.outputs[0].token_ids)
+                answer = output.outputs[0]
+                tokens = list(answer.token_ids)
+                chosen = [step[token].logprob for token, step in zip(tokens, answer.logprobs, strict=True)]
+                done[int(output.request_id)] = tokens, chosen
         steps += 1
     return [done[index] for index in range(len(prompts))]
 
 
-def served(folder: Path, part: str, prompts: dict, expected: dict, config, new_tokens: int) -> dict:
-    """One of vLLM's parts: how its tokens compare, and what tells that it did what it is for."""
+def read_at_once(llm, rows: list[list[int]]) -> list[dict[int, float]]:
+    """Log-probabilities of every token of some rows, as a prompt."""
+    from vllm import SamplingParams, TokensPrompt
+
+    options = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=row) for row in rows], options, use_tqdm=False)
+    return [
+        {place: output.prompt_logprobs[place + 1][token].logprob for place, token in enumerate(row[1:])}
+        for row, output in zip(rows, outputs, strict=True)
+    ]
+
+
+def served(folder: Path, part: str, prompts: dict, expected: dict, held: dict, config, new_tokens: int) -> dict:
+    """One of vLLM's parts: how its tokens and log-probabilities compare, and whether it did what it is for."""
     from vllm import LLM
 
     from hydrahead.serving.heads import Pages
 
-    pages = Pages.of(config)
-    longest = max(len(row) for rows in prompts.values() for row in rows) + new_tokens
-    options = {
-        "graphs": {},
-        "eager": {"enforce_eager": True},
-        "chunked": {"max_num_batched_tokens": 512, "max_num_seqs": 8},
-        # Four of the prompts that are about to need another page, and no page for that.
-        "arrivals": {"num_gpu_blocks_override": 1 + 4 * pages.numbers(pages.tokens), "max_num_seqs": 8},
-        "prefix": {"enable_prefix_caching": True},
-    }[part]
-    kind = "edges" if part == "arrivals" else "mixed"
-    if not prompts[kind]:
+    pages, options = Pages.of(config), OPTIONS[part]
+    kind = "edges" if part == "preempted" else "mixed"
+    rows, answers = prompts[kind], expected[kind]
+    if not rows:
         raise ValueError(f"{part} needs a page of KV cache within the model's positions: take a model with more")
-    if part == "arrivals":
-        longest = max(map(len, prompts[kind])) + new_tokens
+    if part == "preempted":  # four of the prompts that are about to need another page, and no page for that
+        options = options | {"num_gpu_blocks_override": 1 + 4 * pages.numbers(pages.tokens)}
     started = time.perf_counter()
     llm = LLM(
         str(folder),
         dtype="bfloat16",
         skip_tokenizer_init=True,
-        max_model_len=longest,
+        max_model_len=max(map(len, rows)) + new_tokens + 1,
         gpu_memory_utilization=0.8,
         disable_log_stats=False,
         **options,
     )
     result = {"options": options, "start_seconds": time.perf_counter() - started}
-    for turn in range(1 + (part == "prefix")):
+    turns = {"graphs": (0, 2), "prefix": (0, 0)}.get(part, (0,))
+    for number, every in enumerate(turns, start=1):
         started = time.perf_counter()
-        given = generate(llm.llm_engine, prompts[kind], new_tokens, every=2 if part == "arrivals" else 0)
-        result[f"turn {turn + 1}"] = {"seconds": time.perf_counter() - started, **compared(expected[kind], given)}
+        given = generate(llm.llm_engine, rows, new_tokens, every)
+        turn = {"seconds": time.perf_counter() - started, **compared(answers, [tokens for tokens, _ in given])}
+        if kind == "mixed":
+            turn |= errors(shared_places(answers, given), held)
+        result[f"turn {number}"] = turn
+    if part == "eager":
+        whole = [row + answer["tokens"] for row, answer in zip(rows, answers)]
+        result["read at once"] = errors(read_at_once(llm, whole), held)
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     names = ("vllm:num_preemptions", "vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
     result["metrics"] = {name: metrics.get(name) for name in names}
     return result
 
 
+def shared_places(expected: list[dict], given: list[tuple[list[int], list[float]]]) -> list[dict[int, float]]:
+    """Log-probabilities of tokens that both took, up to the first that differs; places as in `errors`."""
+    found = []
+    for row, (tokens, chosen) in zip(expected, given, strict=True):
+        parting = first_difference(row, tokens)
+        shared = chosen[: None if parting is None else parting["step"]]
+        found.append({row["prompt_tokens"] - 1 + step: value for step, value in enumerate(shared)})
+    return found
+
+
 def problems(part: str, result: dict) -> list[str]:
     """What is wrong with a part's result, in words."""
     found = []
-    for turn in (value for name, value in result.items() if name.startswith("turn")):
-        wide = [row for row in turn["differences"] if row["margin"] > WIDE]
+    for name, turn in result.items():
+        if not isinstance(turn, dict):
+            continue
+        wide = [row for row in turn.get("differences", []) if row["margin"] > WIDE]
         if wide:
-            found.append(f"{len(wide)} of {turn['prompts']} prompts leave transformers by a margin above {WIDE}")
-    if part == "arrivals" and not result["metrics"]["vllm:num_preemptions"]:
+            found.append(f"{name}: {len(wide)} of {turn['prompts']} prompts leave by a margin above {WIDE}")
+        if turn.get("mean_error", 0) > WORSE * turn.get("mean_error_of_transformers", 0):
+            error, theirs = turn["mean_error"], turn["mean_error_of_transformers"]
+            found.append(f"{name}: log-probabilities are {error:.4f} from fp32, those of transformers {theirs:.4f}")
+    if part == "preempted" and not result["metrics"]["vllm:num_preemptions"]:
         found.append("nothing was preempted")
     if part == "prefix" and not result["metrics"]["vllm:prefix_cache_hits"]:
         found.append("no prefix was found in the cache")
@@ -212,12 +385,14 @@ def run(part: str, folder: Path, output: Path, new_tokens: int, attention: str) 
     prompts = prompts_of(folder, config, new_tokens)
     started = time.perf_counter()
     if part == "reference":
-        result = reference(folder, prompts, new_tokens, attention)
+        result = reference(folder, prompts, new_tokens, attention, output)
     else:
+        from safetensors.torch import load_file
+
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine at a time
         serving.register()  # in this one process the package need not be installed
         expected = read_json(output)["parts"]["reference"]["result"]
-        result = served(folder, part, prompts, expected, config, new_tokens)
+        result = served(folder, part, prompts, expected, load_file(scores_file(output)), config, new_tokens)
     seconds = time.perf_counter() - started
     surroundings = environment()
     if part != "reference":
@@ -241,12 +416,13 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("model", type=Path, help="folder of a HydraHead checkpoint")
     parser.add_argument("parts", nargs="*", metavar="PART", help="default: all that the file does not hold")
+    parser.add_argument("--make", choices=SHAPES, help="make the model in FOLDER first, if there is none")
     parser.add_argument("--output", type=Path, default=Path("serving-gpu.json"), help="file of results")
     parser.add_argument("--new-tokens", type=int, default=32, help="of every continuation (default: 32)")
     parser.add_argument("--attention", default="sdpa", help="transformers' attention (default: sdpa)")
     parser.add_argument("--again", action="store_true", help="measure parts that the file holds already")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
     if unknown := set(options.parts) - PARTS.keys():
         parser.error(f"no part is called {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if options.here:
@@ -254,6 +430,9 @@ def main(words: list[str] | None = None) -> int:
         run(part, options.model, options.output, options.new_tokens, options.attention)
         return 0
     with one_line_errors():
+        if options.make and not (options.model / "config.json").exists():
+            with atomic_folder(options.model) as partial:
+                make_model(partial, options.make)
         made_from = {"weights": digest(options.model), "new_tokens": options.new_tokens}
         held = read_json(options.output) if options.output.exists() else {"made_from": made_from, "parts": {}}
         if held["made_from"] != made_from:
@@ -279,8 +458,14 @@ def main(words: list[str] | None = None) -> int:
             continue
         done = read_json(options.output)["parts"][part]
         wrong = [] if part == "reference" else problems(part, done["result"])
-        for turn in (value for name, value in done["result"].items() if name.startswith("turn")):
-            print(f"{part}: {turn['equal']} of {turn['prompts']} equal, widest margin {turn['widest_margin']:.3f}")
+        for name, turn in done["result"].items():
+            if name.startswith("turn"):
+                print(
+                    f"{part}, {name}: {turn['equal']} of {turn['prompts']} equal, margin {turn['widest_margin']:.3f}"
+                )
+            if isinstance(turn, dict) and "mean_error" in turn:
+                error, theirs = turn["mean_error"], turn["mean_error_of_transformers"]
+                print(f"{part}, {name}: {error:.5f} from fp32 in the mean, transformers in bf16 {theirs:.5f}")
         print(f"{part}: {done['seconds']:.0f} s" + "".join(f"; {each}" for each in wrong), flush=True)
         failed = failed or bool(wrong)
     return int(failed)

@@ -4,13 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from safetensors.torch import load_file
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from hydrahead import HydraHeadConfig
+from hydrahead import HydraHeadConfig, HydraHeadForCausalLM, ops_hydrahead
 from hydrahead.benchmarks import serving as benchmark
 from hydrahead.modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from hydrahead.ops_hydrahead import reference_chunk_gated_delta_rule
-from hydrahead.serving import VERSIONS, why_not_with
+from hydrahead.serving import RELEASE, why_not_with
 from hydrahead.serving.heads import (
     EMPTY,
     Pages,
@@ -225,9 +226,10 @@ def test_a_convolution_wider_than_vllms_is_refused():
 
 
 def test_other_versions_of_vllm_are_refused_in_one_line():
-    assert why_not_with(VERSIONS[0]) is None and why_not_with(f"{VERSIONS[0]}+cu129") is None
-    problem = why_not_with("0.33.0")
-    assert "0.33.0" in problem and VERSIONS[-1] in problem and "\n" not in problem
+    assert why_not_with(f"{RELEASE}.0") is None and why_not_with(f"{RELEASE}.1+cu129") is None
+    for other in ("0.33.0", "0.2.6", "1.26.0", "0.260.0"):
+        problem = why_not_with(other)
+        assert f"this is {other}" in problem and RELEASE in problem and "\n" not in problem
 
 
 def test_the_gpus_script_says_where_tokens_part_and_by_what_margin():
@@ -239,7 +241,38 @@ def test_the_gpus_script_says_where_tokens_part_and_by_what_margin():
     assert (close["step"], close["given"], close["margin"], close["is_bound"]) == (1, 6, 0.25, False)
     assert (far["step"], far["given"], far["margin"], far["is_bound"]) == (0, 7, 2.0, True)
     turn = {"turn 1": found, "metrics": {"vllm:num_preemptions": 0}}
-    assert [len(serving_gpu.problems(part, turn)) for part in ("eager", "arrivals")] == [1, 2]
+    assert [len(serving_gpu.problems(part, turn)) for part in ("eager", "preempted")] == [1, 2]
+
+
+def test_the_gpus_script_counts_errors_where_both_read_the_same():
+    expected = {"prompt_tokens": 2, "tokens": [4, 5], "best": [[4, 1], [5, 6]], "logits": [[3.0, 1.0], [2.0, 1.75]]}
+    given = [([4, 6], [-1.5, -9.0])]  # from the second token on it goes another way
+    places = serving_gpu.shared_places([expected], given)
+    assert places == [{1: -1.5}]
+    held = {"fp32.0": torch.tensor([-3.0, -1.0, -2.0]), "bf16.0": torch.tensor([-3.0, -1.25, -2.0])}
+    found = serving_gpu.errors(places, held)
+    assert (found["places"], found["mean_error"], found["mean_error_of_transformers"]) == (1, 0.5, 0.25)
+    assert not serving_gpu.problems("eager", {"read": found})  # twice the error of transformers, and no more
+    assert len(serving_gpu.problems("eager", {"read": serving_gpu.errors([{1: -1.51}], held)})) == 1
+
+
+@torch.no_grad()
+def test_the_gpus_script_makes_a_model_and_its_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(serving_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(ops_hydrahead, "chunk_gated_delta_rule", ops_hydrahead.chunk_gated_delta_rule)
+    folder, output = tmp_path / "model", tmp_path / "results.json"
+    serving_gpu.make_model(folder, "small")
+    config = HydraHeadConfig.from_pretrained(folder)
+    prompts = serving_gpu.prompts_of(folder, config, new_tokens=2)
+    assert [len(prompts["mixed"][0]), len(prompts["mixed"][-1])] == [16, 8192] and len(prompts["edges"]) == 8
+    found = serving_gpu.reference(folder, {"mixed": [[5] * 16, [7] * 40]}, 2, "sdpa", output)
+    held = load_file(serving_gpu.scores_file(output))
+    assert held["fp32.1"].shape == (41,)
+    # Beside padding and alone: the first token that is taken is the likeliest, and its probability is the one kept.
+    row = [7] * 40 + found["mixed"][1]["tokens"]
+    logits = HydraHeadForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor([row])).logits[0]
+    assert abs(logits.log_softmax(-1)[39, row[40]] - held["fp32.1"][39]) <= 1e-4
+    assert (held["bf16.1"] - held["fp32.1"]).abs().mean() < 0.5
 
 
 def test_the_benchmark_fills_the_cache_and_compares_what_both_models_have():
