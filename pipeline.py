@@ -30,13 +30,13 @@ from .convert.gguf_files import open_gguf
 from .convert.masks import Exchange, select_to_file
 from .convert.options import options_of
 from .convert.scoring.command import check_settings, score_to_folder
-from .convert.scoring.probes import check_length
 from .convert.scoring.scores import HeadScores
 from .convert.scoring.settings import ScoreSettings
 from .convert.selection import Masks
 from .convert.teachers import EMBEDDED_TEACHER, Teacher, open_teacher, public_name
 from .data.corpus import encode_corpus, load_corpus
 from .data.needles import make_niah, needle_text, ordinary_tokens
+from .data.ruler import check_lengths
 from .data.tokens import DataSection, check_source, find_files, is_local, open_source, read_documents
 from .evaluation.cells import check_report
 from .evaluation.evaluator import Settings, evaluate, text_needed
@@ -270,7 +270,7 @@ class Road:
                 raise ValueError(
                     f"data.heldout_tokens: {recipe.data.heldout_tokens:,}, evaluate.lengths needs {needed:,}"
                 )
-            check_length(self.teacher.tokenizer(), min(section.lengths))
+            check_lengths(self.teacher.tokenizer(), section.tasks, section.lengths)
             made = {"text_name": text_name(tokens), **settings.identity()}
             check_report(self.student, made, student_and_teacher(self.student, self.teacher, teacher.dtype))
 
@@ -417,7 +417,12 @@ def side_by_side(names: Sequence[str], dtype: str, trust_remote_code: bool = Fal
 
 
 def with_variants(models: Sequence[Model], rope_scaling: str | None, template: bool) -> list[Model]:
-    """After each model, it with RoPE scaled if it is no HydraHead, and asked in its chat template if it has one."""
+    """
+    After each model, it with RoPE scaled if it is no HydraHead, and asked in its chat template if it has one.
+
+    Raises:
+        ValueError: none of them is, or has one; one line.
+    """
     columns = []
     for model in models:
         columns.append(model)
@@ -426,6 +431,10 @@ def with_variants(models: Sequence[Model], rope_scaling: str | None, template: b
             columns[-1].config()  # what cannot be scaled is refused now
         if template and model.tokenizer().chat_template is not None:
             columns.append(replace(model, label=f"{model.label}, template", template=True))
+    if rope_scaling and not any(column.rope_scaling for column in columns):
+        raise ValueError(f"rope scaling {rope_scaling}: of students only, and they are not scaled: leave it out")
+    if template and not any(column.template for column in columns):
+        raise ValueError("template: none of these models has a chat template: leave it out")
     return columns
 
 

@@ -2,13 +2,13 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..files import is_gguf
+from ..files import is_gguf, read_json
 from ..hub.folder import check_student
 from .options import Dtype
 
@@ -72,8 +72,15 @@ def evaluate(
         raise ValueError("--output: a folder for the report is needed; only a lone student has one of its own")
     from ..evaluation.evaluator import SUITES, Settings
 
+    suites = SUITES if suite == "all" else tuple(suite.split(","))
+    own = {"--teacher": teacher, "--revision": revision, "--scores": scores}
+    _check_use(student is not None, "a lone student", own)
+    _check_use(student is None, "models side by side", {"--trust-remote-code": trust_remote_code})
+    _check_use("needles" in suites, "the suite needles", {"--tasks": tasks})
+    _check_use("lm-eval" in suites, "the suite lm-eval", {"--harness-tasks": harness_tasks})
+    _check_use(suites != ("text",), "the suites needles and lm-eval", {"--batch-tokens": batch_tokens})
     settings = Settings(
-        suites=SUITES if suite == "all" else tuple(suite.split(",")),
+        suites=suites,
         **({"tasks": tasks} if tasks else {}),
         lengths=lengths,
         prompts=prompts,
@@ -134,7 +141,14 @@ def _check_models(names: Sequence[str]) -> None:
 
 def _is_student(folder: Path) -> bool:
     file = folder / "config.json"
-    return file.is_file() and '"model_type": "hydrahead"' in file.read_text(encoding="utf-8")
+    return file.is_file() and read_json(file).get("model_type") == "hydrahead"
+
+
+def _check_use(is_used: bool, what: str, options: Mapping[str, object]) -> None:
+    """Options that would be passed over in silence are refused instead."""
+    for name, value in options.items():
+        if value and not is_used:
+            raise ValueError(f"{name} is for {what}: leave it out")
 
 
 LICENSE = Annotated[

@@ -21,6 +21,10 @@ NOUNS = (  # noqa: SIM905
 ).split()
 
 
+class TooShort(ValueError):
+    """A length that has no room for what a prompt holds beside text."""
+
+
 @dataclass(frozen=True)
 class NiahSample:
     """
@@ -138,18 +142,19 @@ def hide_needles(
         Exactly `length` ids; the needles' spans; their values' spans (see `NiahSample`).
 
     Raises:
-        ValueError: `length` is too short for header and needles, or the haystack too short for `length`.
+        TooShort: `length` has no room for header and needles.
+        ValueError: the haystack is too short for `length`.
     """
     head = tokenizer(header).input_ids if header else []
     pieces = [encode_needle(tokenizer, key, value, kind) for key, value in needles]
     room = length - len(head) - sum(len(piece[0]) for piece in pieces)
-    window = _haystack_window(haystack_ids, room, length, rng)
+    window = _haystack_window(haystack_ids, room, rng)
     # A needle stands on its own line: after a line end where the text has enough of them, else after one of its own.
     depths = np.flatnonzero(_ends_line(tokenizer)[window[:-1]]) + 1 if room else np.empty(0, dtype=np.int64)
     line_end: list[int] = []
     if len(depths) < len(pieces):
         line_end = tokenizer("\n", add_special_tokens=False).input_ids
-        window = _haystack_window(window, room - len(line_end) * len(pieces), length, rng)
+        window = _haystack_window(window, room - len(line_end) * len(pieces), rng)
         depths = np.arange(len(window) + 1)
     if place is None:
         cuts = np.sort(rng.choice(depths, size=len(pieces), replace=len(depths) < len(pieces)))
@@ -202,7 +207,8 @@ def make_niah(
             stand at random depths.
 
     Raises:
-        ValueError: a count below 1, more queries than keys, a length too short for the needles, or a short haystack.
+        TooShort: `length` has no room for header, needles, question and answer.
+        ValueError: a count below 1, more queries than keys, or a haystack too short for `length`.
     """
     if min(num_keys, num_queries, num_values) < 1 or num_queries > num_keys:
         raise ValueError(
@@ -246,9 +252,9 @@ def least_length(tokenizer, num_keys: int) -> int:
     return header + num_keys * (needle + longest(["\n"])) + question
 
 
-def _haystack_window(haystack_ids: Sequence[int], room: int, length: int, rng: np.random.Generator) -> np.ndarray:
+def _haystack_window(haystack_ids: Sequence[int], room: int, rng: np.random.Generator) -> np.ndarray:
     if room < 0:
-        raise ValueError(f"{length} tokens are {-room} too few for the header, the needles and the question")
+        raise TooShort(f"{-room} tokens too few for the header, the needles and the question")
     if len(haystack_ids) < room:
         raise ValueError(f"the haystack has {len(haystack_ids)} tokens, this length needs {room} of it")
     start = int(rng.integers(len(haystack_ids) - room + 1))

@@ -12,6 +12,7 @@ from .needles import (
     ADJECTIVES,
     NOUNS,
     VALUES,
+    TooShort,
     answer_text,
     draw_keys,
     header_text,
@@ -104,11 +105,30 @@ def make_prompts(haystack: Haystack, task: str, length: int, count: int, seed: i
             random ones. For tasks that have a depth.
 
     Raises:
-        ValueError: the length is too short for the task, or the text for the length.
+        TooShort: the length has no room for a prompt of this task.
+        ValueError: the text is too short for the length.
     """
     row = TASKS[task]
     chosen = [(index % depths + 0.5) / depths if depths and row.has_depth else None for index in range(count)]
     return [row.make(haystack, length, seed + index, depth) for index, depth in enumerate(chosen)]
+
+
+def check_lengths(tokenizer, tasks: Sequence[str], lengths: Sequence[int]) -> None:
+    """
+    Check, before any text is read, that prompts of some tasks have room in some lengths.
+
+    Raises:
+        ValueError: one has not; says which, and what is missing.
+    """
+    shortest = min(lengths)
+    words = Haystack(tokenizer, tokenizer(" ".join((*ADJECTIVES, *NOUNS)), add_special_tokens=False).input_ids)
+    for task in tasks if shortest < SHORT else ():  # which have room for all
+        try:
+            make_prompts(words, task, shortest, 1, seed=0)
+        except TooShort as error:
+            raise ValueError(f"length {shortest}: no room for a prompt of {task}: {error}") from None
+        except ValueError:  # more text is needed than these words: there is room
+            pass
 
 
 def _niah_in_text(haystack: Haystack, length: int, seed: int, depth: float | None, **form) -> Prompt:
@@ -140,7 +160,7 @@ def _niah_in_lines(
     needle = tokenizer(needle_text(key, value, kind) + "\n", add_special_tokens=False).input_ids
     room = length - len(head) - len(tail) - len(needle) - haystack.count(answer_text([value]))
     if room < 0:
-        raise ValueError(f"{length} tokens are {-room} too few for the header, the needle and the question")
+        raise TooShort(f"{-room} tokens too few for the header, the needle and the question")
     if distractors:
         count = 2 * room // len(needle)  # more than fit
         every = len(ADJECTIVES) * len(NOUNS)
@@ -186,7 +206,7 @@ def _fitted(haystack: Haystack, length: int, seed: int, _depth: None, *, write: 
     while parts >= fewest and tokens(parts) > length:
         parts -= max(1, parts // 100)
     if parts < fewest:
-        raise ValueError(f"{length} tokens are too few for this task, which needs {least}")
+        raise TooShort(f"{least - length} tokens too few for this task")
     context, question, prefix, answers = written(parts)
     ids = haystack.tokenizer(context + question + prefix, verbose=False).input_ids
     return Prompt(ids, question + prefix, prefix, answers)

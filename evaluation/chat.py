@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..console import printable
 from ..data.corpus import encode_corpus, load_corpus
+from ..data.needles import TooShort
 from ..data.ruler import Haystack, make_prompts
 from ..kernels import use_tuned_kernels
 from .conversation import Conversation, Turn
@@ -111,7 +112,10 @@ class Room:
         length, seed = int(given), FIRST_SEED + self._needles
         with self.screen.waiting("hiding a needle"):
             ids = np.resize(self.haystack.ids, max(length, len(self.haystack.ids)))  # a longer text says it again
-            (prompt,) = make_prompts(Haystack(conversation.tokenizer, ids), NEEDLE, length, 1, seed)
+            try:
+                (prompt,) = make_prompts(Haystack(conversation.tokenizer, ids), NEEDLE, length, 1, seed)
+            except TooShort as error:
+                raise ValueError(f"/needle {length}: {error}") from None
         self._needles += 1
         (number,) = prompt.answers
         self.screen.note(f"{number} is hidden at {prompt.depth:.0%} of {length:,} tokens of Python's library")

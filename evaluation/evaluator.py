@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel
 
 from ..console import progress
-from ..data.ruler import NEEDLES, TASKS, Haystack, Prompt, make_prompts
+from ..data.ruler import NEEDLES, TASKS, Haystack, Prompt, check_lengths, make_prompts
 from ..kernels import use_tuned_kernels
 from ..provenance import environment
 from . import harness
@@ -105,8 +105,11 @@ def evaluate(
         heads: what is known of a student's heads, see `evaluation/report.py`; by default what it knows already.
 
     Raises:
-        ValueError: the folder holds a report made otherwise; one line, before anything is measured.
+        ValueError: the folder holds a report made otherwise, or a length has no room for the prompts of a task; one
+            line, before anything is measured.
     """
+    if "needles" in settings.suites and settings.lengths:
+        check_lengths(models[0].tokenizer(), settings.tasks, settings.lengths)
     if "lm-eval" in settings.suites:
         harness.check_installed()
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

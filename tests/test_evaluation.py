@@ -389,6 +389,13 @@ def test_two_processes_share_the_samples_of_every_cell(finished, folders, texts,
         (["demo", "--output", "out", "--rope-scaling", "yarn"], "rope scaling yarn: expected KIND:FACTOR"),
         (["demo", "--output", "out", "--text", "none.txt"], "data: none.txt: no such file or folder of .txt"),
         (["demo", "--output", "out", "--scores", "none.json"], "none.json: no such file"),
+        (["demo", "--output", "out", "--lengths", "5"], "length 5: no room for a prompt of niah_single_1: "),
+        (["demo", "--output", "out", "--teacher", "demo"], "--teacher is for a lone student: leave it out"),
+        (["demo", "--output", "out", "--revision", "v1"], "--revision is for a lone student"),
+        (["demo", "--output", "out", "--suite", "text", "--tasks", "vt"], "--tasks is for the suite needles"),
+        (["demo", "--output", "out", "--suite", "text", "--batch-tokens", "9"], "--batch-tokens is for the suite"),
+        (["demo", "--output", "out", "--harness-tasks", "general"], "--harness-tasks is for the suite lm-eval"),
+        (["demo", "--output", "out", "--template"], "template: none of these models has a chat template"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(words, line, tmp_path, monkeypatch):
@@ -396,6 +403,24 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(words, line, tmp_path, 
     result = CliRunner().invoke(app, ["evaluate", *words])
     assert result.exit_code == 1 and result.stderr.startswith(f"hydrahead: {line}"), result.stderr
     assert result.stderr.strip().count("\n") == 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--trust-remote-code"], "--trust-remote-code is for models side by side: leave it out"),
+        (["--output", "out", "--rope-scaling", "yarn:2"], "rope scaling yarn:2: of students only"),
+    ],
+)
+def test_what_is_nothing_to_a_student_is_refused_in_one_line(words, line, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student = shutil.copytree(folders[1], "student")
+    config = json.dumps(json.loads(Path("student/config.json").read_text()), separators=(",", ":"))
+    Path("student/config.json").write_text(config)
+    names = [student] if "--output" not in words else [student, folders[1]]
+    result = CliRunner().invoke(app, ["evaluate", *names, *words])
+    assert result.exit_code == 1 and result.stderr.startswith(f"hydrahead: {line}"), result.stderr
+    assert not Path("out").exists()
 
 
 def test_the_command_compares_models_on_a_folder_of_texts_with_variants_of_each(folders, texts, tokenizer, tmp_path):

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hydrahead.data import mixture
 from hydrahead.data.corpus import encode_corpus, load_corpus
-from hydrahead.data.needles import make_niah
+from hydrahead.data.needles import TooShort, make_niah
 from hydrahead.evaluation.needles import answer, score
 
 TEACHER = Path(mixture.__file__).parents[1] / "demo" / "teacher"
@@ -62,7 +62,7 @@ def test_the_seed_decides_the_sample(tokenizer, haystack):
 
 
 def test_impossible_prompts_are_refused(tokenizer, haystack):
-    with pytest.raises(ValueError, match="too few for the header"):
+    with pytest.raises(TooShort, match="too few for the header"):
         make_niah(tokenizer, haystack, 120, num_keys=8, seed=0)
     with pytest.raises(ValueError, match="the haystack has 100 tokens"):
         make_niah(tokenizer, haystack[:100], 500, seed=0)

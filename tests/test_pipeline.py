@@ -207,6 +207,7 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
         ("output=nowhere align=null", "align/head_forms.safetensors: no such file"),
         ("score=null", "the recipe has a section select and no section score"),
         ("score.length=100", "length 100 is too short"),
+        ("evaluate.lengths=[5]", "length 5: no room for a prompt of "),
         ("evaluate.lengths=[4096]", "data.heldout_tokens: 1,024, evaluate.lengths needs 8,193"),
         ("launch=nowhere.yaml", "launch: nowhere.yaml: no such file, nor one of ddp, fsdp2, ddp_cpu"),
     ],

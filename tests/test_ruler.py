@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.data.corpus import encode_corpus, load_corpus
-from hydrahead.data.needles import make_niah
-from hydrahead.data.ruler import NEEDLES, TASKS, Haystack, make_prompts
+from hydrahead.data.needles import TooShort, make_niah
+from hydrahead.data.ruler import NEEDLES, TASKS, Haystack, check_lengths, make_prompts
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +73,22 @@ def test_the_words_asked_for_are_the_most_frequent(haystack, task, count):
 
 
 def test_what_cannot_be_made_is_refused_in_one_line(haystack):
-    with pytest.raises(ValueError, match=r"^500 tokens are too few for this task, which needs \d+$"):
+    with pytest.raises(TooShort, match=r"^\d+ tokens too few for this task$"):
         make_prompts(haystack, "vt", 500, 1, seed=0)
     with pytest.raises(ValueError, match=r"^the text has \d+ different words, common words at this length need \d+$"):
         make_prompts(Haystack(haystack.tokenizer, haystack.ids[:2000]), "cwe", 3000, 1, seed=0)
-    with pytest.raises(ValueError, match="too few for the header"):
+    with pytest.raises(TooShort, match="too few for the header"):
         make_prompts(haystack, "niah_multikey_3", 90, 1, seed=0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_length_without_room_for_a_task_is_known_before_there_is_a_text(haystack, task):
+    for length in (1, 5, 60):
+        with pytest.raises(ValueError, match=rf"^length {length}: no room for a prompt of {task}: \d+ tokens too few"):
+            check_lengths(haystack.tokenizer, [task], (4096, length))
+    check_lengths(haystack.tokenizer, [task], (1600, 4096))
+    with pytest.raises(TooShort):
+        make_prompts(haystack, task, 60, 1, seed=0)
 
 
 @pytest.mark.parametrize("task", ["niah_single_2", "niah_multikey_1", "niah_multikey_2"])
