@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ from transformers.utils import hub as transformers_hub
 from typer.testing import CliRunner
 
 from hydrahead.cli import app
-from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.tests.hub_server import TOKEN, Hub, running_hub
+from hydrahead.tests.workshop import write_short_teacher
 
 PAGE = (Path(__file__).parents[1] / "docs" / "convert.md").read_text()
 LINES = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S) for line in block.splitlines()]
@@ -75,7 +74,7 @@ def hub(tmp_path, monkeypatch) -> Hub:
 @pytest.mark.slow
 def test_the_pages_commands_lead_from_the_teacher_to_a_hybrid_on_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(EMBEDDED_TEACHER, "Qwen/Qwen3-1.7B")  # a folder of that name comes before the Hub
+    write_short_teacher(Path("Qwen/Qwen3-1.7B"))  # a folder of that name comes before the Hub
     words = ["amber", "basket", "candle", "desert", "engine", "falcon", "garden", "harbor", "island", "jacket"]
     Path("text.txt").write_text(" ".join(words[(step * step // 7) % 10] for step in range(8000)))
     done = []

@@ -247,7 +247,7 @@ def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, nu
     launch = ["--config_file", str(file), "--main_process_port", *free_ports(1), "-m", "hydrahead.training.align"]
     words = "import sys; from hydrahead.pipeline import launch_stage; launch_stage(sys.argv[1:])"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    launched = [sys.executable, "-c", words, *launch, *arguments, "align.tokens=25600"]
+    launched = [sys.executable, "-c", words, *launch, *arguments, "align.tokens=10240"]
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(launched, env=environment, stderr=log)
     while not recorded(out / "align"):
@@ -257,9 +257,9 @@ def test_a_launched_stage_that_is_stopped_saves_itself_and_goes_on(processes, nu
     assert process.wait() == 128 + number
     (checkpoint,) = Checkpoints(out / "align", 1).all()
     done = len(metrics_of(out / "align"))
-    assert checkpoint.name == f"checkpoint-{done}" and done < 100
-    finish_stage("align", [*arguments, "align.tokens=25600"], processes=3 - processes)
-    assert [line["step"] for line in metrics_of(out / "align")] == list(range(100))
+    assert checkpoint.name == f"checkpoint-{done}" and done < 40
+    finish_stage("align", [*arguments, "align.tokens=10240"], processes=3 - processes)
+    assert [line["step"] for line in metrics_of(out / "align")] == list(range(40))
 
 
 def test_a_signal_that_arrives_twice_is_one_and_a_later_one_interrupts(monkeypatch, heard_signals):

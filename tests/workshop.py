@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +153,8 @@ def write_short_teacher(folder: Path, layers: int = 2) -> Path:
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_TEACHER)
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers, model.config.layer_types = layers, model.config.layer_types[:layers]
+    shutil.copytree(EMBEDDED_TEACHER, folder)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(EMBEDDED_TEACHER).save_pretrained(folder)
     return folder
 
 
