@@ -9,7 +9,8 @@ Qwen3-1.7B's shape: vLLM's own Qwen3, and a hybrid of an eighth of its KV groups
 steps in which every sequence gets one token and no prompt is read; what it took to read the prompts stands beside it.
 
 Each model runs in a process of its own, which starts vLLM once, and begins no cell that `--minutes` have no room for:
-the next call does what is left. Every cell is written as soon as it is measured.
+the next call does what is left. Every cell is written as soon as it is measured; calls on several GPUs
+(`CUDA_VISIBLE_DEVICES`) may share the file.
 """
 
 import argparse
@@ -77,10 +78,11 @@ def run_cell(llm, length: int, count: int) -> dict:
         output_kind=RequestOutputKind.DELTA,
     )
     vocabulary = llm.model_config.get_vocab_size()
-    started, names = time.perf_counter(), []
-    for index in range(count):
-        prompt = TokensPrompt(prompt_token_ids=ids.integers(0, vocabulary, length).tolist())
-        names.append(engine.add_request(f"{length}-{count}-{index}", prompt, options))
+    names = [f"{length}-{count}-{index}" for index in range(count)]
+    prompts = [TokensPrompt(prompt_token_ids=ids.integers(0, vocabulary, length).tolist()) for _ in names]
+    started = time.perf_counter()
+    for name, prompt in zip(names, prompts):
+        engine.add_request(name, prompt, options)
     begun, first = set(), None
     while len(begun) < count:
         begun |= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
@@ -94,7 +96,7 @@ def run_cell(llm, length: int, count: int) -> dict:
         outputs = engine.step()
         seconds.append(time.perf_counter() - before)
         given += sum(len(output.outputs[0].token_ids) for output in outputs)
-    engine.abort_request([f"{length}-{count}-{index}" for index in range(count)])
+    engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
     return {
@@ -110,12 +112,24 @@ def run_cell(llm, length: int, count: int) -> dict:
     }
 
 
-def start(model: str | Path, **options):
-    """vLLM in this process."""
+def prepare_vllm(architecture: str) -> None:
+    """Sets vLLM up to run all of itself, and a model of this architecture, in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine at a time
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    # Greedy tokens need no sampler of FlashInfer's, and vLLM imports the package only for this.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    from vllm import ModelRegistry
+
     from hydrahead import serving
 
     serving.register()  # in this one process the package need not be installed
+    # As a class: of a name vLLM learns what kind of model it is in another process, which imports everything again.
+    ModelRegistry.register_model(architecture, ModelRegistry.models[architecture].load_model_cls())
+
+
+def start(model: str | Path, architecture: str, **options):
+    """vLLM in this process."""
+    prepare_vllm(architecture)
     from vllm import LLM
 
     return LLM(str(model), dtype="bfloat16", max_num_seqs=MOST, enable_prefix_caching=False, **options)
@@ -135,31 +149,37 @@ def measure(name: str, todo: list[tuple[str, int]], output: Path, deadline: floa
     config, started = config_of(name), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        llm = start(
-            folder,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            max_model_len=max(length for _, length in todo) + SPARE,
-            max_num_batched_tokens=16 * K,
-            gpu_memory_utilization=0.9,
-        )
-    start_seconds, last = time.perf_counter() - started, 0.0
-    cache = llm.llm_engine.vllm_config.cache_config
-    run_cell(llm, 2 * K, 1)  # kernels compile, or are tuned
+        longest = max(length for _, length in todo) + SPARE
+        options = {"max_model_len": longest, "max_num_batched_tokens": 16 * K, "gpu_memory_utilization": 0.9}
+        llm = start(folder, config.architectures[0], skip_tokenizer_init=True, load_format="dummy", **options)
+    of_all = {
+        "options": options | {"max_num_seqs": MOST},
+        "start_seconds": time.perf_counter() - started,
+        "num_gpu_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
+        # vLLM has two, and gives a model with states the older one.
+        "model_runner": 2 if llm.llm_engine.vllm_config.use_v2_model_runner else 1,
+    }
+    print(f"{name}: started in {of_all['start_seconds']:.0f} s", flush=True)
+    block = llm.llm_engine.vllm_config.cache_config.block_size
+    for _ in range(2):  # kernels compile, or are tuned; then how fast prompts are read
+        row = run_cell(llm, 2 * K, 1)
     for kind, length in todo:
-        if time.time() + last > deadline:
+        count = 1 if kind == "one" else room_for(config, of_all["num_gpu_blocks"], length + SPARE, block)
+        if count == 0:
+            print(f"{name}: the cache has no room for {length} tokens", flush=True)
+            continue
+        if time.time() + count * length / row["prompt_tokens_per_second"] > deadline:
             print(f"{name}: the time is up before {kind} {length}", flush=True)
             return
         before = time.perf_counter()
-        count = 1 if kind == "one" else room_for(config, cache.num_gpu_blocks, length + SPARE, cache.block_size)
         row = run_cell(llm, length, count)
-        last = time.perf_counter() - before
-        row |= {"seconds": last, "start_seconds": start_seconds, "num_gpu_blocks": cache.num_gpu_blocks}
-        row["environment"] = surroundings()
-        held = read_json(output)
-        held["cells"][f"{name} {kind} {length}"] = row
-        write(output, held)
-        print(f"{name} {kind} {length}: {row['ms_per_token']:.2f} ms, {row['tokens_per_second']:.0f} tokens/s")
+        row |= of_all | {"seconds": time.perf_counter() - before, "environment": surroundings()}
+        keep(output, f"{name} {kind} {length}", row)
+        print(
+            f"{name} {kind} {length}: {count} at a time, {row['ms_per_token']:.2f} ms a token, "
+            f"{row['tokens_per_second']:.0f} tokens/s, prompts read in {row['prompts_read_seconds']:.1f} s",
+            flush=True,
+        )
 
 
 def needles(model: Path, length: int, output: Path) -> None:
@@ -174,7 +194,7 @@ def needles(model: Path, length: int, output: Path) -> None:
     text = "\n".join(file.read_text() for file in sorted((FOLDER.parent / "docs").glob("*.md")))
     haystack = Haystack(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     prompts = make_prompts(haystack, NEEDLES["task"], length, NEEDLES["count"], FIRST_SEED)
-    llm = start(model, max_model_len=length + 256, gpu_memory_utilization=0.8)
+    llm = start(model, "HydraHeadForCausalLM", max_model_len=length + 256, gpu_memory_utilization=0.8)
     options = SamplingParams(temperature=0.0, max_tokens=TASKS[NEEDLES["task"]].new_tokens)
     outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt.input_ids) for prompt in prompts], options)
     answers = [output.outputs[0].text for output in outputs]
@@ -186,15 +206,13 @@ def needles(model: Path, length: int, output: Path) -> None:
         "seconds": time.perf_counter() - started,
         "environment": surroundings(),
     }
-    held = read_json(output)
-    held["cells"][f"needles {model.name} {length}"] = row
-    write(output, held)
+    keep(output, f"needles {model.name} {length}", row)
     print(f"needles at {length} tokens: {row['score']:.2f}")
 
 
-def summary(held: dict) -> list[str]:
+def summary(rows: dict) -> list[str]:
     """Hybrid against teacher, where both were measured on one kind of GPU."""
-    lines, rows = [], held["cells"]
+    lines = []
     for kind, length in cells(list(LENGTHS), []):
         pair = [rows.get(f"{name} {kind} {length}") for name in MODELS]
         if None in pair or len({row["environment"]["hardware"] for row in pair}) > 1:
@@ -207,9 +225,23 @@ def summary(held: dict) -> list[str]:
     return lines
 
 
-def write(output: Path, held: dict) -> None:
-    with atomic_file(output) as partial:
-        partial.write_text(json.dumps(held, indent=1) + "\n")
+def keep(output: Path, cell: str, row: dict) -> None:
+    """Adds a cell to the file of results, which processes on other GPUs may be writing too."""
+    import fcntl
+
+    folder = os.open(output.absolute().parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        held = cells_in(output)
+        held[cell] = row
+        with atomic_file(output) as partial:
+            partial.write_text(json.dumps({"cells": held}, indent=1) + "\n")
+    finally:
+        os.close(folder)
+
+
+def cells_in(output: Path) -> dict:
+    return read_json(output)["cells"] if output.exists() else {}
 
 
 def number(text: str) -> int:
@@ -237,7 +269,9 @@ def main(words: list[str] | None = None) -> int:
     if "needles" in what and (options.model is None or len(options.tokens) != 1):
         parser.error("needles need --model FOLDER and the length of one prompt, --tokens 1K")
     with one_line_errors():
-        held = read_json(options.output) if options.output.exists() else {"cells": {}}
+        held = cells_in(options.output)
+        if not options.output.absolute().parent.is_dir():
+            raise ValueError(f"{options.output}: there is no such folder; make it, or give another --output")
     deadline, failed = time.time() + 60 * options.minutes, False
     if options.here and what == ["needles"]:
         needles(options.model, options.tokens[0], options.output)
@@ -246,16 +280,14 @@ def main(words: list[str] | None = None) -> int:
     for name in what:
         todo = [] if name == "needles" else wanted
         if not options.again:
-            todo = [cell for cell in todo if f"{name} {cell[0]} {cell[1]}" not in held["cells"]]
+            todo = [cell for cell in todo if f"{name} {cell[0]} {cell[1]}" not in held]
         if options.here:
             measure(name, todo, options.output, deadline)
         elif todo or name == "needles":
-            write(options.output, held)
             print(f"{name}: at most {options.minutes:g} minutes", flush=True)
             failed |= bool(subprocess.run([sys.executable, __file__, name, *passed_on(options), "--here"]).returncode)
-            held = read_json(options.output)
     if not options.here:
-        print("\n".join(summary(held)))
+        print("\n".join(summary(cells_in(options.output))))
     return int(failed)
 
 

@@ -14,13 +14,13 @@ A part fails where a margin is wide, or where its error is more than twice that 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+from hydrahead.benchmarks.serving import prepare_vllm
 from hydrahead.console import one_line_errors
 from hydrahead.files import atomic_file, atomic_folder, read_json
 from hydrahead.provenance import digest, environment
@@ -379,7 +379,7 @@ def problems(part: str, result: dict) -> list[str]:
 
 def run(part: str, folder: Path, output: Path, new_tokens: int, attention: str) -> None:
     """One part, in this process, into the file of results."""
-    from hydrahead import HydraHeadConfig, serving
+    from hydrahead import HydraHeadConfig
 
     config = HydraHeadConfig.from_pretrained(folder)
     prompts = prompts_of(folder, config, new_tokens)
@@ -389,8 +389,7 @@ def run(part: str, folder: Path, output: Path, new_tokens: int, attention: str) 
     else:
         from safetensors.torch import load_file
 
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one step of the engine at a time
-        serving.register()  # in this one process the package need not be installed
+        prepare_vllm("HydraHeadForCausalLM")
         expected = read_json(output)["parts"]["reference"]["result"]
         result = served(folder, part, prompts, expected, load_file(scores_file(output)), config, new_tokens)
     seconds = time.perf_counter() - started

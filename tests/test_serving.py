@@ -281,4 +281,4 @@ def test_the_benchmark_fills_the_cache_and_compares_what_both_models_have():
     assert benchmark.room_for(config, 1 + 7 * 6, 8192, block_size=16) == 7
     row = {"environment": {"hardware": "a GPU"}, "ms_per_token": 4.0, "tokens_per_second": 100.0}
     rows = {"teacher full 8192": row, "hybrid full 8192": row | {"tokens_per_second": 250.0}, "hybrid one 2048": row}
-    assert benchmark.summary({"cells": rows}) == ["full 8192: tokens_per_second 100.00 and 250.00, 2.50×"]
+    assert benchmark.summary(rows) == ["full 8192: tokens_per_second 100.00 and 250.00, 2.50×"]

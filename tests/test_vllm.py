@@ -6,6 +6,7 @@ Runs where vLLM can be imported; `serving_gpu.py` is for machines where it can r
 # ruff: noqa: E402 (what vLLM takes itself for is said before it is imported)
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from hydrahead import HydraHeadConfig, serving
+from hydrahead.benchmarks import serving as benchmark
+from hydrahead.files import read_json
 from hydrahead.ops_hydrahead import reference_recurrent_gated_delta_rule
 from hydrahead.serving.heads import Pages, served_kv_heads
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, VOCAB, make_student, random_ids
@@ -62,6 +65,62 @@ def test_the_architecture_is_registered_as_a_hybrid_model(tmp_path):
     make_student().save_pretrained(tmp_path)
     model = ModelConfig(model=str(tmp_path), dtype="bfloat16", skip_tokenizer_init=True, max_model_len=64)
     assert model.is_hybrid and model.has_inner_state and isinstance(model.hf_config, HydraHeadConfig)
+
+
+def test_in_one_process_the_model_is_known_by_its_class(monkeypatch):
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "VLLM_USE_FLASHINFER_SAMPLER"):
+        monkeypatch.setenv(name, "1")  # to be as they were after the test
+    for architecture in ("HydraHeadForCausalLM", "Qwen3ForCausalLM"):
+        monkeypatch.setitem(ModelRegistry.models, architecture, ModelRegistry.models[architecture])
+        benchmark.prepare_vllm(architecture)
+        assert ModelRegistry.models[architecture].model_cls.__name__ == architecture
+
+
+class Engine:
+    """Reads a prompt in every step and gives every sequence that it has read a token, a step late as vLLM does."""
+
+    def __init__(self):
+        self.waiting, self.running, self.late = [], [], []
+        cache = SimpleNamespace(num_gpu_blocks=100, block_size=16)
+        self.vllm_config = SimpleNamespace(cache_config=cache, use_v2_model_runner=False)
+
+    def add_request(self, name, prompt, options):
+        self.waiting.append(name)
+
+    def abort_request(self, names):
+        self.running = [name for name in self.running if name not in names]
+
+    def has_unfinished_requests(self):
+        return bool(self.waiting or self.running)
+
+    def step(self):
+        outputs, self.running = self.late, self.running + self.waiting[:1]
+        del self.waiting[:1]
+        token = SimpleNamespace(token_ids=[0])
+        self.late = [SimpleNamespace(request_id=name, outputs=[token]) for name in self.running]
+        return outputs
+
+
+def test_the_benchmark_measures_cell_by_cell_and_goes_on_where_it_ended(tmp_path, monkeypatch):
+    output, started = tmp_path / "results.json", []
+
+    def start(folder, architecture, **options):
+        assert HydraHeadConfig.from_pretrained(folder).architectures == [architecture]
+        started.append(options["max_model_len"])
+        return SimpleNamespace(llm_engine=Engine(), model_config=SimpleNamespace(get_vocab_size=lambda: 99))
+
+    monkeypatch.setattr(benchmark, "start", start)
+    words = ["hybrid", "--here", "--output", str(output), "--tokens", "2K", "8K"]
+    benchmark.main([*words, "--minutes", "0"])
+    assert not output.exists()
+    benchmark.main([*words, "--kind", "one"])
+    benchmark.main(words)  # what is left
+    rows = read_json(output)["cells"]
+    assert list(rows) == ["hybrid one 2048", "hybrid one 8192", "hybrid full 8192"]
+    row = rows["hybrid full 8192"]
+    # A state and seven pages of 1,920 tokens for a prompt of 8K and 4K more, of 99 pages.
+    assert row["sequences"] == 99 // 8 and row["tokens_given"] == row["sequences"] * row["steps"]
+    assert started == [12288] * 3 and row["options"]["max_model_len"] == 12288 and row["model_runner"] == 1
 
 
 class Convolution:
