@@ -185,7 +185,7 @@ def check_free(folder: str | Path, overwrite: bool = False) -> None:
     """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ValueError(f"{folder}: not empty; choose another folder or pass overwrite")
+        raise ValueError(f"{folder}: not empty; choose another folder, or --overwrite")
     check_writable(folder)
 
 

@@ -128,6 +128,8 @@ def chat(
 
 def _check_models(names: Sequence[str]) -> None:
     """What is no folder or GGUF file and cannot be a Hub id."""
+    from ..hub.metadata import is_hub_id
+
     for name in names:
         if is_gguf(name):
             if not Path(name).is_file():
@@ -135,7 +137,7 @@ def _check_models(names: Sequence[str]) -> None:
             continue
         if name == "demo" or (Path(name) / "config.json").is_file():
             continue
-        if Path(name).exists() or "/" not in name or name.startswith((".", "/")):
+        if Path(name).exists() or not is_hub_id(name.partition("@")[0]):
             raise ValueError(f"{name}: no model there (no config.json), and no Hub id (OWNER/NAME)")
 
 

@@ -65,8 +65,12 @@ def heads_section(facts: Facts) -> list[str]:
     words = f"**Never probed:** {', '.join(map(escaped, [*missing, 'whatever else the teacher can do']))}. "
     words += "What no probe asked for may have lost its heads without anybody noticing."
     without = sum(not _speaks(scored["scores"][layer][head]) for layer, head in heads)
-    words += f" **Without evidence:** {without} of the {len(heads)} chosen heads score 0 or less: nothing that was"
-    parts += [f"{words} measured speaks for them."]
+    if without:
+        words += f" **Without evidence:** {without} of the {len(heads)} chosen heads score 0 or less: nothing that was"
+        words += " measured speaks for them."
+    else:
+        words += f" All {len(heads)} chosen heads score above 0."
+    parts += [words]
     parts += [line for line in [_stability(scored)] if line]
     parts += [f"![{words}]({name})" for name, words in pictures(facts).items() if name != "head_map.png"]
     if scored.get("warnings"):

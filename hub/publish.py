@@ -93,19 +93,21 @@ def publish(
     if dry_run:
         return
     check_access(repository)
+    api = HfApi()
+    with one_line(repository):
+        commit = tagged = tagged_commit(api, repository, tag) if tag else None
+        if tagged is None:
+            make_repository(api, repository, private)
     if is_edited(folder):
         say(f"{CARD} was edited: it goes as it is")
-    else:
+    else:  # now that there is what the card names
         state(folder, repository=repository, revision=tag or "main")
         write_card(folder)
         files = check_folder(folder)
     with one_line(repository):
         ModelCard.load(folder / CARD).validate()
-        api = HfApi()
-        tagged = tagged_commit(api, repository, tag) if tag else None
-        commit = tagged
         if commit is None:
-            commit = upload(api, folder, list(files), repository, private)
+            commit = upload(api, folder, list(files), repository)
             say(f"uploaded: {commit}")
         left = verify(api, folder, repository, commit, tag if tagged else None)
         say(f"checksums of {len(files)} files agree" + (f"; was there before: {', '.join(left)}" if left else ""))
@@ -199,12 +201,9 @@ def tagged_commit(api: HfApi, repository: str, tag: str) -> str | None:
     return next((ref.target_commit for ref in refs.tags if ref.name == tag), None)
 
 
-def upload(api: HfApi, folder: Path, files: list[str], repository: str, private: bool) -> str:
+def make_repository(api: HfApi, repository: str, private: bool) -> None:
     """
-    Make the repository where it is not there yet, and upload what it has not got of some files.
-
-    Returns:
-        the commit that holds all of it.
+    Make a repository where it is not there yet.
 
     Raises:
         ValueError: it is to be private, and is there and public.
@@ -212,6 +211,10 @@ def upload(api: HfApi, folder: Path, files: list[str], repository: str, private:
     api.create_repo(repository, private=private or None, exist_ok=True)
     if private and not api.repo_info(repository).private:
         raise ValueError(f"{repository}: is there and public; make it private on the Hub, or choose another name")
+
+
+def upload(api: HfApi, folder: Path, files: list[str], repository: str) -> str:
+    """Upload what a repository has not got of some files; gives the commit that holds all of them."""
     message = f"Upload {len(files)} files with hydrahead push"
     info = api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=files, commit_message=message)
     return info.oid

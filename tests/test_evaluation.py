@@ -380,6 +380,7 @@ def test_two_processes_share_the_samples_of_every_cell(finished, folders, texts,
     [
         (["demo"], "--output: a folder for the report is needed"),
         (["nothing", "--output", "out"], "nothing: no model there (no config.json), and no Hub id (OWNER/NAME)"),
+        (["runs/demo/finetune/student"], "runs/demo/finetune/student: no model there (no config.json), and no Hub id"),
         (
             ["demo", "--output", "out", "--suite", "needle"],
             "suite needle: there is no such one, only needles, text, lm-",

@@ -198,10 +198,13 @@ def test_what_arrived_is_not_sent_twice(hub, student, without_reload):
     ],
 )
 def test_what_the_hub_refuses_ends_in_one_line_that_says_what_to_do(status, path, line, hub, student, without_reload):
+    before = files_of(student)
     for answer in (status, echo(status)):
         hub.faults = [Fault("POST", path, answer, times=100)]
         assert line in refused(student, "--tag", "v1")
         assert not without_reload
+    # The card names a repository when there is one.
+    assert path != "/api/repos/create" or files_of(student) == before
 
 
 @THROUGH_XET
