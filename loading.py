@@ -41,14 +41,14 @@ def load_config(source: str | Path, revision: str | None = None, trust_remote_co
     return config
 
 
-def load_student_config(folder: str | Path) -> HydraHeadConfig:
+def load_student_config(folder: str | Path, revision: str | None = None) -> HydraHeadConfig:
     """
-    The configuration of a student's folder.
+    The configuration of a student's folder, or of one on the Hub.
 
     Raises:
         ValueError: as `load_config`; or it is another kind of model's.
     """
-    config = load_config(folder)
+    config = load_config(folder, revision)
     if not isinstance(config, HydraHeadConfig):
         raise ValueError(f"{folder}: no HydraHead student but a model of the family {config.model_type}")
     return config

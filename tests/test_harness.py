@@ -71,5 +71,5 @@ def test_a_task_that_cannot_be_had_says_so_and_the_others_stand(tmp_path, nothin
     report = read_report(tmp_path)
     cells = {cell["task"]: cell for cell in report["lm_eval"]}
     assert cells["niah_single_1"]["samples"] == 2 and cells["niah_single_1"]["length"] == 1024
-    assert cells["nothing_like_it"]["error"].startswith("lm-eval: nothing_like_it: ")
+    assert cells["nothing_like_it"]["error"].startswith("lm-eval: nothing_like_it (")
     assert "| niah_single_1 | 1,024 | accuracy | " in markdown(report)

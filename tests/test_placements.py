@@ -1,8 +1,10 @@
 """A teacher that is off-loaded or split over devices gives what it gives in one place."""
 
+import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from accelerate import Accelerator
 
 from hydrahead.convert.scoring.command import score_to_folder
 from hydrahead.convert.scoring.settings import ScoreSettings
-from hydrahead.convert.teachers import EMBEDDED_TEACHER, Teacher
+from hydrahead.convert.teachers import Teacher
 from hydrahead.tests.families import make_teacher
 from hydrahead.tests.placements import compare, everything, split
 from hydrahead.tests.test_scoring import usable_pairs
+from hydrahead.tests.workshop import write_short_teacher
 from hydrahead.training.quick import align_for_scores
 
 try:
@@ -53,26 +56,26 @@ def test_a_teacher_split_over_two_devices_gives_what_it_gives_on_one(tmp_path):
 
 @pytest.mark.slow
 def test_score_aligns_and_measures_a_teacher_that_is_off_loaded(tmp_path, monkeypatch):
-    """From a `device_map` to the score file, quick alignment included; half of the shipped teacher on disk."""
-    lower = ("embed_tokens", "rotary_emb", "norm", *(f"layers.{index}" for index in range(3)))
-    places = {f"model.{name}": "cpu" for name in lower} | {"lm_head": "cpu"}
-    places |= {f"model.layers.{index}": "disk" for index in range(3, 6)}
-    placed, found = [], []
+    """From a `device_map` to the score file, quick alignment included; half of the layers on disk."""
+    lower = ("embed_tokens", "rotary_emb", "norm", "layers.0")
+    places = {f"model.{name}": "cpu" for name in lower} | {"lm_head": "cpu", "model.layers.1": "disk"}
+    folder, placed, found = write_short_teacher(tmp_path / "teacher"), [], []
 
     load = Teacher.load
 
     def load_and_look(self, *arguments):
         teacher = load(self, *arguments)
-        placed.append(teacher.model.layers[4].mlp.down_proj.weight.is_meta)
+        placed.append(teacher.model.layers[1].mlp.down_proj.weight.is_meta)
         return teacher
 
     monkeypatch.setattr(Teacher, "load", load_and_look)
     for name, device in (("plain", "cpu"), ("off-loaded", places)):
         settings = ScoreSettings(
-            str(EMBEDDED_TEACHER),
+            str(folder),
             ("replacement", "logit-contribution"),
             length=200,
             pairs=2,
+            text=Path(argparse.__file__),
             shortlist=1,
             evidence=False,
             device=device,

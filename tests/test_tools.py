@@ -24,7 +24,7 @@ from hydrahead.hub.card import state
 from hydrahead.hub.checkpoint import save_checkpoint
 from hydrahead.hub.publish import check_folder
 from hydrahead.tests.families import random_ids
-from hydrahead.training.sft import main
+from hydrahead.training.sft import run_sft
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "using.md").read_text()
@@ -239,7 +239,7 @@ def test_the_script_asks_for_what_it_needs_in_one_line(options, workplace, monke
 def test_the_script_says_that_trl_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"^TRL is not installed: pip install 'hydrahead\[train\]'$"):
-        main()
+        run_sft()
 
 
 def launch(command: list[str], said: str = "") -> str:

@@ -1,10 +1,12 @@
 """Everything that commands take as input, tiny and valid, and the command lines that take it."""
 
 import contextlib
+import ctypes
 import io
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,10 @@ from hydrahead.convert.options import options_of, student_config
 from hydrahead.convert.scoring.scores import HeadScores, ProbeResult
 from hydrahead.convert.teachers import EMBEDDED_TEACHER, open_teacher
 from hydrahead.tests.families import HEADS, KV_HEADS, LAYERS, MIXED, make_teacher
-from hydrahead.tests.training_runs import MAINS
+from hydrahead.tests.training_runs import MAINS as STAGES
+from hydrahead.training import sft
 
+MAINS = STAGES | {"sft": sft.main}
 VOCABULARY, NATIVE = 2048, 512
 WORDS = ["amber", "basket", "candle", "desert", "engine", "falcon", "garden", "harbor", "island", "jacket"]
 STAGE = {"tokens": 256, "batch_tokens": 128, "length": 64, "learning_rate": 1e-3, "final_learning_rate": 1e-4}
@@ -66,6 +70,8 @@ COMMANDS = {
     "distill.head_forms={forms}",
     "finetune": "finetune --config {recipe} output={out} teacher.name={teacher} data.name={corpus} masks={masks} "
     "finetune.student={student}",
+    "sft": "sft --model_name_or_path {student} --dataset_name {corpus} --output_dir {out} --max_steps 1 --use_cpu "
+    "--max_length 32 --per_device_train_batch_size 1 --report_to none --save_strategy no",
 }
 """Lines of the commands; a word in braces is an input in the workshop, `out` what is written."""
 
@@ -95,6 +101,28 @@ def run_command(line: Sequence[str], typed: str = "/quit\n") -> Ended:
         except Exception as error:
             return Ended(1, said.getvalue(), error=error)
     return Ended(0, said.getvalue())
+
+
+DAC_OVERRIDE = 1 << 1  # the superuser's right to write wherever it wants, in linux/capability.h
+
+
+@contextlib.contextmanager
+def as_anyone() -> Iterator[None]:
+    """Files and folders that may not be written are not written, by the superuser of Linux neither."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        yield
+        return
+    libc, version = ctypes.CDLL(None, use_errno=True), 0x20080522
+    header, sets = (ctypes.c_uint32 * 2)(version, 0), (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    try:
+        sets[0] = effective & ~DAC_OVERRIDE
+        assert libc.capset(header, sets) == 0
+        yield
+    finally:
+        sets[0] = effective
+        assert libc.capset(header, sets) == 0
 
 
 def succeed(line: Sequence[str]) -> None:

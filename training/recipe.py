@@ -304,16 +304,19 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
             raise ValueError(f"{item}: expected key=value")
     text, recipe, key = read_utf8(path), OmegaConf.structured(Recipe), ""
     try:
-        if next(islice(_parts(yaml.safe_load(text)), MOST_PARTS, None), None):
+        content = yaml.safe_load(text)
+        if next(islice(_parts(content), MOST_PARTS, None), None):
             raise ValueError(f"{name}: more than {MOST_PARTS:,} values, of anchors within anchors: write them out")
-        given = OmegaConf.load(io.StringIO(text))
-        if not given or not OmegaConf.is_dict(given):
+        if not content or not isinstance(content, dict):
             raise ValueError(f"{name}: expected a mapping of keys to values")
+        given = OmegaConf.load(io.StringIO(text))
         for values in (given, OmegaConf.from_dotlist(list(overrides))):
             for key, value in _plain(OmegaConf.to_container(values)).items():
                 recipe = OmegaConf.merge(recipe, {key: value})
     except (yaml.YAMLError, OSError, RecursionError) as error:
         raise ValueError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    except TypeError as error:  # OmegaConf's, of a mapping where a list belongs
+        raise ValueError(f"{key}: {error}") from None
     except OmegaConfBaseException as error:
         known = f"; known: {', '.join(error.parent_node)}" if isinstance(error, ConfigKeyError) else ""
         raise ValueError(f"{error.full_key or key}: {str(error).splitlines()[0]}{known}") from None
@@ -353,6 +356,8 @@ def _check_numbers(values: dict, section: str = "") -> None:
         if isinstance(value, dict):
             _check_numbers(value, f"{section}{key}.")
         for number in (value if isinstance(value, list) else [value]) if key in LEAST else ():
+            if isinstance(number, (list, dict)):
+                raise ValueError(f"{section}{key}: {number}, expected a number")
             if number is not None and not LEAST[key] <= number < float("inf"):
                 raise ValueError(f"{section}{key}: {number}, expected {LEAST[key]} or more")
 

@@ -17,24 +17,64 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from ..console import one_line_errors
-from ..files import atomic_folder
+from ..console import blaming, one_line_errors
+from ..data.tokens import is_local
+from ..files import atomic_folder, check_writable
 from ..hub.card import write_card
 from ..hub.folder import MADE_FROM, read_made_from
 from ..kernels import use_tuned_kernels
+from ..loading import check_checkpoint, load_student_config, load_tokenizer
 from ..provenance import Record, environment
 
 
-def load_rows(script_args):
-    """The rows to train on: `dataset_name` is a Hub id or a file."""
+def load_rows(script_args, text_field: str):
+    """
+    The rows to train on: `dataset_name` is a Hub id or a file.
+
+    Raises:
+        ValueError: there are none, or they hold nothing that TRL trains on; one line.
+    """
     from datasets import load_dataset
 
     name, split = script_args.dataset_name, script_args.dataset_train_split
     if name is None:
         raise ValueError("no data: --dataset_name is a Hub id, or a .jsonl or .parquet file")
-    if Path(name).is_file():
-        return load_dataset("parquet" if name.endswith(".parquet") else "json", data_files=name, split=split)
-    return load_dataset(name, name=script_args.dataset_config, split=split)
+    if is_local(name) and not Path(name).exists():
+        raise ValueError(f"{name}: no such file")
+    if not Path(name).is_file():
+        with blaming(f"{name}: no rows to train on"):
+            rows = load_dataset(name, name=script_args.dataset_config, split=split)
+            check_row(next(iter(rows), {}), text_field)
+        return rows
+    kind = "parquet" if name.endswith(".parquet") else "json"
+    with blaming(f"{name}: no rows to train on"):
+        is_empty = True
+        for row in load_dataset(kind, data_files=name, split=split, streaming=True):
+            check_row(row, text_field)
+            is_empty = False
+        if is_empty:
+            raise ValueError("the file is empty")
+    return load_dataset(kind, data_files=name, split=split)
+
+
+def check_row(row: dict, text_field: str) -> None:
+    """
+    Raises:
+        ValueError: a row has nothing that TRL trains on; says what it has.
+    """
+
+    def is_chat(key: str) -> bool:
+        value = row.get(key)
+        is_list = isinstance(value, list) and len(value) > 0
+        return is_list and all(isinstance(each, dict) and "role" in each for each in value)
+
+    def is_text(key: str) -> bool:
+        return isinstance(row.get(key), str)
+
+    completes = all(is_chat(key) or is_text(key) for key in ("prompt", "completion"))
+    if not (is_chat("messages") or completes or is_text(text_field) or "input_ids" in row):
+        found = ", ".join(f"{key} {value!r:.20}" for key, value in row.items()) or "nothing"
+        raise ValueError(f"expected messages, prompt and completion, or {text_field} in every row, found {found}")
 
 
 def save(trainer, script_args, model_args) -> None:
@@ -68,33 +108,51 @@ def stage_facts(state, script_args) -> dict:
     return found | ({"tokens": int(seen[-1])} if seen else {}) | {"datasets": datasets}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    with one_line_errors():
+        run_sft(arguments)
+
+
+def run_sft(arguments: list[str] | None = None) -> None:
+    """
+    Raises:
+        ValueError: TRL is missing, or no student, no rows or no folder to write can be had; one line, before anything
+            is written.
+    """
     if importlib.util.find_spec("trl") is None:
         raise ValueError("TRL is not installed: pip install 'hydrahead[train]'")
     from transformers.trainer_utils import get_last_checkpoint
     from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config()
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     if model_args.model_name_or_path is None:
         raise ValueError("no student: --model_name_or_path is a folder or a Hub id")
+    student, output = model_args.model_name_or_path, Path(training_args.output_dir)
+    config = load_student_config(student, model_args.model_revision)
+    tokenizer = load_tokenizer(student, config, model_args.model_revision)
+    if Path(student).is_dir():
+        check_checkpoint(Path(student), config)
+        read_made_from(Path(student))
+    check_writable(output)
+    rows = load_rows(script_args, training_args.dataset_text_field)
     use_tuned_kernels()
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
+        # Not what a folder names: that could be a kernel on the Hub, which would be fetched and run.
+        "attn_implementation": model_args.attn_implementation or "sdpa",
         "dtype": model_args.dtype,
     }
     trainer = SFTTrainer(
-        model_args.model_name_or_path,
+        student,
         args=training_args,
-        train_dataset=load_rows(script_args),
+        train_dataset=rows,
+        processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    output = Path(training_args.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
     save(trainer, script_args, model_args)
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    main()
