@@ -24,7 +24,7 @@ from hydrahead.hub.card import state
 from hydrahead.hub.checkpoint import save_checkpoint
 from hydrahead.hub.publish import check_folder
 from hydrahead.tests.families import random_ids
-from hydrahead.training.sft import run_sft
+from hydrahead.training.sft import main, run_sft
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "using.md").read_text()
@@ -234,6 +234,21 @@ def test_the_script_asks_for_what_it_needs_in_one_line(options, workplace, monke
         runpy.run_module("hydrahead.training.sft", run_name="__main__")
     assert ended.value.code == 1 and not Path("tuned").exists()
     assert re.search(r"^hydrahead: no (student|data): --(model_name_or_path|dataset_name) is", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ("--push_to_hub", "--push_to_hub: leave it out"),
+        ("--dataset_streaming", "--dataset_streaming: leave it out"),
+        ("--eval_strategy=steps", "chats.jsonl: no rows to train on"),
+    ],
+)
+def test_the_script_passes_no_option_over(option, line, workplace, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--output_dir", "tuned", "--model_name_or_path", "student", "--dataset_name", "chats.jsonl", option])
+    assert ended.value.code == 1 and not Path("tuned").exists()
+    assert f"hydrahead: {line}" in capsys.readouterr().err
 
 
 def test_the_script_says_that_trl_is_missing(monkeypatch):

@@ -355,9 +355,11 @@ def _check_numbers(values: dict, section: str = "") -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             _check_numbers(value, f"{section}{key}.")
+        if isinstance(value, list) and key not in ("curriculum", "masks"):  # which are lists of lists
+            for each in value:
+                if isinstance(each, (list, dict)):
+                    raise ValueError(f"{section}{key}: {each}, expected one value")
         for number in (value if isinstance(value, list) else [value]) if key in LEAST else ():
-            if isinstance(number, (list, dict)):
-                raise ValueError(f"{section}{key}: {number}, expected a number")
             if number is not None and not LEAST[key] <= number < float("inf"):
                 raise ValueError(f"{section}{key}: {number}, expected {LEAST[key]} or more")
 

@@ -27,16 +27,16 @@ from ..loading import check_checkpoint, load_student_config, load_tokenizer
 from ..provenance import Record, environment
 
 
-def load_rows(script_args, text_field: str):
+def load_rows(script_args, split: str, text_field: str):
     """
-    The rows to train on: `dataset_name` is a Hub id or a file.
+    The rows of a split: `dataset_name` is a Hub id or a file.
 
     Raises:
         ValueError: there are none, or they hold nothing that TRL trains on; one line.
     """
     from datasets import load_dataset
 
-    name, split = script_args.dataset_name, script_args.dataset_train_split
+    name = script_args.dataset_name
     if name is None:
         raise ValueError("no data: --dataset_name is a Hub id, or a .jsonl or .parquet file")
     if is_local(name) and not Path(name).exists():
@@ -89,7 +89,7 @@ def save(trainer, script_args, model_args) -> None:
     with atomic_folder(output / ("adapters" if model_args.use_peft else "student"), overwrite=True) as folder:
         for path in saved.iterdir():
             path.rename(folder / path.name)
-        made_from = read_made_from(Path(model_args.model_name_or_path))
+        made_from = made_from_of(model_args.model_name_or_path, model_args.model_revision)
         if made_from is not None:
             stages = [*made_from["stages"], stage_facts(trainer.state, script_args)]
             Record(folder / MADE_FROM).write(made_from | {"stages": stages} | environment())
@@ -97,6 +97,32 @@ def save(trainer, script_args, model_args) -> None:
             Record(folder / "head_masks.json").write(trainer.accelerator.unwrap_model(trainer.model).config.head_masks)
             write_card(folder)
     saved.rmdir()
+
+
+def made_from_of(student: str, revision: str | None) -> dict | None:
+    """What a student's folder, or the Hub's copy of it, says that it was made from; `None` where it does not."""
+    from transformers.utils import cached_file
+
+    if Path(student).is_dir():
+        return read_made_from(Path(student))
+    found = cached_file(student, MADE_FROM, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return read_made_from(Path(found).parent) if found else None
+
+
+def check_options(script_args, training_args) -> None:
+    """
+    Raises:
+        ValueError: an option of TRL's that nothing here would follow.
+    """
+    unused = {
+        "--dataset_streaming": script_args.dataset_streaming,
+        "--push_to_hub": training_args.push_to_hub,
+        "--resume_from_checkpoint": training_args.resume_from_checkpoint,
+    }
+    advice = "rows are read whole, hydrahead push publishes the result, and what was interrupted goes on by itself"
+    for name, value in unused.items():
+        if value:
+            raise ValueError(f"{name}: leave it out; {advice}")
 
 
 def stage_facts(state, script_args) -> dict:
@@ -122,12 +148,21 @@ def run_sft(arguments: list[str] | None = None) -> None:
     if importlib.util.find_spec("trl") is None:
         raise ValueError("TRL is not installed: pip install 'hydrahead[train]'")
     from transformers.trainer_utils import get_last_checkpoint
-    from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+    from trl import (
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+        SFTTrainer,
+        TrlParser,
+        get_peft_config,
+        get_quantization_config,
+    )
 
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     if model_args.model_name_or_path is None:
         raise ValueError("no student: --model_name_or_path is a folder or a Hub id")
+    check_options(script_args, training_args)
     student, output = model_args.model_name_or_path, Path(training_args.output_dir)
     config = load_student_config(student, model_args.model_revision)
     tokenizer = load_tokenizer(student, config, model_args.model_revision)
@@ -135,18 +170,24 @@ def run_sft(arguments: list[str] | None = None) -> None:
         check_checkpoint(Path(student), config)
         read_made_from(Path(student))
     check_writable(output)
-    rows = load_rows(script_args, training_args.dataset_text_field)
+    rows = load_rows(script_args, script_args.dataset_train_split, training_args.dataset_text_field)
+    others = None
+    if training_args.eval_strategy != "no":
+        others = load_rows(script_args, script_args.dataset_test_split, training_args.dataset_text_field)
     use_tuned_kernels()
     training_args.model_init_kwargs = {
+        **(training_args.model_init_kwargs or {}),
         "revision": model_args.model_revision,
         # Not what a folder names: that could be a kernel on the Hub, which would be fetched and run.
         "attn_implementation": model_args.attn_implementation or "sdpa",
         "dtype": model_args.dtype,
+        "quantization_config": get_quantization_config(model_args),
     }
     trainer = SFTTrainer(
         student,
         args=training_args,
         train_dataset=rows,
+        eval_dataset=others,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
