@@ -345,6 +345,7 @@ data.main(["--config", sys.argv[1]])
 """
 
 
+@pytest.mark.slow
 def test_where_files_cannot_be_locked_only_training_is_refused(tmp_path):
     """Windows, which has neither fcntl nor resource: what scores and converts is imported all the same."""
     recipe = write_recipe(tmp_path, make_inputs(tmp_path))

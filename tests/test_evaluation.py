@@ -362,6 +362,7 @@ def test_paired_differences():
     assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, None)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_samples_of_every_cell(finished, folders, texts, tmp_path):
     from hydrahead.tests.evaluation_runs import finish_evaluation
 

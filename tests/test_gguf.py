@@ -26,6 +26,7 @@ from hydrahead.hub.folder import read_made_from  # noqa: E402
 from hydrahead.tests.families import HEADS, LAYERS, LLAMA3_ROPE, random_ids  # noqa: E402
 from hydrahead.tests.gguf_models import TOKENS, tiny_teacher, write_gguf  # noqa: E402
 
+TEXT = Path(__file__).parents[1] / "README.md"  # the whole library takes seconds to encode
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LONG_ROPE = LLAMA3_ROPE | {"factor": 32.0, "original_max_position_embeddings": 8192, "rope_theta": 5e5}
 TEACHERS = {
@@ -178,7 +179,7 @@ def run(*arguments) -> str:
 
 def test_a_student_of_a_file_says_so(tmp_path, masks):
     path = write_gguf(tmp_path / "Tiny.Q8_0.gguf", teacher_of("llama tied"), "Q8_0", **LICENSED)
-    run("convert", path, tmp_path / "student", "--masks", masks, "--calibration-tokens", 64)
+    run("convert", path, tmp_path / "student", "--masks", masks, "--text", TEXT, "--calibration-tokens", 64)
     made, card = read_made_from(tmp_path / "student"), (tmp_path / "student" / "README.md").read_text()
     facts = {"file": path.name, "quantisation": "Q8_0", "license": "apache-2.0", "name": "Tiny | one"}
     assert (
@@ -189,7 +190,7 @@ def test_a_student_of_a_file_says_so(tmp_path, masks):
     assert "| Teacher | Tiny.Q8_0.gguf (GGUF, Q8_0), Tiny \\| one, of Some Lab Base |" in card
     assert "| Licence | apache-2.0 |" in card and str(tmp_path) not in card + json.dumps(made)
 
-    sizes = ("--lengths", 64, "--prompts", 1, "--text-tokens", 64, "--suite", "text")
+    sizes = ("--lengths", 64, "--prompts", 1, "--text-tokens", 64, "--suite", "text", "--text", TEXT)
     run("evaluate", tmp_path / "student", "--teacher", path, *sizes)
     run("evaluate", path, tmp_path / "student", "--output", tmp_path / "report", *sizes)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -199,7 +200,7 @@ def test_a_student_of_a_file_says_so(tmp_path, masks):
 
 def test_a_file_without_a_licence_gives_a_card_without_one(tmp_path, masks):
     path = write_gguf(tmp_path / "model.gguf", teacher_of("qwen2 tied"))
-    run("convert", path, tmp_path / "student", "--masks", masks, "--calibration-tokens", 64)
+    run("convert", path, tmp_path / "student", "--masks", masks, "--text", TEXT, "--calibration-tokens", 64)
     card = (tmp_path / "student" / "README.md").read_text()
     assert "license:" not in card and "| Licence | not stated |" in card
 
@@ -304,6 +305,7 @@ print(open_teacher(sys.argv[1]).load(device="cpu").dtype)
 """
 
 
+@pytest.mark.slow
 def test_processes_that_open_a_file_together_make_one_folder(tmp_path, cache):
     path = write_gguf(tmp_path / "model.gguf", teacher_of("llama tied"))
     command = [sys.executable, "-c", OPEN, str(path), constants.HF_HOME]

@@ -44,6 +44,7 @@ def test_an_off_loaded_teacher_gives_what_it_gives_in_memory(family, tmp_path):
 @pytest.mark.skipif(
     _setup_privateuseone_for_python_backend is None, reason="this PyTorch cannot be told of a device from Python"
 )
+@pytest.mark.slow
 def test_a_teacher_split_over_two_devices_gives_what_it_gives_on_one(tmp_path):
     """On devices that only refuse to be mixed; 1e-4: attention is another kernel there, sums in another order."""
     plain = sharp_teacher("qwen3-untied")

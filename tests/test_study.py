@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from hydrahead.benchmarks.study import ROWS, TENTH, tables
+from hydrahead.tests.workshop import write_short_teacher
 
 SMALL = [
     *("data.heldout_tokens=4096", "run.micro_batch_tokens=512", "run.save_every=1000", "align.tokens=1024"),
@@ -18,21 +19,23 @@ SMALL = [
 NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth"]
 
 
-def run(output, *rows: str) -> str:
-    command = [sys.executable, "-m", "hydrahead.benchmarks.study", "demo", *SMALL, f"--output={output}", "--rows"]
-    done = subprocess.run([*command, *rows], capture_output=True, text=True)
+def run(folder, *rows: str) -> str:
+    command = [sys.executable, "-m", "hydrahead.benchmarks.study", "demo", *SMALL]
+    command += [f"teacher.name={folder / 'teacher'}", f"--output={folder / 'out'}", "--rows", *rows]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
 @pytest.mark.slow
 def test_rows_share_what_they_can_and_go_on(tmp_path):
+    write_short_teacher(tmp_path / "teacher")
     first = run(tmp_path, *NAMES[:2])
     assert first.count("align 2/2") <= 1 and "| random-3to1 | 0.01024M |" in first
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     second = run(tmp_path, *NAMES)
     assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(made) == 2
-    study = json.loads((tmp_path / "study.json").read_text())
+    study = json.loads((tmp_path / "out" / "study.json").read_text())
     assert list(study["rows"]) == NAMES
     assert [len(study["rows"][name]["steps"]["distill"]) for name in NAMES] == [10, 10, 1]
     assert study["rows"][NAMES[0]]["masks"] != study["rows"][NAMES[1]]["masks"]
