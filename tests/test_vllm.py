@@ -19,21 +19,26 @@ if torch.cuda.is_available():
 from vllm.platforms.cpu import CpuPlatform
 
 platforms._current_platform = CpuPlatform()  # a build for GPUs finds no platform here
+
+from vllm.utils import torch_utils
+
+torch_utils.PIN_MEMORY = False  # nor memory that a GPU reads; others copy the value when they are imported
+
 if not hasattr(torch.ops._C, "silu_and_mul"):  # nor its compiled operations; asked for, not called
     compiled = torch.library.Library("_C", "FRAGMENT")
     compiled.define("silu_and_mul(Tensor! out, Tensor input) -> ()")
 
 from safetensors.torch import load_file
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.config import CacheConfig, DeviceConfig, ModelConfig, SchedulerConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.custom_op import CustomOp
+from vllm.model_executor.layers.attention import attention
 from vllm.model_executor.models import ModelRegistry
-from vllm.utils import torch_utils
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends import utils as backends
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 from vllm.v1.core.kv_cache_utils import (
     _get_kv_cache_groups_uniform_page_size,
     get_kv_cache_configs,
@@ -47,12 +52,17 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+from vllm.v1.worker import block_table, mamba_utils
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner, cpu_tl
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 from hydrahead import HydraHeadConfig, serving
 from hydrahead.benchmarks import serving as benchmark
 from hydrahead.files import read_json
 from hydrahead.ops_hydrahead import reference_recurrent_gated_delta_rule
 from hydrahead.serving.heads import Pages, served_kv_heads
+from hydrahead.tests import serving_gpu
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, VOCAB, make_student, random_ids
 from hydrahead.tests.test_serving import GROUPS, OPTIONS, QWEN3_1_7B, config_of
 
@@ -185,6 +195,14 @@ def chunked(
     return torch.cat(outputs, dim=1), torch.stack(states)
 
 
+def use_pytorch(model) -> None:
+    """For vLLM's compiled operations."""
+    for module in model.modules():
+        module.cpu_linear = F.linear
+        if isinstance(module, CustomOp):
+            module._forward_method = module.forward_native
+
+
 class Batches:
     """Runs a vLLM model batch by batch, as the engine does, with plain attention over what it has seen."""
 
@@ -257,16 +275,19 @@ class Batches:
 
 
 @pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """From a student to its `Batches` in vLLM, in fp32: what differs is the order of sums."""
+def kernels(monkeypatch):
+    """Stand-ins for the kernels of the linear branch, which take fp32."""
     monkeypatch.setattr(plugin, "refuse_what_is_not_supported", lambda config: None)
-    for module in (torch_utils, backends):
-        monkeypatch.setattr(module, "PIN_MEMORY", False)
     monkeypatch.setattr(plugin, "set_triton_allocator", lambda device: None)
     monkeypatch.setattr(plugin, "causal_conv1d_fn", Convolution.fn)
     monkeypatch.setattr(plugin, "causal_conv1d_update", Convolution.update)
     monkeypatch.setattr(plugin, "fused_recurrent_gated_delta_rule", fused_recurrent)
     monkeypatch.setattr(plugin, "chunk_gated_delta_rule", chunked)
+
+
+@pytest.fixture
+def serve(tmp_path, kernels):
+    """From a student to its `Batches` in vLLM, in fp32: what differs is the order of sums."""
 
     def start(student, prefix_caching: bool = False) -> Batches:
         student.save_pretrained(tmp_path)
@@ -299,10 +320,7 @@ def serve(tmp_path, monkeypatch):
                 weights |= load_file(file)
             loaded = model.load_weights(iter(weights.items()))
             assert loaded == {name for name, _ in model.named_parameters()}
-            for module in model.modules():
-                module.cpu_linear = F.linear
-                if isinstance(module, CustomOp):
-                    module._forward_method = module.forward_native
+            use_pytorch(model)
             return Batches(model, vllm_config)
 
     return start
@@ -448,3 +466,127 @@ def test_pages_are_what_vllm_makes_of_them(masks):
             token += size * pages.page_bytes // pages.tokens
     assert (token, state) == (pages.kv_bytes_per_token, pages.state_bytes)
     assert pages.numbers(1) == len(groups)
+
+
+class SlotMapping:
+    """For the kernel that says where in the cache each token of a batch lies."""
+
+    def __getitem__(self, grid):
+        def run(count, most, starts, positions, pages, stride, page, slots, *args, **kwargs):
+            slots.fill_(-1)
+            for row, (start, end) in enumerate(zip(starts.tolist(), starts[1:].tolist())):
+                places = positions[start:end]
+                slots[start:end] = pages[row][places // page].long() * page + places % page
+
+        return run
+
+
+def split_cache(impl, kv_cache) -> tuple[torch.Tensor, torch.Tensor]:
+    return kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)  # [pages, tokens, heads, d]
+
+
+def write_cache(impl, layer, key, value, kv_cache, slots):
+    key, value, slots = (x[: len(slots)][slots >= 0] for x in (key, value, slots))
+    for cache, new in zip(split_cache(impl, kv_cache), (key, value)):
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = new
+
+
+def attend(impl, layer, query, key, value, kv_cache, metadata, output=None, *args, **kwargs):
+    if metadata is None:
+        return output.fill_(0)
+    starts, lengths = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
+    for row, length in enumerate(lengths[: len(starts) - 1]):
+        part, places = slice(starts[row], starts[row + 1]), torch.arange(length)
+        q = query[part].transpose(0, 1)
+        k, v = (
+            cache[metadata.block_table[row][places // cache.shape[1]].long(), places % cache.shape[1]]
+            .transpose(0, 1)
+            .repeat_interleave(len(q) // cache.shape[2], 0)
+            for cache in split_cache(impl, kv_cache)
+        )
+        mask = torch.ones(q.shape[1], length, dtype=torch.bool).tril(length - q.shape[1])
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=impl.scale)
+        output[part] = attended.transpose(0, 1).reshape(output[part].shape)
+    return output
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch, kernels):
+    """From a student and options to vLLM's own engine on a CPU: its scheduler, batches, caches and metadata."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_NO_USAGE_STATS", "VLLM_USE_FLASHINFER_SAMPLER"):
+        monkeypatch.setenv(name, "0")  # to be as they were after the test
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")  # a graph that is traced is run as it is
+    monkeypatch.setitem(ModelRegistry.models, "HydraHeadForCausalLM", ModelRegistry.models["HydraHeadForCausalLM"])
+    benchmark.prepare_vllm("HydraHeadForCausalLM")
+    monkeypatch.setattr(attention, "get_attn_backend", lambda *args, **kwargs: FlashAttentionBackend)
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: None)
+    monkeypatch.setattr(flash_attn, "flash_attn_supports_quant_query_input", lambda: False)
+    monkeypatch.setattr(FlashAttentionImpl, "do_kv_cache_update", write_cache)
+    monkeypatch.setattr(FlashAttentionImpl, "forward", attend)
+    monkeypatch.setattr(torch, "set_num_threads", torch.set_num_threads)  # the worker takes it away
+    monkeypatch.setattr(CPUWorker, "__init__", Worker.__init__)  # the worker binds memory by a compiled operation
+    monkeypatch.setattr(CPUWorker, "determine_available_memory", lambda worker: 2**26)
+    monkeypatch.setattr(CPUModelRunner, "_postprocess_triton", lambda runner: None)
+    monkeypatch.setattr(block_table, "_compute_slot_mapping_kernel", SlotMapping())
+    monkeypatch.setattr(mamba_utils, "batch_memcpy_kernel", cpu_tl.batch_memcpy_kernel)
+    load_model = CPUModelRunner.load_model
+
+    def load(runner, *args, **kwargs):
+        load_model(runner, *args, **kwargs)
+        use_pytorch(runner.model)
+
+    monkeypatch.setattr(CPUModelRunner, "load_model", load)
+
+    def start(student, **options) -> LLM:
+        student.save_pretrained(tmp_path)
+        return LLM(
+            str(tmp_path),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=400,
+            disable_log_stats=False,
+            **{"enforce_eager": True} | options,
+        )
+
+    return start
+
+
+ONE_GROUP = [[1, 0, 0, 0, 0, 0]] * 2
+ENGINES = {  # options, masks, lengths of prompts, and what has to have happened
+    "mixed": ({}, MIXED, (3, 1, 40, 100, 230, 64), None),
+    "traced": ({"enforce_eager": False}, MIXED, (3, 1, 40, 100, 230, 64), None),
+    "linear layers": ({}, ALL_LINEAR, (3, 1, 40, 100), None),
+    "full layers": ({}, ALL_FULL, (3, 1, 40, 100), None),
+    "chunked": ({"max_num_batched_tokens": 32, "max_num_seqs": 4}, MIXED, (3, 1, 40, 100, 230), None),
+    "preempted": ({"num_gpu_blocks_override": 12}, ONE_GROUP, (250, 251, 252, 253, 254, 255), "vllm:num_preemptions"),
+    "prefix": (
+        {"enable_prefix_caching": True, "block_size": 32, "max_num_batched_tokens": 128},
+        ONE_GROUP,
+        (3, 1, 40, 129, 257, 380),
+        "vllm:prefix_cache_hits",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENGINES.values(), ids=ENGINES)
+def test_vllms_engine_gives_the_tokens_of_our_model(engine, case):
+    options, masks, lengths, event = case
+    student = make_student(head_masks=masks, max_position_embeddings=512)
+    llm, new_tokens = engine(student, **options), 8
+    prompts = [random_ids(1, length)[0].tolist() for length in lengths]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            for _ in range(new_tokens):
+                ids = torch.cat([ids, student(ids).logits[:, -1:].argmax(-1)], dim=1)
+        expected.append(ids[0, len(prompt) :].tolist())
+
+    def happened() -> int:
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == event)
+
+    before = happened()
+    for every in (0, 2):  # at once, then one by one
+        given = serving_gpu.generate(llm.llm_engine, prompts, new_tokens, every)
+        assert [tokens for tokens, _ in given] == expected
+    assert event is None or happened() > before
