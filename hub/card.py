@@ -384,5 +384,6 @@ def _limitations(facts: Facts) -> list[str]:
     return [
         *lines,
         "Not supported: assisted decoding (a recurrent state cannot be rolled back), 4-D attention masks, continuous "
-        "batching, the transformers backends of vLLM and SGLang.",
+        "batching, prefix tuning, a bare `DynamicCache()` (`DynamicCache(config=model.config)` is right), attention "
+        "sharded by tensor parallelism, the transformers backends of vLLM and SGLang.",
     ]
