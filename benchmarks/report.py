@@ -335,18 +335,7 @@ def cpu_decoding() -> str:
 
 
 def demo() -> str:
-    if "models" in FILES["demo"]:
-        return markdown.table(short_table(FILES["demo"]), names=0)
-    rows = []  # of a file from before models were evaluated side by side
-    prompts, results = FILES["demo"]["prompts"], FILES["demo"]["results"]
-    for tokens in results["teacher"]:
-        both = [results[model][tokens] for model in ("teacher", "student")]
-        shares = [" / ".join(f"{one[key] / prompts:.2f}" for one in both) for key in ("niah_single", "niah_four")]
-        losses = " / ".join(f"{one['text_loss']:.3f}" for one in both)
-        caches = " / ".join(f"{one['cache_bytes'] / K:,.0f}" for one in both)
-        rows.append((f"{int(tokens):,}", *shares, losses, caches))
-    header = ("tokens", "single key, teacher / hybrid", "four keys", "loss on held-out text", "cache, KiB (bf16)")
-    return table(header, rows)
+    return markdown.table(short_table(FILES["demo"]), names=0)
 
 
 def scoring() -> str:
