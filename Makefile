@@ -46,8 +46,7 @@ test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
 	for release in lowest newest; do \
 	  there=$$($(VENV)-$$release/bin/python -c "$$show") && echo "$$there" || exit 1; \
 	  if [ "$$there" = "$$here" ]; then echo "is that of $(VENV), where all tests are run"; continue; fi; \
-	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) && \
-	  $(VENV)-$$release/bin/python -m pytest -m "not slow" tests/test_tools.py || exit 1; \
+	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) tests/test_tools.py || exit 1; \
 	done
 
 test-quantizers: $(VENV)-quantizers/.ready

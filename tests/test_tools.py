@@ -260,7 +260,9 @@ def test_the_script_says_that_trl_is_missing(monkeypatch):
 def launch(command: list[str], said: str = "") -> str:
     """What a command answers, run where `student` is by a Python that finds hydrahead but has not imported it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT.parent), "HF_HUB_OFFLINE": "1", "HF_HOME": "home"}
-    command = [str(Path(sys.executable).parent / command[0]), *command[1:]]
+    script = Path(sys.executable).parent / command[0]
+    # An environment that borrows packages has no scripts of theirs.
+    command = [*([str(script)] if script.is_file() else [sys.executable, "-m", command[0]]), *command[1:]]
     done = subprocess.run(command, input=said, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
