@@ -150,10 +150,8 @@ class Evil:
 PICKLES = ("pytorch_model.bin", "model.pt", "adapter_model.bin", "training_args.bin", "optimizer.pt")
 
 
-@pytest.mark.parametrize("command", UNKNOWN)
+@pytest.mark.parametrize("command", [command for command in UNKNOWN if command != "card"])  # which reads no weights
 def test_pickles_are_not_read(copy, command):
-    if command == "card":
-        pytest.skip("reads no weights")
     for folder in (copy / "teacher", copy / "student"):
         (folder / "model.safetensors").unlink()
         for name in PICKLES:
