@@ -41,20 +41,16 @@ def load_rows(script_args, split: str, text_field: str):
         raise ValueError("no data: --dataset_name is a Hub id, or a .jsonl or .parquet file")
     if is_local(name) and not Path(name).exists():
         raise ValueError(f"{name}: no such file")
-    if not Path(name).is_file():
-        with blaming(f"{name}: no rows to train on"):
-            rows = load_dataset(name, name=script_args.dataset_config, split=split)
-            check_row(next(iter(rows), {}), text_field)
-        return rows
-    kind = "parquet" if name.endswith(".parquet") else "json"
+    source, options = name, {"name": script_args.dataset_config}
+    if Path(name).is_file():
+        source, options = "parquet" if name.endswith(".parquet") else "json", {"data_files": name}
     with blaming(f"{name}: no rows to train on"):
-        is_empty = True
-        for row in load_dataset(kind, data_files=name, split=split, streaming=True):
+        rows = load_dataset(source, split=split, **options)
+        if not len(rows):
+            raise ValueError("it is empty")
+        for row in rows:
             check_row(row, text_field)
-            is_empty = False
-        if is_empty:
-            raise ValueError("the file is empty")
-    return load_dataset(kind, data_files=name, split=split)
+    return rows
 
 
 def check_row(row: dict, text_field: str) -> None:
