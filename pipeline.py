@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -161,13 +162,13 @@ class Road:
 
     def stage(self, name: str) -> Step:
         """A stage of training: in this process, or through Accelerate where the recipe says how."""
-        launch, recipe = self.recipe.launch, self.recipe
+        launched, recipe = self.launched(), self.recipe
         stages = {"align": run_align, "distill": run_distill, "finetune": run_finetune}
-        arguments = [*self.launched(), "-m", f"hydrahead.training.{name}", "--config", *self.arguments]
+        arguments = [*launched, "-m", f"hydrahead.training.{name}", "--config", *self.arguments]
 
         def check() -> None:
-            if launch and not Path(arguments[1]).is_file():
-                raise ValueError(f"launch: {launch}: no such file, nor one of ddp, fsdp2, ddp_cpu")
+            if launched and not Path(launched[1]).is_file():
+                raise ValueError(f"launch: {recipe.launch}: no such file, nor one of ddp, fsdp2, ddp_cpu")
             stage = Stage(recipe, name)
             config = self.config(stage)
             if "forms" in stage.sources and not recipe.align:
@@ -177,16 +178,20 @@ class Road:
             name,
             ["accelerate", "launch", *arguments],
             self.output / name / ("head_forms.safetensors" if name == "align" else "student"),
-            partial(launch_stage, arguments) if launch else partial(stages[name], recipe),
+            partial(launch_stage, arguments) if launched else partial(stages[name], recipe),
             lambda: Stage(recipe, name).is_done,
             check,
         )
 
     def launched(self) -> list[str]:
-        """How `accelerate launch` starts the processes of a step, if it does."""
+        """How `accelerate launch` starts a step's processes: of what ships, one for each GPU here, none for one."""
         launch = self.recipe.launch
         shipped = RECIPES / "accelerate" / f"{launch}.yaml"
-        return ["--config_file", str(shipped if shipped.is_file() else launch)] if launch else []
+        if launch is None or not shipped.is_file():
+            return ["--config_file", launch] if launch else []
+        gpus = 0 if launch == "ddp_cpu" else torch.cuda.device_count()
+        count = ["--num_processes", str(gpus)] if gpus else []
+        return [] if gpus == 1 else ["--config_file", str(shipped), *count]
 
     def config(self, stage: Stage) -> HydraHeadConfig:
         """Configuration of the student that a stage trains."""
@@ -287,10 +292,11 @@ class Road:
         more |= {"scores": self.scores / "head_scores.json"} if scored else {}
         measured = {name: getattr(section, name) for name in MEASURED}
         words = ["evaluate", str(self.student), *flags_of(measured | more)]
-        launched = [*self.launched(), "-m", "hydrahead", *words]
-        command = ["accelerate", "launch", *launched] if recipe.launch else ["hydrahead", *words]
+        launched = self.launched()
+        arguments = [*launched, "-m", "hydrahead", *words]
+        command = ["accelerate", "launch", *arguments] if launched else ["hydrahead", *words]
         do = partial(evaluate_student, self.student, settings, **more)
-        do = partial(launch_stage, launched) if recipe.launch else do
+        do = partial(launch_stage, arguments) if launched else do
         return Step("evaluate", command, self.student / "report.json", do, is_done, check)
 
     def card(self) -> Step:

@@ -66,6 +66,8 @@ def ordinary_tokens(tokenizer, ids: Sequence[int]) -> np.ndarray:
 
 def header_text(plural: bool, kind: str = "number") -> str:
     """RULER's opening line; `plural` if more than one value is asked for, `kind` a key of `VALUES`."""
+    if kind == VARIABLE:
+        return "# All variables are defined once.\n"
     what, kind = (f"Some special magic {kind}s are", f"{kind}s") if plural else (f"A special magic {kind} is", kind)
     return (
         f"{what} hidden within the following text. Make sure to memorize it. "
@@ -74,15 +76,23 @@ def header_text(plural: bool, kind: str = "number") -> str:
 
 
 def needle_text(key: str, value: str, kind: str = "number") -> str:
-    """The sentence to be found; plural in all of RULER's forms."""
+    """The sentence to be found; plural in all of RULER's forms. Of a variable, its definition."""
+    if kind == VARIABLE:
+        return f"{_identifier(key)} = {value}"
     return f"One of the special magic {kind}s for {key} is: {value}."
 
 
 def question_text(queries: Sequence[str], plural: bool, kind: str = "number") -> str:
-    """RULER's question and the prefix of its answer, on a line of their own."""
+    """RULER's question and the prefix of its answer, on a line of their own. Of variables, a use of the first."""
+    if kind == VARIABLE:
+        return f"\nassert {_identifier(queries[0])} =="
     query = queries[0] if len(queries) == 1 else ", ".join(queries[:-1]) + ", and " + queries[-1]
     magic = f"special magic {kind}{'s' if plural else ''} for {query} mentioned in the provided text"
     return f"\nWhat {'are all' if plural else 'is'} the {magic}? The {magic} {'are' if plural else 'is'}"
+
+
+def _identifier(key: str) -> str:
+    return key.replace("-", "_")
 
 
 def answer_text(values: Sequence[str]) -> str:
@@ -111,8 +121,9 @@ def draw_uuids(rng: np.random.Generator, count: int) -> list[str]:
     return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
 
 
-VALUES = {"number": draw_values, "uuid": draw_uuids}
-"""What a needle can hold, by RULER's word for it."""
+VARIABLE = "variable"
+VALUES = {"number": draw_values, "uuid": draw_uuids, VARIABLE: draw_values}
+"""What a needle can hold, by RULER's word for it; a variable of a program, which is not RULER's, holds a number."""
 
 
 def hide_needles(
@@ -202,7 +213,7 @@ def make_niah(
         num_queries: Keys asked for.
         num_values: Values of each queried key (the others have one).
         seed: The same seed gives the same sample.
-        kind: Of the values: `number`, of seven digits, or `uuid`.
+        kind: A key of `VALUES`: `number`, of seven digits, `uuid`, or `variable`, defined and used in Python.
         depth: Where in the text the needle stands that is asked for, in [0, 1]; at random by default. The others
             stand at random depths.
 

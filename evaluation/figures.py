@@ -90,6 +90,29 @@ def plot_head_maps(
     save_picture(figure, path)
 
 
+def plot_similarity(
+    layers: Sequence[Sequence[float]], heads: Sequence[Sequence[float]], title: str, path: Path
+) -> None:
+    """
+    Draw how alike layers `[L, L]` and heads `[L · H, L · H]` are, in 0 to 1, side by side.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.8), layout="constrained")
+    width = len(heads) // len(layers)
+    for axes, values, name in ((left, layers, "layers"), (right, heads, f"heads, {width} a layer")):
+        image = axes.imshow(values, cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("layer", fontsize=8)
+    ticks = range(0, len(layers), max(1, len(layers) // 7))
+    left.set_xticks(ticks)
+    left.set_yticks(ticks)
+    right.set_xticks([(tick + 0.5) * width - 0.5 for tick in ticks], ticks)
+    right.set_yticks([(tick + 0.5) * width - 0.5 for tick in ticks], ticks)
+    left.set_ylabel("layer", fontsize=8)
+    figure.colorbar(image, ax=right, label="similarity", shrink=0.85)
+    figure.suptitle(_wrapped(title, 10), fontsize=9)
+    save_picture(figure, path)
+
+
 def _draw_heads(axes, scores: Sequence[Sequence[float]], masks: Sequence[Sequence[int]], line_width: float):
     """A map of scores: white is 0, red below it, grey unknown; frames and dashes have a seam to be seen on any."""
     values = np.array(scores, dtype=float)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hydrahead.benchmarks import decode, gpu, report
+from hydrahead.benchmarks import anatomy, decode, gpu, report
+from hydrahead.tests.workshop import run_command, write_short_teacher
 
 SHAPE = gpu.TINY | {"num_hidden_layers": 8}
 
@@ -202,3 +204,52 @@ def test_the_picture_is_drawn_whole_or_with_what_there_is(monkeypatch, tmp_path)
         monkeypatch.setattr(report, "ROWS", found)
         report.draw(tmp_path / "decode.png")
         assert (tmp_path / "decode.png").stat().st_size > 1000
+
+
+def test_similarity_is_blind_to_turns_and_scales_and_unbiased_by_width():
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 300, 128, generator=generator)
+    turn = torch.linalg.qr(torch.randn(128, 128, generator=generator)).Q
+    alike = anatomy.cka(torch.stack([one, 3 * one @ turn + 1, other, one + other]))
+    assert alike[0, 1] == pytest.approx(1, abs=1e-4)
+    assert abs(alike[0, 2]) < 0.05, "as wide as half the positions: the biased one would give 0.3"
+    assert alike[0, 2] + 0.2 < alike[0, 3] < 0.8
+
+
+def test_gini_is_zero_for_equals_and_nearly_one_where_one_has_everything():
+    assert anatomy.gini(np.ones((4, 5))) == pytest.approx(0)
+    assert anatomy.gini(np.eye(1, 100)) == pytest.approx(0.99)
+    assert anatomy.gini(np.array([1.0, 3.0])) == pytest.approx(0.25)
+
+
+def test_a_heads_kind_is_told_by_layer_and_group():
+    """Two layers of two groups of two heads."""
+    heads = torch.eye(8) + 0.1
+    heads[0, 1] = heads[1, 0] = 0.9  # one group
+    heads[2, 5] = heads[5, 2] = 0.8  # neighbouring layers
+    found = anatomy.means(torch.eye(2) * 0.5 + 0.5, heads, groups=2)
+    assert found["heads of one KV group"] == pytest.approx((0.9 + 3 * 0.1) / 4)
+    assert found["other heads of one layer"] == pytest.approx(0.1)
+    assert found["heads of neighbouring layers"] == pytest.approx((0.8 + 15 * 0.1) / 16)
+    assert found["neighbouring layers"] == 0.5 and found["layers further apart"] is None
+
+
+def test_the_anatomy_of_a_teacher_is_a_page_and_pictures(tmp_path):
+    teacher = tmp_path / "teacher"
+    write_short_teacher(teacher)
+    folders = []
+    for length in (200, 256):
+        folder = tmp_path / f"scores-{length}"
+        methods = ["--method", "receiver+sender", "--method", "receiver", "--no-evidence", "--pairs", "2"]
+        ended = run_command(["score", str(teacher), str(folder), "--length", str(length), *methods])
+        assert ended.status == 0, ended.said
+        folders.append(str(folder))
+    script = [sys.executable, anatomy.__file__, str(teacher), *folders, "--output", str(tmp_path / "out")]
+    subprocess.run(script, check=True, capture_output=True)
+    found = json.loads((tmp_path / "out" / "anatomy.json").read_text())
+    assert set(found["few"]) == {"200", "256"} and list(found["lengths"]) == ["200 / 256"]
+    assert all(0 <= row["convertible"] <= 1 for rows in found["few"].values() for row in rows.values())
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"anatomy.json", "anatomy.md", "similarity.png", "capabilities_200.png", "capabilities_256.png"}
+    same = subprocess.run([*script[:3], folders[0], folders[0]], capture_output=True, text=True)
+    assert same.returncode and same.stderr.startswith("hydrahead: scores: two folders")

@@ -303,6 +303,24 @@ def test_stages_of_several_processes_go_through_accelerate(recipe, tmp_path, mon
     assert started == [[sys.executable, *words.split()]]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "launch", "options"),
+    [
+        (4, "ddp", ["--config_file", "ddp.yaml", "--num_processes", "4"]),
+        (2, "fsdp2", ["--config_file", "fsdp2.yaml", "--num_processes", "2"]),
+        (1, "ddp", []),
+        (0, "ddp", ["--config_file", "ddp.yaml"]),  # a look from a laptop
+        (4, "ddp_cpu", ["--config_file", "ddp_cpu.yaml"]),
+        (1, "own.yaml", ["--config_file", "own.yaml"]),
+        (4, "null", []),
+    ],
+)
+def test_a_step_starts_a_process_for_each_gpu(gpus, launch, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = pipeline.Road("demo", [f"output={tmp_path}", f"launch={launch}"]).launched()
+    assert [word.rsplit("/", 1)[-1] for word in found] == options
+
+
 @pytest.mark.parametrize("word", ["--text=book.txt", "--samples", "--output"])
 def test_what_were_options_of_the_demo_are_called_keys_of_the_recipe_in_one_line(word):
     result = CliRunner().invoke(app, ["demo", word, "5"])

@@ -1,6 +1,7 @@
 """Counterfactual pairs: what differs, what must not, and what a user's own file may hold."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -85,6 +86,18 @@ def test_with_several_keys_the_wrong_answer_is_the_number_that_the_key_changed_p
         for text, ids in ((clean, pair.answer), (corrupt, pair.wrong)):
             assert f"numbers for {asked} is: {tokenizer.decode(ids).strip()}." in text
         assert sorted(pair.clean) == sorted(pair.corrupt)
+
+
+def test_a_variable_is_defined_far_above_its_use(tokenizer, haystack):
+    value, key = built_in_probes(tokenizer, haystack, 600, num_pairs=6, only=["code"])
+    assert (value.name, value.capability) == (key.name, key.capability) == ("code", "code")
+    for pair in value.pairs + key.pairs:
+        clean, corrupt = tokenizer.decode(pair.clean), tokenizer.decode(pair.corrupt)
+        use = re.search(r"\nassert (\w+) == (\d{7})$", clean)
+        name, number = use.groups()
+        assert clean.count(f"{name} = ") == 1 and clean.index(f"{name} = {number}\n") < 0.4 * len(clean)
+        assert f"{name} = {tokenizer.decode(pair.wrong).strip()}\n" in corrupt
+    assert all(sorted(pair.clean) == sorted(pair.corrupt) for pair in key.pairs), "two definitions change places"
 
 
 @pytest.mark.parametrize("source", ["tokens", "text"])

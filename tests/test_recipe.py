@@ -222,6 +222,17 @@ SHAPES = {
         "max_position_embeddings": 131072,
         "qk_norm": False,
     },
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "qk_norm": False,
+    },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         "vocab_size": 49152,
         "hidden_size": 576,
@@ -245,13 +256,13 @@ def test_a_shipped_recipe_fits_its_teacher_and_the_gpus_that_it_asks_for(name):
     masks = [[int(head % every == 0) for head in range(teacher.num_attention_heads)]] * teacher.num_hidden_layers
     student = HydraHeadConfig(**SHAPES[recipe.teacher.name] | {"head_masks": masks})
     assert recipe.data.name == "HuggingFaceFW/fineweb-edu"
-    is_small = name.startswith("smollm2")
-    tokens = [12e6, 40e6, 8e6] if is_small else [8e8, 4e9, 1e9]
+    sized = {"smollm2": [12e6, 40e6, 8e6], "qwen2.5": [20e6, 80e6, 16e6]}  # to minutes; others as in the paper
+    tokens = sized.get(name.split("-")[0], [8e8, 4e9, 1e9])
     assert [getattr(recipe, stage).tokens for stage in STAGES] == tokens
     assert recipe.score and recipe.select.ratio == 1 / every and recipe.evaluate.lengths
-    assert is_small or max(recipe.evaluate.lengths) <= teacher.max_position_embeddings
+    assert tokens in sized.values() or max(recipe.evaluate.lengths) <= teacher.max_position_embeddings
     for stage in STAGES:
-        for processes in (1,) if is_small else (1, 2, 4, 8):
+        for processes in (1,) if recipe.launch is None else (1, 2, 4, 8):
             check_rows(recipe, stage, teacher.max_position_embeddings, processes)
             memory = estimate(recipe, stage, student, teacher).memory(processes)
             assert sum(memory.values()) < GPUS["h100"].memory

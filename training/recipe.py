@@ -230,7 +230,7 @@ class Recipe:
         long_data: long documents, for stages with a `long_share`.
         retrieval_share: as in `StageSection`, of all stages at once; else each has its own.
         launch: file for `accelerate launch --config_file`, or `ddp`, `fsdp2` or `ddp_cpu`, which ship: how
-            `hydrahead run` starts stages of several processes.
+            `hydrahead run` starts stages of several processes; with those of GPUs one for each GPU there is.
     """
 
     output: str

@@ -18,7 +18,7 @@ from .readout import answers_found
 from .scores import TEXT, HeadScores, ProbeResult, fuse
 
 SPLITS = 100
-STABILITY_PAIRS = (4, 8, 16)
+STABILITY_PAIRS = (4, 8, 12, 16)
 RANDOM_ORDERS = 5
 TOP_SHARE = 1 / 8  # of all heads: what "top" means where the choice's budget is not known
 Order = list[Head]
@@ -63,7 +63,7 @@ def spearman(one: torch.Tensor, other: torch.Tensor) -> float | None:
 
 def stability(scores: HeadScores, method: str) -> dict[str, dict]:
     """
-    Split-half stability of a method's fused ranking, at 4, 8 and 16 pairs as far as there are so many.
+    Split-half stability of a method's fused ranking, at 4, 8, 12 and 16 pairs as far as there are so many.
 
     That many pairs of every probe (or all of fewer) are drawn at random and split in halves, 100 times; each half is
     scored on its own.

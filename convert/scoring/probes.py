@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from ...data.needles import (
+    VARIABLE,
     answer_text,
     draw_keys,
     draw_values,
@@ -25,6 +26,7 @@ from ...data.needles import (
 COUNTERFACTUALS = ("value", "key")
 NIAH_KEYS = (1, 4)  # needles in the text of the two built-in variants
 REPEATED_TOKENS, ANSWER_TOKENS = 12, 4  # of a copied stretch: how much is repeated before, and how much is asked for
+FAR = 1 / 4  # of the text: a variable is defined before that
 NEAR_TOKENS = 16  # what counts as near context in the text probe
 _DRAWS = 200
 
@@ -103,6 +105,7 @@ def niah_probe(
     num_pairs: int = 8,
     seed: int = 0,
     counterfactual: str = "value",
+    kind: str = "number",
 ) -> Probe:
     """
     RULER's NIAH (arXiv 2404.06654), of `length` tokens with the answer, for any fast tokenizer.
@@ -113,14 +116,20 @@ def niah_probe(
     Args:
         haystack_ids: token ids of the text that hides the needles, longer than `length`.
         num_keys: needles in the text, one of which is asked for.
+        kind: `number`, or `variable`: the probe `code`, in which needles are a program's variables. One of them is
+            used at the end, and defined in the first quarter of the text.
 
     Raises:
         ValueError: the length or the haystack is too short, or no replacement of equal token length was found.
     """
     check_counterfactual(counterfactual)
+    is_code = kind == VARIABLE
 
     def draw(rng: np.random.Generator, sample_seed: int) -> Pair | None:
-        sample = make_niah(tokenizer, haystack_ids, length, num_keys=num_keys, seed=sample_seed)
+        depth = float(rng.uniform(0, FAR)) if is_code else None
+        sample = make_niah(
+            tokenizer, haystack_ids, length, num_keys=num_keys, seed=sample_seed, kind=kind, depth=depth
+        )
         asked = sample.query_index[0]
         if counterfactual == "value":
             (value,) = draw_values(rng, 1)
@@ -135,8 +144,8 @@ def niah_probe(
         corrupt = list(sample.input_ids)
         for index, needle in changed.items():
             start = sample.needle_spans[index][0]
-            ids = encode_needle(tokenizer, *needle)[0]
-            before = encode_needle(tokenizer, sample.keys[index], sample.values[index])[0]
+            ids = encode_needle(tokenizer, *needle, kind)[0]
+            before = encode_needle(tokenizer, sample.keys[index], sample.values[index], kind)[0]
             if len(ids) != len(before) or corrupt[start : start + len(before)] != before:
                 return None
             corrupt[start : start + len(ids)] = ids
@@ -151,9 +160,9 @@ def niah_probe(
             wrong=wrong,
         )
 
-    name = "niah-single" if num_keys == 1 else f"niah-{num_keys}-keys"
+    name = "code" if is_code else "niah-single" if num_keys == 1 else f"niah-{num_keys}-keys"
     pairs, resampled = _collect(draw, num_pairs, seed, f"{name} at {length} tokens")
-    return Probe(name, "retrieval", pairs, counterfactual, resampled)
+    return Probe(name, "code" if is_code else "retrieval", pairs, counterfactual, resampled)
 
 
 def check_length(tokenizer, length: int) -> None:
@@ -314,12 +323,13 @@ def built_in_probes(
     only: Sequence[str] = (),
 ) -> list[Probe]:
     """
-    Needles (one and four keys), copying (of random tokens and of text) and plain text, each with both counterfactuals.
+    Needles (one and four keys), copying (of random tokens and of text) and plain text, each with both counterfactuals;
+    where it is named also `code`: a variable that is used far below its definition, beside three others.
 
     Args:
         haystack_ids: token ids of a text, longer than twice `length`.
         length: tokens of every pair's text.
-        only: those to make, as `NAME.COUNTERFACTUAL`, or `NAME` for both; all by default.
+        only: those to make, as `NAME.COUNTERFACTUAL`, or `NAME` for both; all but `code` by default.
 
     Raises:
         ValueError: the length or the text is too short for one of them, or there is no such probe.
@@ -330,6 +340,7 @@ def built_in_probes(
         "induction": partial(induction_probe, source="tokens"),
         "copy": partial(induction_probe, source="text"),
         "text": text_probe,
+        "code": partial(niah_probe, num_keys=NIAH_KEYS[1], kind=VARIABLE),
     }
     names = {f"{name}.{kind}": (name, kind) for kind in COUNTERFACTUALS for name in makers}
     for wanted in only:
@@ -338,5 +349,5 @@ def built_in_probes(
     return [
         makers[name](tokenizer, haystack_ids, length, num_pairs=num_pairs, seed=seed, counterfactual=kind)
         for full_name, (name, kind) in names.items()
-        if not only or {name, full_name} & set(only)
+        if ({name, full_name} & set(only) if only else name != "code")
     ]
