@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -295,6 +296,9 @@ class HydraHeadFullAttention(nn.Module):
         elif cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one adds to kwargs
 
+        # CODEPATH: a later chunk of a prompt, whose mask against all before it would be larger than anything else.
+        if self._is_chunk(query, key, attention_mask, cache):
+            attention_mask = causal_lower_right(query.shape[2], key.shape[2])
         # CODEPATH: one token of generation, of which nobody wants attention weights or a gradient; else any call.
         attend = self._attend_once if self._is_step(query, attention_mask) else self._attend
         output, weights = attend(query, key, value, attention_mask, **kwargs)
@@ -302,10 +306,18 @@ class HydraHeadFullAttention(nn.Module):
             output = output * (2 * gate[0].sigmoid())
         return output, weights
 
+    @property
+    def _is_sdpa(self) -> bool:
+        return self.whole.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
+
+    def _is_chunk(self, query, key, attention_mask, cache) -> bool:
+        # A static cache is longer than what was read: it starts with a prompt as short as the query.
+        is_growing = isinstance(cache, DynamicCache) and key.shape[2] > query.shape[2]
+        return is_growing and query.shape[2] > 1 and attention_mask is None and self._is_sdpa
+
     def _is_step(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         # The others keep their own kernels, whose single tokens are quick, or their attention weights.
-        is_sdpa = self.whole.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
-        if not is_sdpa or query.shape[2] > 1 or torch.is_grad_enabled():
+        if not self._is_sdpa or query.shape[2] > 1 or torch.is_grad_enabled():
             return False
         return attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
 
@@ -747,6 +759,16 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
             return None if attention_mask[:, -1].all() else attention_mask[:, -1:]
         return create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask, cache)
 
+    def _causal_mask(self, inputs_embeds, attention_mask, cache, position_ids) -> torch.Tensor | None:
+        """The mask of full attention, or `None` where its kernels are causal by themselves."""
+        is_later = isinstance(cache, DynamicCache) and inputs_embeds.shape[1] > 1 and cache.get_seq_length() > 0
+        if is_later and self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
+            is_whole = attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))
+            if is_whole:  # see `_is_chunk`
+                return None
+        # By place: the cache's name is another one before transformers 5.24.
+        return create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(  # trf-ignore: TRF057
@@ -798,10 +820,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         else:
             masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}
             if self.has_full_attention:
-                # By place: the cache's name is another one before transformers 5.24.
-                masks["full_attention"] = create_causal_mask(
-                    self.config, inputs_embeds, attention_mask, cache, position_ids
-                )
+                masks["full_attention"] = self._causal_mask(inputs_embeds, attention_mask, cache, position_ids)
         padding = None
         if self.has_linear_attention and masks.get("linear_attention") is not None:
             padding = Padding.of(masks["linear_attention"], self.config.short_conv_kernel_size)

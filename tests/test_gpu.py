@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import CompileConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import CompileConfig, DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from hydrahead import HydraHeadConfig, HydraHeadForCausalLM, modeling_hydrahead, ops_hydrahead
 from hydrahead.convert.calibration import head_forms_of
@@ -270,6 +270,19 @@ def test_prefill_and_steps_equal_one_forward(models, ids):
             output = gpu(rows[:, index : index + 1], cache=getattr(output, modeling_hydrahead.CACHE), use_cache=True)
             parts.append(output.logits)
     assert relative_error(torch.cat(parts, dim=1), whole) < 5e-3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 5e-2)])
+def test_chunks_of_a_prompt_equal_one_forward(models, ids, dtype, tolerance):
+    """In fp32 by PyTorch's memory-efficient kernel, in bf16 by its flash attention; neither is given a mask."""
+    _, gpu = models
+    model, rows = copy.deepcopy(gpu).to(dtype), ids.cuda()
+    cache, parts = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        whole = model(rows, use_cache=False).logits
+        for part in rows.split([100, 120, 3, 77], dim=1):
+            parts.append(model(part, use_cache=True, **{modeling_hydrahead.CACHE: cache}).logits)
+    assert relative_error(torch.cat(parts, dim=1), whole) < tolerance
 
 
 def test_left_padded_generation_equals_the_row_alone(models, ids):

@@ -1,5 +1,7 @@
 """Caches: pieces, resets, counts and reordering."""
 
+import inspect
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -18,6 +20,34 @@ from hydrahead.tests.modeling.checks import MASKS, assert_close, feed, make_cach
 def test_prefill_chunks_and_steps_equal_one_forward(masks, kind, sizes):
     student, ids = make_student(head_masks=masks), random_ids(2, 20)
     assert_close(feed(student, ids, sizes, make_cache(kind, student)), student(ids).logits)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_later_chunk_of_a_prompt_makes_no_mask_against_all_before_it(masks, monkeypatch):
+    """At 512K tokens it was the largest tensor of all. With padding there is one still, and for other kernels."""
+    student, ids, shapes = make_student(head_masks=masks), random_ids(2, 20), []
+    module = inspect.getmodule(type(student))
+    make = module.create_causal_mask
+
+    def watched(*arguments):
+        shapes.append(arguments[1].shape[1])
+        return make(*arguments)
+
+    expected = student(ids).logits
+    monkeypatch.setattr(module, "create_causal_mask", watched)
+    for mask in (None, torch.ones_like(ids)):
+        assert_close(feed(student, ids, [12, 5, 3], DynamicCache(config=student.config), mask), expected)
+    has_full = student.config.full_attention_share > 0
+    assert shapes == ([12, 12] if has_full else [])
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    alone = student(ids[:1, 4:]).logits[0]
+    del shapes[:]
+    padded = feed(student, ids, [12, 5, 3], DynamicCache(config=student.config), mask)
+    assert_close(padded[0, 4:], alone)
+    student.set_attn_implementation("eager")
+    assert_close(feed(student, ids, [12, 5, 3], DynamicCache(config=student.config)), expected)
+    assert shapes == ([12, 5, 3] * 2 if has_full else [])
 
 
 @given(masks=random_masks(), sizes=st.lists(st.integers(1, 5), max_size=6), seed=st.integers(0, 9))
