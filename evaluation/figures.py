@@ -366,13 +366,15 @@ def draw_training(folder: Path) -> None:
 
 def plot_students(curves: Mapping[str, Mapping[str, Sequence[tuple]]], file: Path) -> None:
     """
-    Draw how students learn, a panel for each number, a line for each student.
+    Draw how students learn, a panel for each number, a line for each student; nothing where no point is known yet.
 
     Args:
         curves: of every student, for every number, points: millions of tokens, value, and the low and high end of its
             interval or `None`.
     """
     names = [name for name in next(iter(curves.values())) if any(each[name] for each in curves.values())]
+    if not names:
+        return
     figure, panels = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], names):
         for number, (student, each) in enumerate(curves.items()):

@@ -96,3 +96,20 @@ def test_stability_keeps_its_title(drawn, tmp_path):
     entry = {"rho": 0.5, "rho_low": 0.1, "rho_high": 0.9, "heads": 7}
     figures.plot_stability({"replacement": {"4": entry, "8": entry}}, LONG, tmp_path / "stability.png")
     assert_on_canvas(drawn[0])
+
+
+def test_students_are_drawn_as_far_as_they_are_known(drawn):
+    none = {"kl": [], "niah_single_2": [], "niah_multikey_1": []}
+    figures.plot_students({"default": none}, None)
+    assert not drawn, "fewer than ten steps, and no needles asked for"
+    figures.plot_students({"default": none | {"kl": [(1, 0.5, None, None)]}, "random": none}, None)
+    assert [axes.get_title() for axes in drawn[0].axes] == ["KL to the teacher, nats a token"]
+    assert_on_canvas(drawn[0])
+
+
+def test_similarity_names_layers_where_their_heads_are(drawn):
+    figures.plot_similarity([[1, 0.5], [0.5, 1]], [[1.0] * 8] * 8, LONG, None)
+    left, right = drawn[0].axes[:2]
+    assert list(left.get_xticks()) == [0, 1] and list(right.get_xticks()) == [1.5, 5.5]
+    assert [label.get_text() for label in right.get_xticklabels()] == ["0", "1"]
+    assert_on_canvas(drawn[0])
