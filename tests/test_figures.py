@@ -102,7 +102,9 @@ def test_students_are_drawn_as_far_as_they_are_known(drawn):
     none = {"kl": [], "niah_single_2": [], "niah_multikey_1": []}
     figures.plot_students({"default": none}, None)
     assert not drawn, "fewer than ten steps, and no needles asked for"
-    figures.plot_students({"default": none | {"kl": [(at, 1 / at, None, None) for at in range(1, 9)]}, "random": none}, None)
+    figures.plot_students(
+        {"default": none | {"kl": [(at, 1 / at, None, None) for at in range(1, 9)]}, "random": none}, None
+    )
     assert [axes.get_title() for axes in drawn[0].axes] == ["KL to the teacher, nats a token"]
 
 
