@@ -22,6 +22,7 @@ from pathlib import Path
 
 from hydrahead.console import one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
+from hydrahead.convert.migration import convert_to_folder
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
@@ -52,7 +53,8 @@ class Row:
         ratio: of full attention, by `select`.
         select: other options of `convert.masks.select_to_file`.
         student: overrides of the recipe that change the form of heads: rows that agree in them share their alignment.
-        share: of the recipe's tokens. Only the whole is finetuned.
+        share: of the recipe's tokens; 0 for a student of aligned heads that nothing was trained of. Only the whole is
+            finetuned.
         seed: of the choice at random, and of the order of the text.
     """
 
@@ -104,6 +106,10 @@ def _rows() -> Iterator[tuple[str, Row]]:
         for choice, select in CHOICES.items():
             words = f"{choice}, {budget.replace('to', ':')}"
             yield f"{choice}-{budget}-tenth", Row(words, ratio, select, share=TENTH)
+            yield f"{choice}-{budget}-aligned", Row(f"{words}, aligned only", ratio, select, share=0)
+        for seed in (1, 2):
+            words = f"random, {budget.replace('to', ':')}, aligned only"
+            yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
     for name, student in STUDENTS.items():
         yield f"{name}-3to1-tenth", Row(f"default, 3:1, {name}", student=student, share=TENTH)
     yield "groups-7to1-tenth", Row("KV groups, 1/8", 0.125, GROUPS, share=TENTH)
@@ -142,7 +148,11 @@ class Study:
             _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **row.select)
             print(*lines, sep="\n")
         recipe = self.student_recipe(name, row)
-        run_distill(recipe)
+        if row.share:
+            run_distill(recipe)
+        elif not self.student(name).is_dir():
+            forms = base / "align" / "head_forms.safetensors"
+            convert_to_folder(recipe.teacher.name, self.student(name), masks, forms_file=forms)
         if recipe.finetune:
             run_finetune(recipe)
 
@@ -167,6 +177,8 @@ class Study:
     def student(self, name: str) -> Path:
         """The folder of a row's student, made or not."""
         recipe = self.student_recipe(name, ROWS[name])
+        if not ROWS[name].share:
+            return self.output / name / "student"
         return self.output / name / ("finetune" if recipe.finetune else "distill") / "student"
 
     def evaluate(self, name: str, batch_tokens: int | None = None) -> None:
@@ -220,7 +232,7 @@ def tables(study: dict) -> str:
         lines += [f"| | distilled on | {' | '.join(f'{length:,}' for length in lengths)} |"]
         lines += ["| --- " + "| ---: " * (len(lengths) + 1) + "|"]
         for name in ["teacher", *study["rows"]]:
-            tokens = study["rows"][name]["tokens"]["distill"] if name in study["rows"] else 0
+            tokens = study["rows"][name]["tokens"].get("distill", 0) if name in study["rows"] else 0
             cells = " | ".join(accuracy(needles.get((name, task, length))) for length in lengths)
             lines += [f"| {name} | {f'{tokens / 1e6:g}M' if tokens else ''} | {cells} |"]
         lines += [""]
@@ -232,7 +244,7 @@ def tables(study: dict) -> str:
     for name in ["teacher", *study["rows"]]:
         cell = text.get((name, shortest), {})
         values = [f"{cell[key]:.3f}" if key in cell else "" for key in ("loss", "kl", "agreement")]
-        last = study["rows"][name]["steps"]["distill"][-10:] if name in study["rows"] else []
+        last = study["rows"][name]["steps"].get("distill", [])[-10:] if name in study["rows"] else []
         values += [f"{sum(step['kl'] for step in last) / len(last):.3f}" if last else ""]
         lines += [f"| {name} | {' | '.join(values)} |"]
     return "\n".join([*lines, "", *_against_random(study, needles, tasks, lengths)]) + "\n"
@@ -245,8 +257,8 @@ def curves(study: dict) -> dict[str, dict[str, list[tuple]]]:
     """
     found = {}
     for name, row in study["rows"].items():
-        steps = row["steps"]["distill"]
-        batch = row.get("batch_tokens", row["tokens"]["distill"] / len(steps)) / 1e6
+        steps = row["steps"].get("distill", [])
+        batch = (row["batch_tokens"] if "batch_tokens" in row else row["tokens"]["distill"] / len(steps)) / 1e6
         ten = [(end, [step["kl"] for step in steps[end - 10 : end]]) for end in range(10, len(steps) + 1, 10)]
         found[name] = {"kl": [(end * batch, sum(each) / 10, None, None) for end, each in ten]}
         for task in WATCHED:

@@ -16,7 +16,7 @@ SMALL = [
     *("distill.tokens=10240", "distill.batch_tokens=1024", "distill.length=256", "distill.warmup_steps=1"),
     *("finetune=null", "evaluate.lengths=[512]", "evaluate.prompts=2", "evaluate.text_tokens=1024"),
 ]
-NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth"]
+NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth", "default-3to1-aligned"]
 
 
 def run(folder, *rows: str) -> str:
@@ -35,9 +35,10 @@ def test_rows_share_what_they_can_and_go_on(tmp_path):
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     second = run(tmp_path, *NAMES)
     assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(made) == 2
+    assert not (tmp_path / "out" / NAMES[3] / "distill").exists(), "aligned heads, and nothing trained"
     study = json.loads((tmp_path / "out" / "study.json").read_text())
     assert list(study["rows"]) == NAMES
-    assert [len(study["rows"][name]["steps"]["distill"]) for name in NAMES] == [10, 10, 1]
+    assert [len(study["rows"][name]["steps"].get("distill", [])) for name in NAMES] == [10, 10, 1, 0]
     assert study["rows"][NAMES[0]]["masks"] != study["rows"][NAMES[1]]["masks"]
     assert study["rows"][NAMES[0]]["masks"] == study["rows"][NAMES[2]]["masks"]
     assert {len(cell["scores"]) for cell in study["report"]["needles"]} == {2}
@@ -48,4 +49,5 @@ def test_rows_share_what_they_can_and_go_on(tmp_path):
 def test_rows_are_named_by_what_they_are():
     assert ROWS["default-3to1"].ratio == 0.25 and ROWS["fixed-7to1-tenth"].select == {"strategy": "fixed"}
     assert all((row.share == TENTH) == name.endswith("tenth") for name, row in ROWS.items())
+    assert all((row.share == 0) == ("-aligned" in name) for name, row in ROWS.items())
     assert [ROWS[f"random-3to1{seed}"].seed for seed in ("", "-1", "-2")] == [0, 1, 2]
