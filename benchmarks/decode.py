@@ -115,19 +115,28 @@ def build(name: str, shape: dict, dtype: torch.dtype, device: str) -> PreTrained
     return model
 
 
+def load(folder: str, dtype: torch.dtype, device: str, attention: str) -> PreTrainedModel:
+    """A real model, from its folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).to(device).eval()
+    if isinstance(model, HydraHeadForCausalLM):
+        model.pack_projections()
+    return model
+
+
 def kv_bytes_per_token(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Bytes by which the KV cache of a sequence grows with every token, by arithmetic."""
     if isinstance(config, HydraHeadConfig):
         return config.kv_bytes_per_token(dtype.itemsize)
-    layers = config.layer_types.count("full_attention")
-    return 2 * layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    layers = config.layer_types.count("full_attention") if hasattr(config, "layer_types") else config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * layers * config.num_key_value_heads * head_dim * dtype.itemsize
 
 
 def state_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> int:
     """Constant bytes of a sequence, by arithmetic: recurrent states in fp32 and the convolutions' inputs."""
     if isinstance(config, HydraHeadConfig):
         return config.state_bytes(dtype.itemsize)
-    layers = config.layer_types.count("linear_attention")
+    layers = getattr(config, "layer_types", []).count("linear_attention")
     if not layers:
         return 0
     keys = config.linear_num_key_heads * config.linear_key_head_dim

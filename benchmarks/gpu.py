@@ -3,9 +3,11 @@
     python benchmarks/gpu.py                                 # what decode-cuda.json does not hold yet, on all GPUs
     python benchmarks/gpu.py 128K prefill --minutes 8        # these parts, again
     python benchmarks/gpu.py --rehearse --output FILE.json   # all on a CPU with a tiny shape: measures nothing
+    python benchmarks/gpu.py --teacher FOLDER --students 3to1=FOLDER 7to1=FOLDER --output FILE.json  # real models
 
-Qwen3-1.7B's shape. A part is measured again where hardware, versions or the model's code have changed. Every part is
-written as soon as it is done, so that nothing is lost when the time is up; what it needed is in the file.
+Qwen3-1.7B's shape; or real models, with their weights and masks, at 4K to 512K tokens. A part is measured again where
+hardware, versions or the model's code have changed. Every part is written as soon as it is done, so that nothing is
+lost when the time is up; what it needed is in the file.
 
 Compiling a step takes a minute or two of one processor core: the models of a part compile beside each other, each in a
 process of its own, and then take turns on the GPU. A compiled step is what `generate(cache_implementation="static")`
@@ -32,8 +34,8 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,16 +44,19 @@ from transformers.cache_utils import StaticLayer
 
 from hydrahead.benchmarks.decode import (
     BEST_TEACHER,
+    IN_PIECES,
     LAYERWISE,
     TEACHER,
     build,
     cache_bytes,
     forward,
     kv_bytes_per_token,
+    load,
     measure,
     seconds_of,
     state_bytes,
 )
+from hydrahead.convert.teachers import open_teacher
 from hydrahead.kernels import use_tuned_kernels
 from hydrahead.modeling_hydrahead import CACHE
 from hydrahead.provenance import Record, digest, environment
@@ -95,11 +100,18 @@ class Machine:
     dtype: torch.dtype
     backend: str
     shrink: int
+    folders: dict[str, str] = field(
+        default_factory=dict
+    )  # of real models by name; the teacher's may be any name of it
 
     def tokens(self, count: int) -> int:
         return max(START, count // self.shrink)
 
     def build(self, name: str) -> PreTrainedModel:
+        if self.folders:
+            is_teacher = name in (TEACHER, BEST_TEACHER)
+            folder = open_teacher(self.folders[TEACHER]).fetch() if is_teacher else self.folders[name]
+            return load(str(folder), self.dtype, self.device, IN_PIECES if name == BEST_TEACHER else "sdpa")
         return build(name, self.shape, self.dtype, self.device)
 
     def free_bytes(self) -> int:
@@ -273,7 +285,7 @@ class Prefill:
 
     tokens: int
     prefills: int
-    models = (TEACHER, *HYBRIDS)
+    models: tuple[str, ...] = (TEACHER, *HYBRIDS)
     turns = 0
 
     @property
@@ -381,6 +393,15 @@ PARTS = {
     "batches-plain": [Decode(TEACHER, 32 * K, None)],
     "512K-plain": [Decode(TEACHER, 512 * K)],
 }
+
+
+def parts_of(students: Sequence[str]) -> dict[str, list]:
+    """What is measured of real models."""
+    every = (BEST_TEACHER, TEACHER, *students)
+    found = {f"{tokens}K": [Decode(name, tokens * K) for name in every] for tokens in (4, 32, 128)}
+    found |= {f"prefill-{tokens}K": [Prefill(tokens * K, 5, (TEACHER, *students))] for tokens in (4, 32, 128)}
+    # As transformers runs it, the teacher's step needs several times its cache.
+    return found | {"512K": [Decode(name, 512 * K) for name in every if name != TEACHER]}
 
 
 @torch.no_grad()
@@ -496,7 +517,9 @@ class Results:
 
     def __init__(self, path: Path, machine: Machine):
         self.path, self.lock = path, threading.Lock()
-        self.shape = {"shape": machine.shape, "dtype": str(machine.dtype).removeprefix("torch.")}
+        folders = {name: Path(folder).name for name, folder in machine.folders.items()}
+        self.shape = {"models": folders} if folders else {"shape": machine.shape}
+        self.shape |= {"dtype": str(machine.dtype).removeprefix("torch.")}
         self.parts = json.loads(path.read_text())["parts"] if path.is_file() else {}
         files = sorted(Path(__file__).parents[1].glob("*_hydrahead.py"))
         self.code = {file.stem: digest(file)[:12] for file in files}
@@ -523,7 +546,7 @@ class Results:
                 print(f"[{name}, {seconds:.0f} s] {say(row)}", flush=True)
 
 
-def work_off(names: queue.Queue, machine: Machine, gpu: str, results: Results, end: float) -> None:
+def work_off(names: queue.Queue, parts: dict, machine: Machine, gpu: str, results: Results, end: float) -> None:
     """Measure parts on one GPU until none is left or the time is up."""
     while True:
         try:
@@ -534,7 +557,7 @@ def work_off(names: queue.Queue, machine: Machine, gpu: str, results: Results, e
         if end - began < 20:
             print(f"[{name}] no time left", flush=True)
             continue
-        rows, where = run_part(machine, PARTS[name], gpu, min(end, began + PART_SECONDS))
+        rows, where = run_part(machine, parts[name], gpu, min(end, began + PART_SECONDS))
         results.add(name, rows, where, time.monotonic() - began)
 
 
@@ -550,15 +573,24 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="after which what is not done is given up")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU with a tiny shape, not compiled")
     parser.add_argument("--output", type=Path, help="default: decode-cuda.json beside this script")
+    parser.add_argument("--teacher", help="a real one: Hub id, folder or GGUF file; with --students")
+    parser.add_argument("--students", nargs="+", default=[], metavar="NAME=FOLDER", help="made of it")
     options = parser.parse_args()
-    if unknown := [name for name in options.parts if name not in PARTS]:
-        parser.error(f"{unknown[0]!r} is no part, expected some of {', '.join(PARTS)}")
-    if options.rehearse and options.output is None:
-        parser.error("a rehearsal measures nothing: say with --output where its file is to go")
+    students = dict(each.partition("=")[::2] for each in options.students)
+    if bool(options.teacher) != bool(students) or not all(Path(each).is_dir() for each in students.values()):
+        parser.error("real models are a --teacher and --students NAME=FOLDER, folders that are there")
+    parts = parts_of(list(students)) if students else PARTS
+    if unknown := [name for name in options.parts if name not in parts]:
+        parser.error(f"{unknown[0]!r} is no part, expected some of {', '.join(parts)}")
+    if (options.rehearse or students) and options.output is None:
+        parser.error("what is rehearsed, or of real models, is none of decode-cuda.json: say with --output where to")
     if not options.rehearse and not torch.cuda.is_available():
         parser.error("no GPU here; --rehearse tries the script on a CPU")
 
     machine = REHEARSAL if options.rehearse else GPU
+    if students:
+        open_teacher(options.teacher).fetch()  # once, not in every process
+        machine = replace(machine, folders={TEACHER: options.teacher, **students})
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     gpus = ["", ""] if options.rehearse else gpus
@@ -567,12 +599,12 @@ def main() -> None:
     results = Results(options.output or Path(__file__).with_name("decode-cuda.json"), machine)
     here = environment(machine.device)
     names = queue.Queue()
-    for name in options.parts or [name for name in PARTS if not results.holds(name, here)]:
+    for name in options.parts or [name for name in parts if not results.holds(name, here)]:
         names.put(name)
     signal.signal(signal.SIGTERM, kill_all)
     signal.signal(signal.SIGINT, kill_all)
     end = time.monotonic() + 60 * options.minutes - TURNS_SECONDS
-    threads = [threading.Thread(target=work_off, args=(names, machine, gpu, results, end)) for gpu in gpus]
+    threads = [threading.Thread(target=work_off, args=(names, parts, machine, gpu, results, end)) for gpu in gpus]
     for thread in threads:
         thread.start()
     for thread in threads:

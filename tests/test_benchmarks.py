@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hydrahead.benchmarks import anatomy, decode, gpu, report
+from hydrahead.benchmarks.decode import TEACHER
 from hydrahead.tests.workshop import run_command, write_short_teacher
 
 SHAPE = gpu.TINY | {"num_hidden_layers": 8}
@@ -127,6 +129,23 @@ def test_a_part_runs_on_a_tiny_model(part):
     (job,) = gpu.PARTS[part]
     rows = job.open(gpu.REHEARSAL).rows()
     assert len(rows) == len(job.about) and json.dumps(rows)
+
+
+@torch.no_grad()
+def test_real_models_are_measured_with_their_own_masks(tmp_path):
+    names = {TEACHER: "teacher", "one": "one", "two": "two"}
+    folders = {name: str(tmp_path / folder) for name, folder in names.items()}
+    shape = gpu.TINY | {"max_position_embeddings": 64}
+    decode.build(TEACHER, shape, torch.float32, "cpu").save_pretrained(folders[TEACHER])
+    for name, model in (("one", "12.5% heads"), ("two", "25% heads")):
+        decode.build(model, shape, torch.float32, "cpu").save_pretrained(folders[name])
+    machine, parts = replace(gpu.REHEARSAL, folders=folders), gpu.parts_of(["one", "two"])
+    rows = [tuple(about.values()) for jobs in parts.values() for job in jobs for about in job.about]
+    assert len(rows) == len(set(rows)) == 4 * 3 + 3 + 3 * 3
+    (job,) = parts["prefill-4K"]
+    found = {about["model"]: row["cache_bytes"] for about, row in zip(job.about, job.open(machine).rows())}
+    assert found["one"] < found["two"] < found[TEACHER]
+    assert gpu.Results(tmp_path / "results.json", machine).shape == {"models": names, "dtype": "float32"}
 
 
 @torch.no_grad()
