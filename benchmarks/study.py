@@ -99,7 +99,8 @@ def _rows() -> Iterator[tuple[str, Row]]:
     whole = [("default", 0), ("random", 0), ("default", 1), ("random", 1), ("default", 2), ("random", 2)]
     for choice, seed in whole:
         yield f"{choice}-3to1" + (f"-{seed}" if seed else ""), Row(f"{choice}, 3:1", select=CHOICES[choice], seed=seed)
-    yield "default-7to1", Row("default, 7:1", 0.125)
+    for choice in ("default", "random"):
+        yield f"{choice}-7to1", Row(f"{choice}, 7:1", 0.125, CHOICES[choice])
     yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
     yield "receiver-sender-3to1", Row("receiver-sender, 3:1", select=PAPER)
     for budget, ratio in BUDGETS.items():
