@@ -311,7 +311,7 @@ class HydraHeadFullAttention(nn.Module):
         return self.whole.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
 
     def _is_chunk(self, query, key, attention_mask, cache) -> bool:
-        # A static cache is longer than what was read: it starts with a prompt as short as the query.
+        # The keys of a static cache are more than were read: their number says nothing.
         is_growing = isinstance(cache, DynamicCache) and key.shape[2] > query.shape[2]
         return is_growing and query.shape[2] > 1 and attention_mask is None and self._is_sdpa
 
@@ -760,7 +760,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         return create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask, cache)
 
     def _causal_mask(self, inputs_embeds, attention_mask, cache, position_ids) -> torch.Tensor | None:
-        """The mask of full attention, or `None` where its kernels are causal by themselves."""
+        """The mask of full attention, or `None` where all before a token is seen and no mask has to say so."""
         is_later = isinstance(cache, DynamicCache) and inputs_embeds.shape[1] > 1 and cache.get_seq_length() > 0
         if is_later and self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
             is_whole = attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))

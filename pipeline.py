@@ -50,7 +50,7 @@ from .hub.folder import read_made_from
 from .loading import load_student_config
 from .provenance import Record, digest, first_difference
 from .training.align import run_align
-from .training.data import token_folder
+from .training.data import check_rows, token_folder
 from .training.distill import run_distill
 from .training.finetune import run_finetune
 from .training.plan import planned_masks, print_cost
@@ -165,18 +165,21 @@ class Road:
         launched, recipe = self.launched(), self.recipe
         stages = {"align": run_align, "distill": run_distill, "finetune": run_finetune}
         arguments = [*launched, "-m", f"hydrahead.training.{name}", "--config", *self.arguments]
+        command = ["accelerate", "launch", *arguments] if launched else ["python", *arguments]
 
         def check() -> None:
             if launched and not Path(launched[1]).is_file():
                 raise ValueError(f"launch: {recipe.launch}: no such file, nor one of ddp, fsdp2, ddp_cpu")
             stage = Stage(recipe, name)
+            if "--num_processes" in launched:
+                check_rows(recipe, name, stage.teacher.config.max_position_embeddings, int(launched[-1]))
             config = self.config(stage)
             if "forms" in stage.sources and not recipe.align:
                 check_forms(recipe.forms, self.teacher, options_of(config))
 
         return Step(
             name,
-            ["accelerate", "launch", *arguments],
+            command,
             self.output / name / ("head_forms.safetensors" if name == "align" else "student"),
             partial(launch_stage, arguments) if launched else partial(stages[name], recipe),
             lambda: Stage(recipe, name).is_done,

@@ -26,7 +26,7 @@ from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.evaluation.figures import plot_head_maps, plot_similarity
 from hydrahead.files import atomic_file, read_utf8
-from hydrahead.provenance import Record, environment
+from hydrahead.provenance import Record, digest, environment
 
 TOKENS, POSITIONS = 4096, 1024  # of the text that similarity is measured on, and how many of them
 CRITICAL = 0.1  # of the best head's score; the paper does not say what it calls critical
@@ -171,10 +171,9 @@ def page(report: dict) -> str:
         for where, pair, each in rows:
             lines += [f"| {where} | {pair} | {number(each['rho'], '.2f')} | {each['overlap']:.0%} |"]
         lines += [""]
-    if report["similarity"]:
-        lines += [f"Similarity (unbiased linear CKA, {POSITIONS:,} positions of {report['text']}):", ""]
-        lines += ["| | mean |", "| --- | ---: |"]
-        lines += [f"| {name} | {number(value, '.3f')} |" for name, value in report["similarity"].items()]
+    lines += [f"Similarity (unbiased linear CKA, {report['positions']:,} positions of {report['text']}):", ""]
+    lines += ["| | mean |", "| --- | ---: |"]
+    lines += [f"| {name} | {number(value, '.3f')} |" for name, value in report["similarity"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -188,19 +187,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/anatomy"))
     options = parser.parse_args()
     files = {}
-    for folder in options.scores:
-        scores = HeadScores.load(folder / "head_scores.json")
-        files[scores.made_from["length"]] = scores
+    opened, made_from = open_teacher(options.teacher), {}
+    shape = (opened.adapter.num_layers, opened.adapter.num_heads)
+    for file in (folder / "head_scores.json" for folder in options.scores):
+        scores = HeadScores.load(file)
+        if (scores.teacher, np.shape(scores.scores)) != (opened.public_name, shape):
+            raise ValueError(f"{file}: scores of {scores.teacher}, expected those of {opened.public_name}")
+        files[scores.made_from["length"]], made_from[file.parent.name] = scores, digest(file)
     if len(files) < len(options.scores):
         raise ValueError("scores: two folders are of the same length; expected one for each")
-    opened = open_teacher(options.teacher)
     teacher, tokenizer = opened.load(options.dtype, options.device), opened.tokenizer()
     documents = load_corpus("heldout") if options.text is None else [read_utf8(options.text)]
     ids = encode_corpus(tokenizer, documents)[: min(TOKENS, opened.adapter.config.max_position_embeddings)].tolist()
     layers, heads = similarity(teacher, ids, options.device or "cpu")
     alike = {"similarity": means(layers, heads, opened.adapter.num_kv_heads), "layers": layers.tolist()}
     text = options.text.name if options.text else "the Python standard library"
-    report = {"teacher": opened.public_name, "text": text, **anatomy(files), **alike}
+    report = {"teacher": opened.public_name, "revision": opened.revision, "dtype": options.dtype, "text": text}
+    report |= {"positions": min(POSITIONS, len(ids)), "scores": made_from, **anatomy(files), **alike}
     options.output.mkdir(parents=True, exist_ok=True)
     Record(options.output / "anatomy.json").write(report | environment(options.device))
     with atomic_file(options.output / "anatomy.md") as partial:
@@ -208,7 +211,6 @@ def main() -> None:
     title = f"{report['teacher']}: how alike what they write is, CKA"
     plot_similarity(layers.tolist(), heads.tolist(), title, options.output / "similarity.png")
     for length, scores in files.items():
-        shape = np.shape(scores.scores)
         masks = {name: as_masks(list(best(alone(scores, name))), *shape) for name in scores.capabilities}
         title = f"{report['teacher']}, {length:,} tokens: {scores.method} score by capability; framed: the best eighth"
         plot_head_maps(scores.capabilities, masks, title, options.output / f"capabilities_{length}.png")

@@ -93,26 +93,33 @@ TURNS_SECONDS = 45  # for what is ready then
 
 @dataclass(frozen=True)
 class Machine:
-    """What is measured on: one GPU, or for a rehearsal a CPU and a model that is next to nothing."""
+    """
+    What is measured on: one GPU, or for a rehearsal a CPU and a model that is next to nothing.
+
+    Attributes:
+        folders: of real models in place of those of a shape, by name. The teacher's may be a Hub id or a GGUF file.
+    """
 
     device: str
     shape: dict
     dtype: torch.dtype
     backend: str
     shrink: int
-    folders: dict[str, str] = field(
-        default_factory=dict
-    )  # of real models by name; the teacher's may be any name of it
+    folders: dict[str, str] = field(default_factory=dict)
 
     def tokens(self, count: int) -> int:
         return max(START, count // self.shrink)
 
     def build(self, name: str) -> PreTrainedModel:
         if self.folders:
-            is_teacher = name in (TEACHER, BEST_TEACHER)
-            folder = open_teacher(self.folders[TEACHER]).fetch() if is_teacher else self.folders[name]
-            return load(str(folder), self.dtype, self.device, IN_PIECES if name == BEST_TEACHER else "sdpa")
+            attention = IN_PIECES if name == BEST_TEACHER else "sdpa"
+            return load(str(self.folder(name)), self.dtype, self.device, attention)
         return build(name, self.shape, self.dtype, self.device)
+
+    def folder(self, name: str) -> Path:
+        """Where a real model's weights are, here."""
+        is_teacher = name in (TEACHER, BEST_TEACHER)
+        return open_teacher(self.folders[TEACHER]).fetch() if is_teacher else Path(self.folders[name])
 
     def free_bytes(self) -> int:
         if self.device == "cpu":
@@ -523,6 +530,8 @@ class Results:
         self.parts = json.loads(path.read_text())["parts"] if path.is_file() else {}
         files = sorted(Path(__file__).parents[1].glob("*_hydrahead.py"))
         self.code = {file.stem: digest(file)[:12] for file in files}
+        for name in machine.folders:  # masks, too, are in the configuration
+            self.code[name] = digest(machine.folder(name) / "config.json")[:12]
 
     def holds(self, name: str, here: dict) -> bool:
         """Whether a part was measured by this code, on hardware and versions like these, without a failure."""
@@ -577,8 +586,10 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=[], metavar="NAME=FOLDER", help="made of it")
     options = parser.parse_args()
     students = dict(each.partition("=")[::2] for each in options.students)
-    if bool(options.teacher) != bool(students) or not all(Path(each).is_dir() for each in students.values()):
-        parser.error("real models are a --teacher and --students NAME=FOLDER, folders that are there")
+    is_clear = len(students) == len(options.students) and all(students.values()) and TEACHER not in students
+    is_there = all((Path(folder) / "config.json").is_file() for folder in students.values())
+    if bool(options.teacher) != bool(students) or not (is_clear and is_there):
+        parser.error("real models are a --teacher and --students NAME=FOLDER, each of another name and in a folder")
     parts = parts_of(list(students)) if students else PARTS
     if unknown := [name for name in options.parts if name not in parts]:
         parser.error(f"{unknown[0]!r} is no part, expected some of {', '.join(parts)}")

@@ -153,7 +153,8 @@ class Study:
             run_distill(recipe)
         elif not self.student(name).is_dir():
             forms = base / "align" / "head_forms.safetensors"
-            convert_to_folder(recipe.teacher.name, self.student(name), masks, forms_file=forms)
+            of = {"revision": recipe.teacher.revision, "forms_file": forms}
+            convert_to_folder(recipe.teacher.name, self.student(name), masks, **of)
         if recipe.finetune:
             run_finetune(recipe)
 
@@ -293,8 +294,13 @@ def _against_random(study: dict, needles: dict, tasks: list[str], lengths: list[
     """Every default row with its random counterpart, seeds together, by the same prompts."""
     pairs: dict[tuple, list[tuple[str, str]]] = {}
     for name, row in study["rows"].items():
-        if name.startswith("default") and (other := name.replace("default", "random")) in study["rows"]:
-            pairs.setdefault((row["ratio"], row["share"]), []).append((name, other))
+        if not name.startswith("random"):
+            continue
+        chosen = name.replace("random", "default")
+        if row["share"] == 0 and row["seed"]:  # nothing was trained: the choice by score has no seed
+            chosen = chosen.removesuffix(f"-{row['seed']}")
+        if chosen in study["rows"]:
+            pairs.setdefault((row["ratio"], row["share"]), []).append((chosen, name))
     if not pairs:
         return []
     lines = ["Default less random, seeds together, 95% bootstrap intervals:", ""]

@@ -30,7 +30,10 @@ def score(
     ] = None,
     built_in: Annotated[bool, typer.Option(help="Needles, copying and text as probes.")] = True,
     only: Annotated[
-        list[str] | None, typer.Option(help="Only this built-in probe: NAME or NAME.COUNTERFACTUAL; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Only niah-single, niah-4-keys, induction, copy, text or code, or one's .value or .key; repeatable."
+        ),
     ] = None,
     forms: Annotated[
         Path | None, typer.Option(help="head_forms.safetensors of hydrahead.training.align; else a quick alignment.")

@@ -226,6 +226,8 @@ def make_niah(
             f"need 1 <= num_queries <= num_keys and num_values >= 1, got {num_queries} queries, {num_keys} keys, "
             f"{num_values} values"
         )
+    if kind == VARIABLE and max(num_queries, num_values) > 1:
+        raise ValueError("a variable is defined once and used alone: expected one query and one value")
     rng = np.random.default_rng(seed)
     keys = draw_keys(rng, num_keys)
     queries = keys[:num_queries]

@@ -187,7 +187,7 @@ def test_the_chosen_heads_come_with_their_evidence(masks_file, tmp_path):
     assert "Measured on prompts of 4,096 tokens in book.txt." in card
     assert "| retrieval | niah-single | 2 of 4 | 3 of 4 | 3 of 4 |" in card.replace(" ---: ", "")
     assert "| copying | copy-random | 0 of 4 | 1 of 4 | not scored: no pair counts |" in card
-    assert "**Never probed:** language, whatever else the teacher can do." in card
+    assert "**Never probed:** language, code, whatever else the teacher can do." in card
     assert "**Without evidence:** 1 of the 4 chosen heads score 0 or less" in card
     assert "agree with Spearman 0.91 (0.80 to 0.97, 95% of the splits) over 3 heads" in card
     assert "- copy-random: the teacher answers too few" in card

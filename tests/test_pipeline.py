@@ -185,8 +185,8 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
     assert not output.exists()
     for line in said.splitlines():
         name, _, command = line.partition(": ")
-        if command.startswith("accelerate launch -m "):
-            MAINS[name](shlex.split(command)[4:])
+        if command.startswith("python -m hydrahead.training."):
+            MAINS[name](shlex.split(command)[3:])
         elif command.startswith("hydrahead "):
             hydrahead(*shlex.split(command)[1:])
     one, two = (folder / "finetune" / "student" for folder in (finished[0], output))
@@ -319,6 +319,18 @@ def test_a_step_starts_a_process_for_each_gpu(gpus, launch, options, tmp_path, m
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     found = pipeline.Road("demo", [f"output={tmp_path}", f"launch={launch}"]).launched()
     assert [word.rsplit("/", 1)[-1] for word in found] == options
+
+
+def test_gpus_that_a_batch_cannot_be_shared_among_are_refused_before_anything_runs(tmp_path, monkeypatch):
+    changes = [f"output={tmp_path / 'out'}", "launch=ddp"]
+    changes += [f"{stage}.batch_tokens=8192" for stage in ("align", "distill", "finetune")]  # four micro-batches
+    for gpus in (2, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        walk("demo", changes, dry_run=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"^align.batch_tokens .* times the processes \(3\)$"):
+        walk("demo", changes, dry_run=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("word", ["--text=book.txt", "--samples", "--output"])

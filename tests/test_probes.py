@@ -1,5 +1,6 @@
 """Counterfactual pairs: what differs, what must not, and what a user's own file may hold."""
 
+import inspect
 import json
 import re
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from hydrahead.commands import heads
 from hydrahead.convert.scoring.probes import (
     COUNTERFACTUALS,
     NEAR_TOKENS,
@@ -40,6 +42,14 @@ def test_the_least_length_that_is_named_works(tokenizer, haystack, seed):
     assert built_in_probes(tokenizer, haystack, least, num_pairs=8, seed=seed)
     with pytest.raises(ValueError, match=f"{least}$"):
         check_length(tokenizer, least - 1)
+
+
+def test_the_help_of_score_names_every_built_in_probe():
+    with pytest.raises(ValueError, match="no built-in probe 'x'; there is ") as refused:
+        built_in_probes(None, [], 512, only=["x"])
+    names = {name.split(".")[0] for name in str(refused.value).partition("there is ")[2].split(", ")}
+    said = inspect.getsource(heads.score).partition("Only ")[2].partition(", or one's")[0]
+    assert names == set(re.split(", | or ", said))
 
 
 def differences(pair) -> list[int]:
@@ -93,9 +103,10 @@ def test_a_variable_is_defined_far_above_its_use(tokenizer, haystack):
     assert (value.name, value.capability) == (key.name, key.capability) == ("code", "code")
     for pair in value.pairs + key.pairs:
         clean, corrupt = tokenizer.decode(pair.clean), tokenizer.decode(pair.corrupt)
+        assert min(differences(pair)) < 600 / 4 + 50, "at a line's end before a quarter, or the next one"
         use = re.search(r"\nassert (\w+) == (\d{7})$", clean)
         name, number = use.groups()
-        assert clean.count(f"{name} = ") == 1 and clean.index(f"{name} = {number}\n") < 0.4 * len(clean)
+        assert clean.count(f"{name} = ") == 1 and f"{name} = {number}\n" in clean
         assert f"{name} = {tokenizer.decode(pair.wrong).strip()}\n" in corrupt
     assert all(sorted(pair.clean) == sorted(pair.corrupt) for pair in key.pairs), "two definitions change places"
 

@@ -34,7 +34,8 @@ def load_rows(script_args, split: str, text_field: str):
     Raises:
         ValueError: there are none, or they hold nothing that TRL trains on; one line.
     """
-    from datasets import disable_progress_bars, enable_progress_bars, load_dataset
+    from datasets import load_dataset
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     name = script_args.dataset_name
     if name is None:
@@ -44,14 +45,17 @@ def load_rows(script_args, split: str, text_field: str):
     source, options = name, {"name": script_args.dataset_config}
     if Path(name).is_file():
         source, options = "parquet" if name.endswith(".parquet") else "json", {"data_files": name}
-    disable_progress_bars()  # rows that cannot be read end in one line, with no bar before it
+    has_bars = Path(name).is_file() and not are_progress_bars_disabled()
+    if has_bars:
+        disable_progress_bars()  # a file that cannot be read ends in one line, with no bar before it
     with blaming(f"{name}: no rows to train on"):
         rows = load_dataset(source, split=split, **options)
         if not len(rows):
             raise ValueError("it is empty")
         for row in rows:
             check_row(row, text_field)
-    enable_progress_bars()
+    if has_bars:
+        enable_progress_bars()
     return rows
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from ...files import atomic_file, read_json
 from .methods import METHODS, check_methods
 
-BUILT_IN = ("retrieval", "copying", "language")  # capabilities of the probes that need no file
+BUILT_IN = ("retrieval", "copying", "language", "code")  # capabilities of the probes that need no file
 TEXT = "plain-text"  # the probe of the capability `language` that the KL on text stands for
 THRESHOLD = 0.01  # effect above which a head counts as active
 
