@@ -80,3 +80,13 @@ def test_the_experiments_say_what_the_study_measured():
     for row in measured[4:]:
         assert "|".join(row.split("|")[2:5]) in page
     assert len(learnt := rows("whole-3to1-7to1.json")) == 8 and all(row in page for row in learnt)
+
+
+def test_the_experiments_say_what_aligned_heads_find():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    report = json.loads((ROOT / "benchmarks" / "smollm2" / "aligned-only.json").read_text())["report"]
+    for text in report["text"]:
+        found = [cell["accuracy"] for cell in report["needles"] if cell["model"] == text["model"]]
+        numbers = [f"{value:.2f}" for value in found] + [f"{text['loss']:.3f}"]
+        numbers += [f"{text[key]:.3f}" if key in text else "" for key in ("kl", "agreement")]
+        assert f" | {' | '.join(numbers)} |" in page, text["model"]
