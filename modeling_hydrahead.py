@@ -762,7 +762,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
     def _causal_mask(self, inputs_embeds, attention_mask, cache, position_ids) -> torch.Tensor | None:
         """The mask of full attention, or `None` where all before a token is seen and no mask has to say so."""
         is_later = isinstance(cache, DynamicCache) and inputs_embeds.shape[1] > 1 and cache.get_seq_length() > 0
-        if is_later and self.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling():
+        is_sdpa = self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
+        if is_later and is_sdpa and not torch.compiler.is_compiling():
             is_whole = attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))
             if is_whole:  # see `_is_chunk`
                 return None
