@@ -12,6 +12,7 @@ Writes `anatomy.json`, `anatomy.md`, `similarity.png` and, for each length, `cap
 """
 
 import argparse
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def few(scores: HeadScores) -> dict:
 def alone(scores: HeadScores, capability: str) -> HeadScores:
     """The ranking by one capability."""
     weights = {name: float(name == capability) for name in scores.capabilities}
-    return HeadScores(**(vars(scores) | {"weights": weights})).using(scores.method)
+    return replace(scores, weights=weights).using(scores.method)
 
 
 def anatomy(files: dict[int, HeadScores]) -> dict:
