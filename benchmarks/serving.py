@@ -32,6 +32,7 @@ MODELS = {"teacher": "teacher", "hybrid": "12.5% kv_groups"}  # by their names i
 LENGTHS = {"one": (2 * K, 8 * K, 32 * K, 128 * K), "full": (8 * K, 32 * K, 128 * K)}
 MOST = 512  # sequences at a time: the largest batch that vLLM captures as a CUDA graph
 STEPS = 64  # measured, after as many that are not
+PROFILED, NAMED = 8, 16  # steps of one sequence afterwards, and kernels that are named
 SPARE = 4 * K  # tokens that the first sequences may generate while the prompts of the last are read
 NEEDLES = {"task": "niah_single_2", "count": 24}
 FOLDER = Path(__file__).parent
@@ -96,10 +97,11 @@ def run_cell(llm, length: int, count: int) -> dict:
         outputs = engine.step()
         seconds.append(time.perf_counter() - before)
         given += sum(len(output.outputs[0].token_ids) for output in outputs)
+    profile = {} if count > 1 else kernels_of_steps(engine)
     engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
-    return {
+    return profile | {
         "sequences": count,
         "first_token_seconds": first,
         "prompts_read_seconds": prompts_read,
@@ -109,6 +111,29 @@ def run_cell(llm, length: int, count: int) -> dict:
         "tokens_per_second": given / sum(seconds),
         "tokens_given": given,  # fewer than sequences times steps where one was preempted
         "steps": STEPS,
+    }
+
+
+def kernels_of_steps(engine) -> dict:
+    """What the GPU does in a step: kernels, the milliseconds that they take, and those that take most of them."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(PROFILED):
+            engine.step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type.name == "CUDA" and not e.name.startswith("Mem")]
+    by_name: dict[str, list[float]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name[:80], []).append(kernel.device_time)
+    most = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:NAMED]
+    return {
+        "kernels_per_step": len(kernels) / PROFILED,
+        "kernel_ms_per_step": sum(map(sum, by_name.values())) / 1e3 / PROFILED,
+        "longest_kernels": [
+            {"name": name, "per_step": len(each) / PROFILED, "ms_per_step": sum(each) / 1e3 / PROFILED}
+            for name, each in most
+        ],
     }
 
 

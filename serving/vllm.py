@@ -41,7 +41,11 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
-from vllm.third_party.flash_linear_attention.ops import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from vllm.third_party.flash_linear_attention.ops import (
+    chunk_gated_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_gated_delta_rule_packed_decode,
+)
 from vllm.third_party.flash_linear_attention.ops.utils import FLA_CHUNK_SIZE
 from vllm.triton_utils.allocation import set_triton_allocator
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -67,6 +71,7 @@ from .heads import (
     served_kv_heads,
     served_weights,
 )
+from .kernels import prepare_step
 
 logger = init_logger(__name__)
 
@@ -101,6 +106,13 @@ def rotary_embedding(vllm_config: VllmConfig) -> nn.Module:
     if config.rope_parameters.get("rope_type", "default") in LONGER_ROPE:
         positions = max(positions, vllm_config.model_config.max_model_len)
     return get_rope(config.head_dim, max_position=positions, rope_parameters=config.rope_parameters)
+
+
+def has_one_table(rotary_emb: nn.Module) -> bool:
+    """Whether a position's angles are a row of one table, for whole heads and in halves."""
+    if not isinstance(rotary_emb, RotaryEmbedding) or not hasattr(rotary_emb, "cos_sin_cache"):
+        return False
+    return rotary_emb.is_neox_style and rotary_emb.rotary_dim == rotary_emb.head_size
 
 
 class HydraHeadFlashMetadataBuilder(FlashAttentionMetadataBuilder):
@@ -250,6 +262,7 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.rotary_emb = rotary_embedding(vllm_config)
+        self.has_step = current_platform.is_cuda_alike() and has_one_table(self.rotary_emb)
         set_triton_allocator(current_platform.current_device())
         layers = get_current_vllm_config().compilation_config.static_forward_context
         if prefix in layers:
@@ -281,8 +294,7 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[T, D]` to the heads' outputs `[T, h, d]`."""
-        # Zeros: where a batch is padded to the size of a CUDA graph, nothing is written.
-        output = hidden_states.new_zeros(hidden_states.shape[0], self.heads * self.head_dim)
+        output = hidden_states.new_empty(hidden_states.shape[0], self.heads * self.head_dim)
         torch.ops.vllm.linear_attention(hidden_states, output, positions, self.prefix)
         return output.unflatten(-1, (self.heads, self.head_dim))
 
@@ -290,22 +302,62 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
         """Called by `torch.ops.vllm.linear_attention`; writes the heads' outputs `[T, h · d]`."""
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # memory is being measured, or a graph captured piece by piece
+            output.zero_()
             return self._warm_up(hidden_states)
         metadata = metadata[self.prefix]
         assert isinstance(metadata, GDNAttentionMetadata)
         tokens = metadata.num_actual_tokens
+        if tokens < len(output):  # a batch that is padded to the size of a CUDA graph
+            output[tokens:] = 0
         hidden_states = hidden_states[:tokens]
         qkv, _ = self.qkv_proj(hidden_states)
+        if metadata.num_prefills == 0 and self.has_step:
+            return self._step(qkv, hidden_states, positions, metadata, output)
         beta, g = self.gates(hidden_states)
         heads = self._prepare(self._convolve(qkv, metadata), positions[:tokens])
         result = self._recur(*heads, g.unsqueeze(0), beta.unsqueeze(0), metadata)
         output[:tokens] = result.flatten(-2).squeeze(0)
 
-    def _convolve(self, qkv: torch.Tensor, metadata: GDNAttentionMetadata) -> torch.Tensor:
-        """`[T, 3 · h · d]`, convolved over each sequence from where it was left."""
+    def _step(self, qkv, hidden_states, positions, metadata: GDNAttentionMetadata, output: torch.Tensor) -> None:
+        """A token of every sequence, `[T, ...]`, in two kernels: each launch costs as much as the work in it."""
+        tokens, gates = len(qkv), self.gates
+        places = metadata.non_spec_state_indices_tensor[:tokens]
+        norms = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
+        prepared, beta, step = prepare_step(
+            qkv,
+            self.conv,
+            self._convolution_state(),
+            places,
+            *norms,
+            self.config.rms_norm_eps,
+            self.rotary_emb.cos_sin_cache,
+            positions,
+            hidden_states,
+            gates.weight,
+            gates.beta_bias,
+        )
+        fused_recurrent_gated_delta_rule_packed_decode(
+            prepared,
+            step,
+            beta,
+            gates.A_log,
+            gates.dt_bias,
+            self.head_dim**-0.5,
+            self.kv_cache[1][:, : self.heads],
+            output[:tokens].view(tokens, 1, self.heads, self.head_dim),
+            places,
+            use_qk_l2norm_in_kernel=True,
+        )
+
+    def _convolution_state(self) -> torch.Tensor:
+        """`[pages, 3 · h · d, taps - 1]`; layers with more heads use more of a page."""
         state = self.kv_cache[0]
         state = state if is_conv_state_dim_first() else state.transpose(-1, -2)
-        state = state[:, : self.channels]  # [pages, 3 * h * d, taps - 1]; layers with more heads use more of a page
+        return state[:, : self.channels]
+
+    def _convolve(self, qkv: torch.Tensor, metadata: GDNAttentionMetadata) -> torch.Tensor:
+        """`[T, 3 · h · d]`, convolved over each sequence from where it was left."""
+        state = self._convolution_state()
         places = metadata.non_spec_state_indices_tensor
         if metadata.num_prefills == 0:
             return causal_conv1d_update(qkv, state, self.conv, conv_state_indices=places[: len(qkv)])

@@ -240,13 +240,13 @@ def test_the_gpus_script_says_where_tokens_part_and_by_what_margin():
     close, far = found["differences"]
     assert (close["step"], close["given"], close["margin"], close["is_bound"]) == (1, 6, 0.25, False)
     assert (far["step"], far["given"], far["margin"], far["is_bound"]) == (0, 7, 2.0, True)
-    turn = {"turn 1": found, "metrics": {"vllm:num_preemptions": 0}}
+    turn = {"turn 1": found, "preemptions": 0}
     assert [len(serving_gpu.problems(part, turn)) for part in ("eager", "preempted")] == [1, 2]
 
 
 def test_the_gpus_script_counts_errors_where_both_read_the_same():
     expected = {"prompt_tokens": 2, "tokens": [4, 5], "best": [[4, 1], [5, 6]], "logits": [[3.0, 1.0], [2.0, 1.75]]}
-    given = [([4, 6], [-1.5, -9.0])]  # from the second token on it goes another way
+    given = [([4, 6], [-1.5, -9.0], 0)]  # from the second token on it goes another way
     places = serving_gpu.shared_places([expected], given)
     assert places == [{1: -1.5}]
     held = {"fp32.0": torch.tensor([-3.0, -1.0, -2.0]), "bf16.0": torch.tensor([-3.0, -1.25, -2.0])}

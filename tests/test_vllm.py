@@ -120,6 +120,7 @@ def test_the_benchmark_measures_cell_by_cell_and_goes_on_where_it_ended(tmp_path
         return SimpleNamespace(llm_engine=Engine(), model_config=SimpleNamespace(get_vocab_size=lambda: 99))
 
     monkeypatch.setattr(benchmark, "start", start)
+    monkeypatch.setattr(benchmark, "kernels_of_steps", lambda engine: {})
     words = ["hybrid", "--here", "--output", str(output), "--tokens", "2K", "8K"]
     benchmark.main([*words, "--minutes", "0"])
     assert not output.exists()
@@ -195,12 +196,38 @@ def chunked(
     return torch.cat(outputs, dim=1), torch.stack(states)
 
 
+def prepare_step(x, conv, state, places, q_weight, k_weight, eps, angles, positions, hidden_states, gates, beta_bias):
+    rows, (heads, dim) = [], (len(beta_bias), angles.shape[1])
+    cos, sin = (part.repeat(1, 2)[:, None] for part in angles[positions].chunk(2, dim=-1))
+    convolved = Convolution.update(x, state, conv, conv_state_indices=places)
+    for part, weight in zip(convolved.view(len(x), 3, heads, dim).unbind(1), (q_weight, k_weight, None)):
+        if weight is not None:
+            part = F.rms_norm(part, (dim,), weight, eps)
+        if len(rows) < 2:
+            low, high = part.chunk(2, dim=-1)
+            part = part * cos + torch.cat([-high, low], dim=-1) * sin
+        rows.append(part.flatten(1))
+    beta, step = F.linear(hidden_states, gates).chunk(2, dim=-1)
+    return torch.cat(rows, dim=1), beta + beta_bias, step
+
+
+def packed_decode(qkv, a, b, A_log, dt_bias, scale, state, out, places, *, use_qk_l2norm_in_kernel):
+    assert use_qk_l2norm_in_kernel and scale == out.shape[-1] ** -0.5 and out.is_contiguous()
+    g = -A_log.exp() * F.softplus(a + dt_bias)
+    for row, page in enumerate(places.tolist()):
+        heads = (x.unflatten(-1, (-1, out.shape[-1]))[None, None] for x in qkv[row].chunk(3))
+        out[row], state[page] = recurrence(*heads, g[row, None, None], b[row, None, None].sigmoid(), state[page])
+
+
 def use_pytorch(model) -> None:
-    """For vLLM's compiled operations."""
+    """For vLLM's compiled operations. Every second layer has no kernel for a step, as for other rotary embeddings."""
     for module in model.modules():
         module.cpu_linear = F.linear
         if isinstance(module, CustomOp):
             module._forward_method = module.forward_native
+    linear = [module for module in model.modules() if isinstance(module, plugin.HydraHeadGatedDeltaNet)]
+    for module in linear[::2]:
+        module.has_step = plugin.has_one_table(module.rotary_emb)
 
 
 class Batches:
@@ -283,6 +310,8 @@ def kernels(monkeypatch):
     monkeypatch.setattr(plugin, "causal_conv1d_update", Convolution.update)
     monkeypatch.setattr(plugin, "fused_recurrent_gated_delta_rule", fused_recurrent)
     monkeypatch.setattr(plugin, "chunk_gated_delta_rule", chunked)
+    monkeypatch.setattr(plugin, "prepare_step", prepare_step)
+    monkeypatch.setattr(plugin, "fused_recurrent_gated_delta_rule_packed_decode", packed_decode)
 
 
 @pytest.fixture
@@ -588,5 +617,5 @@ def test_vllms_engine_gives_the_tokens_of_our_model(engine, case):
     before = happened()
     for every in (0, 2):  # at once, then one by one
         given = serving_gpu.generate(llm.llm_engine, prompts, new_tokens, every)
-        assert [tokens for tokens, _ in given] == expected
+        assert [tokens for tokens, *_ in given] == expected
     assert event is None or happened() > before
