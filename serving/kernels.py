@@ -62,9 +62,9 @@ def step_kernel(
             tl.store(place + D // 2, high, mask=in_head)
         else:
             gate = head - PARTS * heads
-            o = tl.arange(0, BLOCK)
-            token = tl.load(hidden + row * hidden_stride + o, mask=o < HIDDEN, other=0).to(tl.float32)
-            product = tl.sum(token * tl.load(gates + gate * HIDDEN + o, mask=o < HIDDEN, other=0), 0)
+            column = tl.arange(0, BLOCK)
+            token = tl.load(hidden + row * hidden_stride + column, mask=column < HIDDEN, other=0).to(tl.float32)
+            product = tl.sum(token * tl.load(gates + gate * HIDDEN + column, mask=column < HIDDEN, other=0), 0)
             if gate < heads:
                 tl.store(beta + row * heads + gate, product + tl.load(beta_bias + gate))
             else:
