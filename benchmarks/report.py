@@ -79,7 +79,7 @@ def read(name: str):
 
 FILES = {name.replace("-", "_"): read(name) for name in (
     *("decode-cpu", "scoring-cpu", "scoring-cuda", "training-cpu", "training-cuda", "training-cuda-135m"),
-    *("scaling-cuda", "demo"),
+    *("scaling-cuda", "demo", "serving-cuda", "serving-tokens"),
 )}  # fmt: skip
 FOUND = {name: Found(value) for name, value in FILES.items()}
 PARTS = read("decode-cuda")["parts"]
@@ -190,7 +190,8 @@ def targets() -> str:
     rows = []
     for what, sign, limit, value, *plain in aims:
         other = f"{plain[0]:,.3g}" if plain and plain[0] else ""
-        rows.append((what, f"{sign} {limit:,}", f"{value:,.3g}", verdict(value, sign, limit), other))
+        digits = ",.0f" if value and value.value >= 1000 else ",.3g"
+        rows.append((what, f"{sign} {limit:,}", f"{value:{digits}}", verdict(value, sign, limit), other))
     return table(
         ("over the teacher's", "target", "measured", "", "over the teacher as transformers compiles it"), rows
     )
@@ -438,6 +439,62 @@ def first_passes() -> str:
     return table(("", "first pass, s", "other heads and rows after it, s", "configurations timed"), rows)
 
 
+def serving() -> str:
+    """A teacher and its hybrid in vLLM."""
+    cells, rows = FILES["serving_cuda"]["cells"], []
+    for kind in ("one", "full"):
+        for tokens in (2 * K, 8 * K, 32 * K, 128 * K):
+            pair = [cells.get(f"{name} {kind} {tokens}") for name in ("teacher", "hybrid")]
+            if None in pair:
+                continue
+            teacher, hybrid = pair
+            gain = hybrid["tokens_per_second"] / teacher["tokens_per_second"]
+            in_kernels = [f"{one['kernel_ms_per_step']:.2f}" if kind == "one" else "" for one in pair]
+            counts = [str(one["sequences"]) for one in pair]
+            rows.append(
+                (
+                    *(f"{tokens:,}", counts[0] if len(set(counts)) == 1 else " / ".join(counts)),
+                    " / ".join(f"{one['ms_per_token']:.2f}" for one in pair),
+                    " / ".join(in_kernels) if kind == "one" else "",
+                    *(" / ".join(f"{one['tokens_per_second']:,.0f}" for one in pair), f"{gain:.2f}"),
+                    " / ".join(f"{one['prompt_tokens_per_second'] / 1e3:.0f}" for one in pair),
+                )
+            )
+    header = ("tokens", "sequences", "ms a step", "in kernels", "tokens/s", "over the teacher's")
+    return table((*header, "prompt tokens/s, thousands"), rows)
+
+
+def served_kernels() -> str:
+    """What a step of one sequence in vLLM takes at 2K more in the hybrid."""
+    found: dict[str, list[float]] = {}
+    for place, name in enumerate(("teacher", "hybrid")):
+        for kernel in FILES["serving_cuda"]["cells"][f"{name} one {2 * K}"]["longest_kernels"]:
+            found.setdefault(kernel["name"][:70], [0.0, 0.0])[place] += kernel["ms_per_step"]
+    rows = sorted(found.items(), key=lambda item: -max(item[1]))[:12]
+    cells = [(f"`{kernel}`", *(f"{ms:.3f}" if ms else "" for ms in pair)) for kernel, pair in rows]
+    return table(("kernel", "teacher, ms", "hybrid, ms"), cells)
+
+
+def served_tokens() -> str:
+    """vLLM's tokens and log-probabilities against transformers'."""
+    rows = []
+    for model, held in FILES["serving_tokens"].items():
+        for part, one in held["parts"].items():
+            for name, turn in one["result"].items():
+                if not isinstance(turn, dict) or "equal" not in turn:
+                    continue
+                errors = [turn.get(key) for key in ("mean_error", "mean_error_of_transformers")]
+                rows.append(
+                    (
+                        *(model, f"{part}{', again' if name == 'turn 2' else ''}"),
+                        *(f"{turn['equal']} of {turn['prompts']}", f"{turn['widest_margin']:.3g}"),
+                        *(("" if each is None else f"{each:.3f}") for each in errors),
+                    )
+                )
+    header = ("model", "part", "equal", "widest margin", "error", "transformers' in bf16")
+    return table(header, rows, names=2)
+
+
 def predictions() -> str:
     """What `hydrahead plan --check` says."""
     from hydrahead.training.plan import checked  # reads the points, which have to be there
@@ -451,6 +508,7 @@ def predictions() -> str:
 TABLES = (
     targets, decoding, eager, batches, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
     operation_counts, shortlists, training, scaling, first_passes, predictions,
+    serving, served_kernels, served_tokens,
 )  # fmt: skip
 
 
