@@ -4,6 +4,7 @@ vLLM against transformers on one GPU: greedy tokens, and log-probabilities again
     python tests/serving_gpu.py FOLDER                           # every part that the file of results does not hold
     python tests/serving_gpu.py FOLDER --make small              # of a model with random weights, which it makes first
     python tests/serving_gpu.py FOLDER reference graphs --again  # these parts, whether it holds them or not
+    python tests/serving_gpu.py FOLDER server tensor             # `vllm serve`, where hydrahead is installed; two GPUs
 
 Each part runs in a process of its own and is written as soon as it is done. `reference` comes first: transformers'
 tokens, the logits of the best five at every step, and the log-probability of every token of prompts and continuations,
@@ -14,11 +15,15 @@ A part fails where a margin is wide, or where its error is more than twice that 
 
 import argparse
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from hydrahead.benchmarks.serving import prepare_vllm
 from hydrahead.console import one_line_errors
@@ -43,7 +48,10 @@ PARTS = {  # what each does, and the most minutes it is to take on an H100: set,
     "chunked": ("prompts read 512 tokens at a time, beside others that generate", 2),
     "preempted": ("a cache too small for the prompts: some are preempted", 2),
     "prefix": ("prefix caching, all prompts twice", 2),
+    "tensor": ("heads split over two GPUs, as in `graphs`", 5),
+    "server": ("`vllm serve`, which finds the plug-in by itself: prompts over HTTP, eight clients at once", 5),
 }
+NAMED = ("tensor", "server")  # parts that are done when they are asked for
 OPTIONS = {
     "eager": {"enforce_eager": True},
     "graphs": {"max_num_seqs": PROMPTS, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32]}},
@@ -51,6 +59,8 @@ OPTIONS = {
     "preempted": {"enforce_eager": True, "max_num_seqs": 8},
     "prefix": {"enforce_eager": True, "enable_prefix_caching": True},
 }
+OPTIONS["tensor"] = OPTIONS["graphs"] | {"tensor_parallel_size": 2}
+CLIENTS = 8
 SHAPES = {
     "small": {  # an irregular layer, and layers of one kind of heads
         "vocab_size": 4096,
@@ -323,17 +333,79 @@ def served(folder: Path, part: str, prompts: dict, expected: dict, held: dict, c
     for number, every in enumerate(turns, start=1):
         started = time.perf_counter()
         given = generate(llm.llm_engine, rows, new_tokens, every)
-        turn = {"seconds": time.perf_counter() - started, **compared(answers, [tokens for tokens, *_ in given])}
-        turn["prompt_tokens_from_cache"] = sum(cached for *_, cached in given)
-        if kind == "mixed":
-            turn |= errors(shared_places(answers, given), held)
-        result[f"turn {number}"] = turn
+        seconds = time.perf_counter() - started
+        result[f"turn {number}"] = turn_of(answers, given, held if kind == "mixed" else None) | {"seconds": seconds}
     if part == "eager":
         whole = [row + answer["tokens"] for row, answer in zip(rows, answers)]
         result["read at once"] = errors(read_at_once(llm, whole), held)
     # Not its counters of prefixes: what a step adds to them is lost if no token comes of the step before.
     result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     return result
+
+
+def turn_of(expected: list[dict], given: list[tuple[list[int], list[float], int]], held: dict | None) -> dict:
+    """What a part says of one turn of its prompts."""
+    turn = compared(expected, [tokens for tokens, *_ in given])
+    turn["prompt_tokens_from_cache"] = sum(cached for *_, cached in given)
+    return turn | ({} if held is None else errors(shared_places(expected, given), held))
+
+
+def asked(folder: Path, rows: list[list[int]], expected: list[dict], held: dict, new_tokens: int) -> dict:
+    """The part `server`: the command of the documentation, and clients that read token ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = {
+        "dtype": "bfloat16",
+        "max-model-len": max(map(len, rows)) + new_tokens + 1,
+        "gpu-memory-utilization": 0.1,
+        "kv-cache-memory-bytes": CACHE_BYTES,
+        "generation-config": "vllm",  # no sampling that a checkpoint asks for
+        "served-model-name": "student",
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *words]
+    started = time.perf_counter()
+    server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])
+    try:
+        while not is_up(port):
+            if server.poll() is not None:
+                raise RuntimeError(f"vllm serve ended with {server.returncode}")
+            time.sleep(1)
+        ready = time.perf_counter()
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            given = list(clients.map(lambda row: completion(port, row, new_tokens), rows))
+    finally:
+        server.terminate()
+        server.wait(60)
+    turn = turn_of(expected, given, held) | {"seconds": time.perf_counter() - ready}
+    return {"options": options, "start_seconds": ready - started, "turn 1": turn}
+
+
+def is_up(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def completion(port: int, row: list[int], new_tokens: int) -> tuple[list[int], list[float], int]:
+    """A greedy continuation by the server, and the log-probabilities of its tokens."""
+    body = {
+        "model": "student",
+        "prompt": row,
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+    }
+    request = Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urlopen(request, timeout=300) as answer:
+        choice = json.load(answer)["choices"][0]
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"], 0
 
 
 def shared_places(expected: list[dict], given: list[tuple[list[int], list[float], int]]) -> list[dict[int, float]]:
@@ -377,9 +449,13 @@ def run(part: str, folder: Path, output: Path, new_tokens: int, attention: str) 
     else:
         from safetensors.torch import load_file
 
-        prepare_vllm("HydraHeadForCausalLM")
-        expected = read_json(output)["parts"]["reference"]["result"]
-        result = served(folder, part, prompts, expected, load_file(scores_file(output)), config, new_tokens)
+        expected, held = read_json(output)["parts"]["reference"]["result"], load_file(scores_file(output))
+        if part == "server":
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+            result = asked(folder, prompts["mixed"], expected["mixed"], held, new_tokens)
+        else:
+            prepare_vllm("HydraHeadForCausalLM")
+            result = served(folder, part, prompts, expected, held, config, new_tokens)
     seconds = time.perf_counter() - started
     surroundings = environment()
     if part != "reference":
@@ -402,7 +478,9 @@ def main(words: list[str] | None = None) -> int:
         description=__doc__, epilog=f"parts:\n{about}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, help="folder of a HydraHead checkpoint")
-    parser.add_argument("parts", nargs="*", metavar="PART", help="default: all that the file does not hold")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"default: all but {' and '.join(NAMED)} that the file does not hold"
+    )
     parser.add_argument("--make", choices=SHAPES, help="make the model in FOLDER first, if there is none")
     parser.add_argument("--output", type=Path, default=Path("serving-gpu.json"), help="file of results")
     parser.add_argument("--new-tokens", type=int, default=32, help="of every continuation (default: 32)")
@@ -425,7 +503,7 @@ def main(words: list[str] | None = None) -> int:
         if held["made_from"] != made_from:
             raise ValueError(f"{options.output} is of other weights or lengths: give another --output")
         write(options.output, held)
-    todo = options.parts or [part for part in PARTS if part not in held["parts"]]
+    todo = options.parts or [part for part in PARTS if part not in NAMED]
     if not options.again:
         todo = [part for part in todo if part not in held["parts"]]
     if "reference" not in [*held["parts"], *todo]:

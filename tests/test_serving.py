@@ -1,5 +1,10 @@
 """What vLLM is given: slots of heads, their weights, pages of memory. None of it needs vLLM; `test_vllm.py` does."""
 
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,6 +259,57 @@ def test_the_gpus_script_counts_errors_where_both_read_the_same():
     assert (found["places"], found["mean_error"], found["mean_error_of_transformers"]) == (1, 0.5, 0.25)
     assert not serving_gpu.problems("eager", {"read": found})  # twice the error of transformers, and no more
     assert len(serving_gpu.problems("eager", {"read": serving_gpu.errors([{1: -1.51}], held)})) == 1
+
+
+class Server:
+    """For `vllm serve`: up at the second question, the last token of every prompt again and again."""
+
+    def __init__(self, command: list[str]):
+        assert command[3:5] == ["serve", "folder"] and command[command.index("--max-model-len") + 1] == "6"
+        seen = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                seen.append(self.path)
+                self.send_response(200 if len(seen) > 1 else 503)
+                self.end_headers()
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert body["temperature"] == 0 and body["ignore_eos"] and body["return_token_ids"]
+                tokens, chosen = [body["prompt"][-1]] * body["max_tokens"], [-1.5] * body["max_tokens"]
+                self.send_response(200)
+                self.end_headers()
+                choice = {"token_ids": tokens, "logprobs": {"token_logprobs": chosen}}
+                self.wfile.write(json.dumps({"choices": [choice]}).encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", int(command[-1])), Handler)
+        Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def poll(self):
+        return None
+
+    def terminate(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def wait(self, timeout: float):
+        assert not serving_gpu.is_up(self.server.server_address[1])
+
+
+def test_the_gpus_script_asks_a_server(monkeypatch):
+    monkeypatch.setattr(serving_gpu.subprocess, "Popen", Server)
+    monkeypatch.setattr(serving_gpu.time, "sleep", lambda seconds: None)
+    best = {"best": [[4, 1], [4, 6]], "logits": [[3.0, 1.0], [2.0, 1.75]]}
+    expected = [{"prompt_tokens": 3, "tokens": [4, 4], **best}, {"prompt_tokens": 2, "tokens": [4, 6], **best}]
+    held = {f"{name}.{row}": torch.full((4,), -2.0) for name in ("fp32", "bf16") for row in range(2)}
+    found = serving_gpu.asked(Path("folder"), [[1, 2, 4], [1, 4]], expected, held, 2)["turn 1"]
+    assert (found["equal"], found["places"], found["mean_error"]) == (1, 3, 0.5)
+    (difference,) = found["differences"]
+    assert (difference["prompt_tokens"], difference["step"], difference["given"]) == (2, 1, 4)
 
 
 @torch.no_grad()
