@@ -107,6 +107,7 @@ def prepare_step(
     heads, head_dim = len(beta_bias), angles.shape[1]
     assert channels == 3 * heads * head_dim and columns == conv.shape[1] - 1 and conv.is_contiguous()
     assert x.stride(1) == hidden_states.stride(1) == angles.stride(1) == 1 and gates.is_contiguous()
+    assert places.is_contiguous() and positions.is_contiguous() and len(places) == rows
     output = torch.empty(rows, channels, dtype=x.dtype, device=x.device)
     beta, step = torch.empty(2, rows, heads, dtype=torch.float32, device=x.device)
     has_norm = q_weight is not None

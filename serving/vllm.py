@@ -312,7 +312,7 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
         hidden_states = hidden_states[:tokens]
         qkv, _ = self.qkv_proj(hidden_states)
         if metadata.num_prefills == 0 and self.has_step:
-            return self._step(qkv, hidden_states, positions, metadata, output)
+            return self._step(qkv, hidden_states, positions[:tokens], metadata, output[:tokens])
         beta, g = self.gates(hidden_states)
         heads = self._prepare(self._convolve(qkv, metadata), positions[:tokens])
         result = self._recur(*heads, g.unsqueeze(0), beta.unsqueeze(0), metadata)
@@ -344,7 +344,7 @@ class HydraHeadGatedDeltaNet(nn.Module, MambaBase):
             gates.dt_bias,
             self.head_dim**-0.5,
             self.kv_cache[1][:, : self.heads],
-            output[:tokens].view(tokens, 1, self.heads, self.head_dim),
+            output.view(tokens, 1, self.heads, self.head_dim),
             places,
             use_qk_l2norm_in_kernel=True,
         )

@@ -4,7 +4,7 @@ vLLM against transformers on one GPU: greedy tokens, and log-probabilities again
     python tests/serving_gpu.py FOLDER                           # every part that the file of results does not hold
     python tests/serving_gpu.py FOLDER --make small              # of a model with random weights, which it makes first
     python tests/serving_gpu.py FOLDER reference graphs --again  # these parts, whether it holds them or not
-    python tests/serving_gpu.py FOLDER server tensor             # `vllm serve`, where hydrahead is installed; two GPUs
+    python tests/serving_gpu.py FOLDER --make demo server tensor # `vllm serve`; two GPUs. hydrahead is installed
 
 Each part runs in a process of its own and is written as soon as it is done. `reference` comes first: transformers'
 tokens, the logits of the best five at every step, and the log-probability of every token of prompts and continuations,
@@ -371,15 +371,18 @@ def asked(folder: Path, rows: list[list[int]], expected: list[dict], held: dict,
         while not is_up(port):
             if server.poll() is not None:
                 raise RuntimeError(f"vllm serve ended with {server.returncode}")
+            if time.perf_counter() > started + 60 * PARTS["server"][1]:
+                raise TimeoutError("vllm serve is not up")
             time.sleep(1)
         ready = time.perf_counter()
         with ThreadPoolExecutor(CLIENTS) as clients:
             given = list(clients.map(lambda row: completion(port, row, new_tokens), rows))
+        seconds = time.perf_counter() - ready
     finally:
         server.terminate()
         server.wait(60)
-    turn = turn_of(expected, given, held) | {"seconds": time.perf_counter() - ready}
-    return {"options": options, "start_seconds": ready - started, "turn 1": turn}
+    turn = compared(expected, [tokens for tokens, _ in given]) | errors(shared_places(expected, given), held)
+    return {"options": options, "start_seconds": ready - started, "turn 1": turn | {"seconds": seconds}}
 
 
 def is_up(port: int) -> bool:
@@ -390,7 +393,7 @@ def is_up(port: int) -> bool:
         return False
 
 
-def completion(port: int, row: list[int], new_tokens: int) -> tuple[list[int], list[float], int]:
+def completion(port: int, row: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
     """A greedy continuation by the server, and the log-probabilities of its tokens."""
     body = {
         "model": "student",
@@ -405,13 +408,13 @@ def completion(port: int, row: list[int], new_tokens: int) -> tuple[list[int], l
     request.add_header("Content-Type", "application/json")
     with urlopen(request, timeout=300) as answer:
         choice = json.load(answer)["choices"][0]
-    return choice["token_ids"], choice["logprobs"]["token_logprobs"], 0
+    return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
 
-def shared_places(expected: list[dict], given: list[tuple[list[int], list[float], int]]) -> list[dict[int, float]]:
+def shared_places(expected: list[dict], given: list[tuple]) -> list[dict[int, float]]:
     """Log-probabilities of tokens that both took, up to the first that differs; places as in `errors`."""
     found = []
-    for row, (tokens, chosen, _) in zip(expected, given, strict=True):
+    for row, (tokens, chosen, *_) in zip(expected, given, strict=True):
         parting = first_difference(row, tokens)
         shared = chosen[: None if parting is None else parting["step"]]
         found.append({row["prompt_tokens"] - 1 + step: value for step, value in enumerate(shared)})
@@ -467,6 +470,17 @@ def run(part: str, folder: Path, output: Path, new_tokens: int, attention: str) 
     write(output, held)
 
 
+def check_parts(parts: list[str], folder: Path) -> None:
+    """Raises `ValueError` where a model cannot do what was asked for by name."""
+    from hydrahead import HydraHeadConfig
+    from hydrahead.serving.heads import check_served
+
+    if "tensor" in parts:
+        check_served(HydraHeadConfig.from_pretrained(folder), OPTIONS["tensor"]["tensor_parallel_size"])
+    if "server" in parts and not any(folder.glob("tokenizer*")):
+        raise ValueError(f"{folder} has no tokenizer, and vllm serve wants one: take --make demo, or a student")
+
+
 def write(output: Path, held: dict) -> None:
     with atomic_file(output) as partial:
         partial.write_text(json.dumps(held, indent=1) + "\n")
@@ -502,6 +516,7 @@ def main(words: list[str] | None = None) -> int:
         held = read_json(options.output) if options.output.exists() else {"made_from": made_from, "parts": {}}
         if held["made_from"] != made_from:
             raise ValueError(f"{options.output} is of other weights or lengths: give another --output")
+        check_parts(options.parts, options.model)
         write(options.output, held)
     todo = options.parts or [part for part in PARTS if part not in NAMED]
     if not options.again:

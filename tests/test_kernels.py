@@ -104,36 +104,41 @@ def test_generation(monkeypatch, options, length):
 
 @pytest.mark.parametrize("has_norm", [True, False])
 @pytest.mark.parametrize("kernel_size", [4, 2, 1])
-def test_a_served_step_of_the_linear_branch(kernel_size, has_norm):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_served_step_of_the_linear_branch(dtype, kernel_size, has_norm):
     from hydrahead.serving.kernels import prepare_step
 
     torch.manual_seed(0)
     heads, dim, hidden_size, columns = 3, 12, 40, kernel_size - 1
     channels, places, positions = 3 * heads * dim, [2, 0, 1], [5, 0, 7]
-    wide, token = torch.randn(3, channels + 5, device=DEVICE), torch.randn(3, hidden_size, device=DEVICE)
-    x, conv = wide[:, :channels], torch.randn(channels, kernel_size, device=DEVICE)
-    state = torch.randn(4, columns, channels + 7, device=DEVICE).transpose(1, 2)[:, :channels]  # as vLLM lays it
-    norms = torch.randn(2, dim, device=DEVICE) if has_norm else (None, None)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=DEVICE).to(dtype)
+
+    x, conv, token = random(3, channels + 5)[:, :channels], random(channels, kernel_size), random(3, hidden_size)
+    state = random(4, columns, channels + 7).transpose(1, 2)[:, :channels]  # as vLLM lays it
+    norms = random(2, dim) if has_norm else (None, None)
     angle = torch.rand(9, dim // 2, device=DEVICE)
+    table = torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype)
     gates, bias = torch.randn(2 * heads, hidden_size, device=DEVICE), torch.randn(heads, device=DEVICE)
     left = state.clone()
     prepared, beta, step = prepare_step(
-        x, conv, state, torch.tensor(places, device=DEVICE), *norms, 1e-6, torch.cat([angle.cos(), angle.sin()], 1),
+        x, conv, state, torch.tensor(places, dtype=torch.int32, device=DEVICE), *norms, 1e-6, table,
         torch.tensor(positions, device=DEVICE), token, gates, bias,
     )  # fmt: skip
     torch.testing.assert_close(state[[0, 3]], left[[0, 3]], rtol=0, atol=0)  # of others, and of rows that are nobody's
     for row in (0, 2):
         inputs = torch.cat([left[places[row]], x[row, :, None]], dim=1)
         torch.testing.assert_close(state[places[row]], inputs[:, 1:], rtol=0, atol=0)
-        query, key, value = (inputs * conv).sum(1).view(3, heads, dim)
+        query, key, value = (inputs.float() * conv.float()).sum(1).view(3, heads, dim)
+        cos, sin = table[positions[row]].float().chunk(2)
         rotated = []
         for each, norm in zip((query, key), norms):
             if has_norm:
-                each = torch.nn.functional.rms_norm(each, (dim,), norm, 1e-6)
+                each = torch.nn.functional.rms_norm(each, (dim,), norm.float(), 1e-6)
             low, high = each.chunk(2, dim=-1)
-            cos, sin = angle[positions[row]].cos(), angle[positions[row]].sin()
             rotated.append(torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1))
-        torch.testing.assert_close(prepared[row].view(3, heads, dim), torch.stack([*rotated, value]))
-        products = gates @ token[row]
+        torch.testing.assert_close(prepared[row].view(3, heads, dim), torch.stack([*rotated, value]).to(dtype))
+        products = gates @ token[row].float()
         torch.testing.assert_close(beta[row], products[:heads] + bias)
         torch.testing.assert_close(step[row], products[heads:])
