@@ -19,6 +19,8 @@ from matplotlib.ticker import LogLocator
 from hydrahead.benchmarks.decode import BEST_TEACHER, LAYERWISE, TEACHER
 from hydrahead.benchmarks.decode import MODELS as CPU_MODELS
 from hydrahead.benchmarks.measured import OUTPUT, measured
+from hydrahead.benchmarks.serving import LENGTHS as SERVED_LENGTHS
+from hydrahead.benchmarks.serving import MODELS as SERVED_MODELS
 from hydrahead.evaluation import markdown
 from hydrahead.evaluation.figures import BLUE, GREEN, GREY, RED, plt, save_picture
 from hydrahead.evaluation.report import short_table
@@ -441,21 +443,16 @@ def first_passes() -> str:
 
 def serving() -> str:
     """A teacher and its hybrid in vLLM."""
-    cells, rows = FILES["serving_cuda"]["cells"], []
-    for kind in ("one", "full"):
-        for tokens in (2 * K, 8 * K, 32 * K, 128 * K):
-            pair = [cells.get(f"{name} {kind} {tokens}") for name in ("teacher", "hybrid")]
-            if None in pair:
-                continue
-            teacher, hybrid = pair
-            gain = hybrid["tokens_per_second"] / teacher["tokens_per_second"]
-            in_kernels = [f"{one['kernel_ms_per_step']:.2f}" if kind == "one" else "" for one in pair]
-            counts = [str(one["sequences"]) for one in pair]
+    held, rows = FILES["serving_cuda"]["cells"], []
+    for kind, lengths in SERVED_LENGTHS.items():
+        for tokens in lengths:
+            pair = [held[f"{name} {kind} {tokens}"] for name in SERVED_MODELS]
+            gain = pair[1]["tokens_per_second"] / pair[0]["tokens_per_second"]
             rows.append(
                 (
-                    *(f"{tokens:,}", counts[0] if len(set(counts)) == 1 else " / ".join(counts)),
+                    *(f"{tokens:,}", " / ".join(dict.fromkeys(str(one["sequences"]) for one in pair))),
                     " / ".join(f"{one['ms_per_token']:.2f}" for one in pair),
-                    " / ".join(in_kernels) if kind == "one" else "",
+                    " / ".join(f"{one['ms_in_kernels']:.2f}" for one in pair if kind == "one"),
                     *(" / ".join(f"{one['tokens_per_second']:,.0f}" for one in pair), f"{gain:.2f}"),
                     " / ".join(f"{one['prompt_tokens_per_second'] / 1e3:.0f}" for one in pair),
                 )
@@ -465,11 +462,11 @@ def serving() -> str:
 
 
 def served_kernels() -> str:
-    """What a step of one sequence in vLLM takes at 2K more in the hybrid."""
+    """The longest kernels of a step of one sequence in vLLM at 2K, of both models."""
     found: dict[str, list[float]] = {}
-    for place, name in enumerate(("teacher", "hybrid")):
-        for kernel in FILES["serving_cuda"]["cells"][f"{name} one {2 * K}"]["longest_kernels"]:
-            found.setdefault(kernel["name"][:70], [0.0, 0.0])[place] += kernel["ms_per_step"]
+    for place, name in enumerate(SERVED_MODELS):
+        for kernel, ms in FILES["serving_cuda"]["cells"][f"{name} one {2 * K}"]["ms_of_longest_kernels"].items():
+            found.setdefault(kernel[:70], [0.0, 0.0])[place] += ms
     rows = sorted(found.items(), key=lambda item: -max(item[1]))[:12]
     cells = [(f"`{kernel}`", *(f"{ms:.3f}" if ms else "" for ms in pair)) for kernel, pair in rows]
     return table(("kernel", "teacher, ms", "hybrid, ms"), cells)

@@ -25,7 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from hydrahead.benchmarks.serving import prepare_vllm
+from hydrahead.benchmarks.serving import BESIDE_OTHERS, prepare_vllm
 from hydrahead.console import one_line_errors
 from hydrahead.files import atomic_file, atomic_folder, read_json
 from hydrahead.provenance import digest, environment
@@ -33,7 +33,6 @@ from hydrahead.provenance import digest, environment
 DEVICE = "cuda"
 PROMPTS, SHORTEST, LONGEST = 32, 16, 8192
 EDGES = 8  # prompts that end shortly before the end of a page
-CACHE_BYTES = 4 << 30  # of vLLM's KV cache and states
 ROWS = 8  # prompts that transformers answers at a time
 BEST = 5  # logits kept of every step
 WIDE = 0.5  # of logits around 16 to 32, whose neighbours in bf16 are 1/8 apart
@@ -323,9 +322,8 @@ def served(folder: Path, part: str, prompts: dict, expected: dict, held: dict, c
         dtype="bfloat16",
         skip_tokenizer_init=True,
         max_model_len=max(map(len, rows)) + new_tokens + 1,
-        gpu_memory_utilization=0.1,  # of which so much has to be free: several models may run side by side
-        kv_cache_memory_bytes=CACHE_BYTES,
         disable_log_stats=False,
+        **BESIDE_OTHERS,
         **options,
     )
     result = {"options": options, "start_seconds": time.perf_counter() - started}
@@ -333,8 +331,11 @@ def served(folder: Path, part: str, prompts: dict, expected: dict, held: dict, c
     for number, every in enumerate(turns, start=1):
         started = time.perf_counter()
         given = generate(llm.llm_engine, rows, new_tokens, every)
-        seconds = time.perf_counter() - started
-        result[f"turn {number}"] = turn_of(answers, given, held if kind == "mixed" else None) | {"seconds": seconds}
+        turn = {"seconds": time.perf_counter() - started, **compared(answers, [tokens for tokens, *_ in given])}
+        turn["prompt_tokens_from_cache"] = sum(cached for *_, cached in given)
+        if kind == "mixed":
+            turn |= errors(shared_places(answers, given), held)
+        result[f"turn {number}"] = turn
     if part == "eager":
         whole = [row + answer["tokens"] for row, answer in zip(rows, answers)]
         result["read at once"] = errors(read_at_once(llm, whole), held)
@@ -343,27 +344,18 @@ def served(folder: Path, part: str, prompts: dict, expected: dict, held: dict, c
     return result
 
 
-def turn_of(expected: list[dict], given: list[tuple[list[int], list[float], int]], held: dict | None) -> dict:
-    """What a part says of one turn of its prompts."""
-    turn = compared(expected, [tokens for tokens, *_ in given])
-    turn["prompt_tokens_from_cache"] = sum(cached for *_, cached in given)
-    return turn | ({} if held is None else errors(shared_places(expected, given), held))
-
-
 def asked(folder: Path, rows: list[list[int]], expected: list[dict], held: dict, new_tokens: int) -> dict:
     """The part `server`: the command of the documentation, and clients that read token ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = {
+    options = BESIDE_OTHERS | {
         "dtype": "bfloat16",
-        "max-model-len": max(map(len, rows)) + new_tokens + 1,
-        "gpu-memory-utilization": 0.1,
-        "kv-cache-memory-bytes": CACHE_BYTES,
-        "generation-config": "vllm",  # no sampling that a checkpoint asks for
-        "served-model-name": "student",
+        "max_model_len": max(map(len, rows)) + new_tokens + 1,
+        "generation_config": "vllm",  # no sampling that a checkpoint asks for
+        "served_model_name": "student",
     }
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    words = [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), *words]
     started = time.perf_counter()
     server = subprocess.Popen([*command, "--host", "127.0.0.1", "--port", str(port)])

@@ -120,7 +120,14 @@ def test_the_benchmark_measures_cell_by_cell_and_goes_on_where_it_ended(tmp_path
         return SimpleNamespace(llm_engine=Engine(), model_config=SimpleNamespace(get_vocab_size=lambda: 99))
 
     monkeypatch.setattr(benchmark, "start", start)
-    monkeypatch.setattr(benchmark, "kernels_of_steps", lambda engine: {})
+    kernel = SimpleNamespace(name="a kernel", device_time=1e3 * benchmark.PROFILED)  # in so many steps
+    timed = []
+
+    def kernels_of_steps(engine) -> list:
+        timed.append(list(read_json(output)["cells"]))
+        return [kernel]
+
+    monkeypatch.setattr(benchmark, "kernels_of_steps", kernels_of_steps)
     words = ["hybrid", "--here", "--output", str(output), "--tokens", "2K", "8K"]
     benchmark.main([*words, "--minutes", "0"])
     assert not output.exists()
@@ -128,6 +135,9 @@ def test_the_benchmark_measures_cell_by_cell_and_goes_on_where_it_ended(tmp_path
     benchmark.main(words)  # what is left
     rows = read_json(output)["cells"]
     assert list(rows) == ["hybrid one 2048", "hybrid one 8192", "hybrid full 8192"]
+    one = rows["hybrid one 2048"]
+    assert (one["ms_in_kernels"], one["ms_of_longest_kernels"]) == (1.0, {"a kernel": 1.0})
+    assert timed == [["hybrid one 2048", "hybrid one 8192"]] * 2  # no profiler before all that is timed
     row = rows["hybrid full 8192"]
     # A state and seven pages of 1,920 tokens for a prompt of 8K and 4K more, of 99 pages.
     assert row["sequences"] == 99 // 8 and row["tokens_given"] == row["sequences"] * row["steps"]
