@@ -401,7 +401,8 @@ def _encode_source(tokenizer, data: DataSection, tokens: int | None) -> np.ndarr
 def student_and_teacher(folder: Path, teacher: Teacher, dtype: str) -> list[Model]:
     """The columns of a student's report."""
     source, name = teacher.source, teacher.public_name
-    return [Model("teacher", source, name, teacher.revision, dtype), Model("student", str(folder), folder.name)]
+    student = Model("student", str(folder), folder.name, dtype=dtype)
+    return [Model("teacher", source, name, teacher.revision, dtype), student]
 
 
 def side_by_side(names: Sequence[str], dtype: str, trust_remote_code: bool = False) -> list[Model]:
@@ -465,7 +466,7 @@ def evaluate_student(
 
     Args:
         teacher, revision: by default, what the folder says that it was made from.
-        dtype: of the teacher; the student computes in its own.
+        dtype: that both compute in; `auto`: each in its own.
         text, heldout_tokens: as in `evaluation_texts`.
         output: another folder for the report.
         rope_scaling, template: as in `with_variants`.

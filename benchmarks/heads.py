@@ -157,20 +157,20 @@ def run(prompts: int, steps: int) -> dict:
             started = time.perf_counter()
             forms = bench.in_position(aligned, position)
             running = bench.running(forms, position)
-            scores = bench.score(running, ["replacement"] if first else list(METHODS))
+            scores = bench.score(running, ["combined"] if first else list(METHODS))
             if first is None:
                 first, ablated = scores, {}
             rankings = {}
             for method in METHODS:
-                found = scores if method == "replacement" else first.using(method)
+                found = (scores if METHODS[method].needs_forms else first).using(method)
                 rankings[method] = ranking(found.scores, found.tie_break)
-                if method in ("replacement", "receiver+sender"):
+                if method in ("combined", "replacement", "receiver+sender"):
                     found = replace(found, weights={"language": 0.0}).using(method)
                     rankings[f"{method}, needles only"] = ranking(found.scores, found.tie_break)
             table = {}
             for method, order in rankings.items():
                 table[method] = bench.row(order, forms, running, position)
-                if method.startswith("replacement") or method not in ablated:
+                if METHODS[method.split(",")[0]].needs_forms or method not in ablated:
                     ablated[method] = bench.ablations(order)
                 table[method] |= ablated[method]
                 show(f"{data} {position}", method, table[method])

@@ -20,12 +20,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from hydrahead.console import one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
 from hydrahead.convert.migration import convert_to_folder
-from hydrahead.convert.scoring.scores import HeadScores
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
@@ -39,10 +36,10 @@ from hydrahead.training.distill import run_distill
 from hydrahead.training.finetune import run_finetune
 from hydrahead.training.recipe import Recipe, load_recipe
 
-METHODS = ("replacement", "receiver+sender", "receiver", "attribution-qk")
+METHODS = ("combined", "replacement", "receiver+sender", "receiver", "attribution-qk")
 SCORED = f"score.method=[{','.join(METHODS)}]"
 TENTH = 0.1
-MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
+MARKS = (4, 8, 12, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
 WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
 
 
@@ -55,7 +52,6 @@ class Row:
         about: what its row of the table says.
         ratio: of full attention, by `select`.
         select: other options of `convert.masks.select_to_file`.
-        methods: whose scores are averaged; the file's own ranking by default.
         student: overrides of the recipe that change the form of heads: rows that agree in them share their alignment.
         share: of the recipe's tokens; 0 for a student of aligned heads that nothing was trained of. Only the whole is
             finetuned.
@@ -65,7 +61,6 @@ class Row:
     about: str
     ratio: float = 0.25
     select: dict = field(default_factory=dict)
-    methods: tuple[str, ...] = ()
     student: tuple[str, ...] = ()
     share: float = 1.0
     seed: int = 0
@@ -81,6 +76,7 @@ PAPER, GROUPS = {"method": "receiver+sender"}, {"budget_unit": "kv_groups", "str
 NOPE = ("student.full_attention_position=nope",)
 CHOICES = {
     "default": {},
+    "replacement": {"method": "replacement"},
     "random": RANDOM,
     "layerwise": LAYERWISE,
     "receiver-sender": PAPER,
@@ -89,7 +85,6 @@ CHOICES = {
     "fixed": {"strategy": "fixed"},
     "layer-random": {"strategy": "layer-random"},
 }
-BOTH = ("replacement", "receiver+sender")
 BUDGETS = {"3to1": 0.25, "7to1": 0.125}
 STUDENTS = {
     "nope": NOPE,
@@ -108,15 +103,15 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for choice in ("default", "random"):
         yield f"{choice}-7to1", Row(f"{choice}, 7:1", 0.125, CHOICES[choice])
     yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
-    yield "receiver-sender-3to1", Row("receiver-sender, 3:1", select=PAPER)
+    for choice in ("replacement", "receiver-sender"):
+        for budget, ratio in BUDGETS.items():
+            yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
+    yield "nope-3to1", Row("default, 3:1, NoPE", student=NOPE)
     for budget, ratio in BUDGETS.items():
         for choice, select in CHOICES.items():
             words = f"{choice}, {budget.replace('to', ':')}"
             yield f"{choice}-{budget}-tenth", Row(words, ratio, select, share=TENTH)
             yield f"{choice}-{budget}-aligned", Row(f"{words}, aligned only", ratio, select, share=0)
-        words = f"both scores, {budget.replace('to', ':')}"
-        yield f"both-{budget}", Row(words, ratio, methods=BOTH)
-        yield f"both-{budget}-aligned", Row(f"{words}, aligned only", ratio, methods=BOTH, share=0)
         for seed in (1, 2):
             words = f"random, {budget.replace('to', ':')}, aligned only"
             yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
@@ -155,11 +150,6 @@ class Study:
         if not masks.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             scores = base / "scores" / "head_scores.json"
-            if row.methods:
-                found = HeadScores.load(scores)
-                each = [np.array(found.using(method).scores) for method in row.methods]
-                scores = folder / "head_scores.json"
-                replace(found, scores=np.mean(each, axis=0).tolist()).save(scores)
             _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **row.select)
             print(*lines, sep="\n")
         recipe = self.student_recipe(name, row)
@@ -289,7 +279,7 @@ def _progress(study: dict) -> list[str]:
     found = {name: each for name, each in curves(study).items() if each["kl"]}
     if not found:  # aligned heads only
         return []
-    marks = [mark for mark in MARKS if any(each["kl"] and each["kl"][-1][0] >= mark for each in found.values())]
+    marks = [mark for mark in MARKS if any(each["kl"] and each["kl"][-1][0] > mark - 0.5 for each in found.values())]
     lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
     lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
     for name, each in found.items():

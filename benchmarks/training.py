@@ -60,7 +60,7 @@ ALIGN_LENGTH = 512
 # tokens of a chunk, an eighth of a batch.
 SETTINGS = {
     "small": {"rows": 4, "length": 512, "align_rows": 4, "speed_vocabulary": 8192, "chunk_tokens": 256},
-    "135m": {"rows": 8, "length": 2048, "align_rows": 8, "speed_vocabulary": 49_152, "chunk_tokens": 2048},
+    "135m": {"rows": 16, "length": 2048, "align_rows": 8, "speed_vocabulary": 49_152, "chunk_tokens": 2048},
     "1.7b": {"rows": 2, "length": 4096, "align_rows": 8, "speed_vocabulary": VOCABULARY, "chunk_tokens": 1024},
 }
 

@@ -55,7 +55,7 @@ def evaluate(
         int | None,
         typer.Option(help="Tokens of prompts answered together; else 65,536 on a GPU, 4,096 elsewhere.", min=1),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of models that are no students; auto: their own.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="That models compute in; auto: their own.")] = Dtype.auto,
     teacher: Annotated[str | None, typer.Option(help="Of a lone student; else as it says.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the teacher on the Hub; of others, ID@REVISION.")] = None,
     scores: Annotated[
@@ -114,7 +114,7 @@ def chat(
     template: Annotated[
         bool | None, typer.Option(help="Use the tokenizer's chat template; else where it has one.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of a model that is no student; auto: its own.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="That the model computes in; auto: its own.")] = Dtype.auto,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the code of the checkpoint.")] = False,
 ) -> None:
     """Talk with a model, and see speed and cache as the text grows; /needle hides a number and asks for it."""

@@ -128,7 +128,7 @@ class Conversation:
     ) -> Turn:
         """Begin anew with one of RULER's prompts, made with this tokenizer; as `say`, greedily."""
         self.reset()
-        ids = as_asked(prompt, self.tokenizer, self.tokenizer, self.has_template)
+        (ids,) = as_asked([prompt], self.tokenizer, self.tokenizer, self.has_template)
         text = self.tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
         message = {"role": "user", "content": text.removesuffix(prompt.prefix)}
         return self._turn(ids, [message], prompt.prefix.lstrip(), new_tokens, on_token, is_stopped, greedy=True)

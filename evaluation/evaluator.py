@@ -26,12 +26,13 @@ from ..provenance import environment
 from . import harness
 from .cells import Cells
 from .models import Model, facts
-from .needles import FIRST_SEED, answer, as_asked, same_vocabulary, score
+from .needles import FIRST_SEED, answer, as_asked, same_vocabulary, score, usual_batch_tokens
 from .report import build_report, write_report
 from .statistics import wilson_interval
 from .text import Window, count_windows, position_buckets, read_windows
 
 LEAST_WINDOWS = 2  # of text that a loss is measured on
+ALONE = 16  # prompts that are asked alone too, a pass through the model for every token of their answers
 EXAMPLES = 3  # questions and answers of a cell that the report shows
 SUITES = ("needles", "text", "lm-eval")
 
@@ -49,7 +50,8 @@ class Settings:
         depths: see `data.ruler.make_prompts`.
         new_tokens: that a model may answer with; by default as many as RULER gives for the task.
         text_tokens: that the loss is measured on at each length, in each domain: two windows at the least.
-        batch_tokens: of the prompts that are answered together; by default 65,536 on a GPU, and 4,096 elsewhere.
+        batch_tokens: of prompts that are answered, or windows that are read, together; by default 65,536 on a GPU, and
+            4,096 elsewhere.
         harness_tasks: of lm-eval, or names of `harness.GROUPS`.
         harness_limit: questions that are asked of each of them; by default all.
     """
@@ -221,8 +223,8 @@ class _Run:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of prompts that are answered together."""
-        return self.settings.batch_tokens or (65_536 if torch.cuda.is_available() else 4096)
+        """Tokens of prompts that are answered, and of windows that are read, together."""
+        return self.settings.batch_tokens or usual_batch_tokens()
 
     def open(self, model: Model) -> PreTrainedModel:
         """A model on this process's device; what the report says of it is kept."""
@@ -282,12 +284,10 @@ class _NeedleCell:
         settings, haystack = self.run.settings, self.run.haystack
         return make_prompts(haystack, self.task, self.length, settings.prompts, FIRST_SEED, settings.depths)
 
-    def ids(self, place: int) -> list[int]:
-        return as_asked(self.prompts[place], self.run.tokenizer, self.tokenizer, self.model.template)
-
     def answers(self, places: Sequence[int], batch_tokens: int) -> list[str]:
         new_tokens = self.run.settings.new_tokens or TASKS[self.task].new_tokens
-        prompts = [self.ids(place) for place in places]
+        asked = [self.prompts[place] for place in places]
+        prompts = as_asked(asked, self.run.tokenizer, self.tokenizer, self.model.template)
         on_answers = partial(self._on_answers, self.run.state.num_processes * self.length)
         return answer(self.loaded, self.tokenizer, prompts, new_tokens, batch_tokens, on_answers)
 
@@ -340,7 +340,7 @@ class _BatchingCell(_NeedleCell):
     """Whether answers depend on what is answered beside them: all at once, and one by one from the last."""
 
     def do(self) -> list[tuple[int, bool]]:
-        places = self.run.share(range(len(self.prompts)))
+        places = self.run.share(range(min(ALONE, len(self.prompts))))
         together = self.answers(places, self.length * len(places))
         alone = self.answers(places[::-1], 1)[::-1]
         return [(place, one != other) for place, one, other in zip(places, together, alone)]
@@ -366,7 +366,8 @@ class _TextCell:
 
     def do(self) -> list[tuple[int, Window]]:
         places, found = self.run.share(self.windows), []
-        for window in read_windows(self.loaded, self.ids, self.length, places, self.reference):
+        together = self.run.batch_tokens
+        for window in read_windows(self.loaded, self.ids, self.length, places, self.reference, together):
             found.append(window)
             self.advance(self.length * self.run.state.num_processes)
         return list(zip(places, found))

@@ -22,7 +22,7 @@ class Model:
         source: folder or Hub id.
         name: what the report calls it: it travels, so that a folder has no more than its own name.
         revision: on the Hub.
-        dtype: in which it computes; `auto` is the checkpoint's own. A HydraHead folder always computes in its own.
+        dtype: in which it computes; `auto` is the checkpoint's own.
         rope_scaling: such as `yarn:4`: RoPE scaled by that factor, without any training.
         template: asked in its chat template.
         trust_remote_code: run the code of the checkpoint.
@@ -78,7 +78,7 @@ class Model:
             device: by default a GPU if there is one, off-loading what does not fit.
         """
         config = self.config()
-        dtype = "auto" if self.dtype == "auto" or config.model_type == "hydrahead" else getattr(torch, self.dtype)
+        dtype = "auto" if self.dtype == "auto" else getattr(torch, self.dtype)
         where = device or ("auto" if torch.cuda.is_available() else "cpu")
         return load_model(self.source, config, dtype, where, **self._where)
 

@@ -13,24 +13,32 @@ FIRST_SEED = 1_000_000  # of prompts that are evaluated; training rows come from
 PREFILL_CHUNK = 16_384  # tokens of a longer prompt that are read at once
 
 
-def as_asked(prompt: Prompt, written_with, tokenizer, template: bool = False) -> list[int]:
+def usual_batch_tokens() -> int:
+    """Tokens of prompts that are answered together where nobody says how many."""
+    return 65_536 if torch.cuda.is_available() else 4096
+
+
+def as_asked(prompts: Sequence[Prompt], written_with, tokenizer, template: bool = False) -> list[list[int]]:
     """
-    The token ids that a model is given for a prompt.
+    The token ids that a model is given for each prompt.
 
     Args:
-        written_with: the tokenizer that made the prompt.
+        written_with: the tokenizer that made the prompts.
         tokenizer: the model's own. Where it has another vocabulary, the same text is encoded anew.
         template: the question is a user's message in the chat template, and the answer begins as RULER begins it. The
             template's tokens come on top of the prompt's length.
     """
     if not template and same_vocabulary(written_with, tokenizer):
-        return prompt.input_ids
-    text = written_with.decode(prompt.input_ids, skip_special_tokens=True)
+        return [prompt.input_ids for prompt in prompts]
+    texts = [written_with.decode(prompt.input_ids, skip_special_tokens=True) for prompt in prompts]
     if not template:
-        return tokenizer(text, verbose=False).input_ids
-    message = {"role": "user", "content": text.removesuffix(prompt.prefix)}
-    chat = in_template(tokenizer, [message])
-    return tokenizer(chat + prompt.prefix.lstrip(), add_special_tokens=False, verbose=False).input_ids
+        return [tokenizer(text, verbose=False).input_ids for text in texts]
+    found = []
+    for text, prompt in zip(texts, prompts):
+        chat = in_template(tokenizer, [{"role": "user", "content": text.removesuffix(prompt.prefix)}])
+        whole = chat + prompt.prefix.lstrip()
+        found.append(tokenizer(whole, add_special_tokens=False, verbose=False).input_ids)
+    return found
 
 
 def in_template(tokenizer, messages: Sequence[dict]) -> str:

@@ -43,50 +43,68 @@ def read_windows(
     length: int,
     windows: Sequence[int],
     reference: PreTrainedModel | None = None,
+    batch_tokens: int = 1,
 ) -> Iterator[Window]:
     """
-    Predict separate windows of `length` tokens, one after the other.
+    Predict separate windows of `length` tokens.
 
     Logits are made in chunks of tokens; where a model scales or caps them after its output embedding, by the model
-    itself for a whole window.
+    itself for a whole window, and windows are then read one by one.
 
     Args:
         token_ids: the text, a list, array or tensor.
         windows: which ones, by number: the first begins at the first token.
         reference: has the same vocabulary.
+        batch_tokens: of windows that are read together, one at the least.
     """
     models = [model] if reference is None else [model, reference]
     probe = torch.as_tensor(token_ids[:2]).unsqueeze(0)
     in_chunks = [_head_is_last(each, probe.to(each.device)) for each in models]
-    for index in windows:
-        ids = torch.as_tensor(token_ids[index * length : (index + 1) * length + 1]).unsqueeze(0)
-        losses, kl, agreed = [], 0.0, 0
-        parts = [_logits(each, ids[:, :-1].to(each.device), chunked) for each, chunked in zip(models, in_chunks)]
-        for labels, *logits in zip(ids[0, 1:].split(CHUNK_TOKENS), *parts):
-            ours = logits[0][0].float()
-            losses.append(F.cross_entropy(ours, labels.to(ours.device), reduction="none").double().cpu())
-            if reference is not None:
-                theirs = logits[1][0].to(ours.device).float()
-                agreed += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
-                ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-                kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).item()
-        losses = torch.cat(losses)
-        sums = [losses[start:end].sum().item() for start, end in position_buckets(length)]
-        yield Window(sums) if reference is None else Window(sums, kl, agreed)
+    rows = max(1, batch_tokens // length) if all(in_chunks) else 1
+    for start in range(0, len(windows), rows):
+        spans = [token_ids[index * length : (index + 1) * length + 1] for index in windows[start : start + rows]]
+        ids = torch.stack([torch.as_tensor(span) for span in spans])
+        labels = ids[:, 1:].flatten().split(CHUNK_TOKENS)
+        logits = [_logits(each, ids[:, :-1].to(each.device), chunked) for each, chunked in zip(models, in_chunks)]
+        of_chunks = [_predictions(*chunk) for chunk in zip(labels, *logits)]
+        columns = [torch.cat(parts).view(len(spans), length).cpu() for parts in zip(*of_chunks)]
+        for losses, *others in zip(*columns):
+            sums = [losses[begin:end].sum().item() for begin, end in position_buckets(length)]
+            yield Window(sums, *(each.sum().item() for each in others))
 
 
-def text_loss(model: PreTrainedModel, token_ids: Sequence[int], length: int, windows: int | None = None) -> float:
+def _predictions(labels: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None = None) -> list[torch.Tensor]:
     """
-    Mean loss in nats per token over the first `windows` separate windows of `length` tokens, or over all whole ones.
+    Of each token its loss, and with other logits KL(theirs ‖ ours) and whether both hold the same for the likeliest.
+
+    Args:
+        labels: `[T]`.
+        ours, theirs: logits `[T, vocabulary]`.
+    """
+    ours = ours.float()
+    found = [F.cross_entropy(ours, labels.to(ours.device), reduction="none").double()]
+    if theirs is not None:
+        theirs = theirs.to(ours.device).float()
+        same = ours.argmax(-1) == theirs.argmax(-1)
+        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+        found += [F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).double(), same]
+    return found
+
+
+def text_loss(
+    model: PreTrainedModel, token_ids: Sequence[int], length: int, windows: int | None = None, batch_tokens: int = 1
+) -> float:
+    """
+    Mean loss in nats per token over the first `windows` separate windows of `length` tokens, or over all whole ones;
+    `batch_tokens` as in `read_windows`.
 
     Raises:
         ValueError: the text is too short.
     """
     available = count_windows(token_ids, length)
     windows = available if windows is None else min(windows, available)
-    return sum(sum(window.losses) for window in read_windows(model, token_ids, length, range(windows))) / (
-        windows * length
-    )
+    found = read_windows(model, token_ids, length, range(windows), batch_tokens=batch_tokens)
+    return sum(sum(window.losses) for window in found) / (windows * length)
 
 
 def count_windows(token_ids: Sequence[int], length: int) -> int:
@@ -103,12 +121,12 @@ def count_windows(token_ids: Sequence[int], length: int) -> int:
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor, in_chunks: bool) -> Iterator[torch.Tensor]:
-    """Logits `[1, chunk, vocabulary]` of all positions of `ids` `[1, T]`, some at a time."""
+    """Logits `[chunk, vocabulary]` of all positions of `ids` `[rows, T]`, row after row, some at a time."""
     if not in_chunks:
-        yield from model(ids, use_cache=False).logits.split(CHUNK_TOKENS, dim=1)
+        yield from model(ids, use_cache=False).logits.flatten(0, 1).split(CHUNK_TOKENS)
         return
     states = model.get_decoder()(ids, use_cache=False).last_hidden_state
-    for part in states.split(CHUNK_TOKENS, dim=1):
+    for part in states.flatten(0, 1).split(CHUNK_TOKENS):
         yield model.get_output_embeddings()(part)
 
 

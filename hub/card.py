@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ..evaluation.report import (
 )
 from ..files import atomic_file
 from ..provenance import Record, digest
+from ..serving import RELEASE
 from .facts import Facts
 from .folder import STATED
 from .heads import PAGE, chosen_heads, draw_heads, heads_page, heads_section
@@ -339,6 +341,9 @@ def _usage(facts: Facts) -> list[str]:
     name = json.dumps(repository or ".") + ("" if repository else "  # this folder")
     is_pinned = not repository or (revision or "main") != "main"
     pinned = json.dumps(revision or "main") + ("" if is_pinned else "  # a commit in its place pins code and weights")
+    served = shlex.quote(repository or ".") + (
+        f" --revision {shlex.quote(revision)}" if repository and revision else ""
+    )
     if facts.has_template:
         prompt = 'messages = [{"role": "user", "content": "What is full attention good for?"}]\n'
         prompt += "inputs = tokenizer.apply_chat_template(\n    messages, add_generation_prompt=True, "
@@ -363,6 +368,8 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
         "installed, `import hydrahead` stands in place of `trust_remote_code=True`.",
         'With `pip install flash-linear-attention`, linear heads run on its kernels on a GPU (`device_map="cuda"`). '
         "Without it, and on a CPU, they run on transformers' PyTorch reference: the same function, slower.",
+        f"vLLM {RELEASE} serves it on an NVIDIA GPU through hydrahead's plug-in, without remote code:",
+        f"```bash\npip install 'hydrahead[vllm]'\nvllm serve {served} --dtype bfloat16\n```",
     ]
 
 
@@ -385,5 +392,5 @@ def _limitations(facts: Facts) -> list[str]:
         *lines,
         "Not supported: assisted decoding (a recurrent state cannot be rolled back), 4-D attention masks, continuous "
         "batching, prefix tuning, a bare `DynamicCache()` (`DynamicCache(config=model.config)` is right), attention "
-        "sharded by tensor parallelism, the transformers backends of vLLM and SGLang.",
+        "sharded by transformers' tensor parallelism, the transformers backends of vLLM and SGLang.",
     ]

@@ -151,9 +151,10 @@ def heads_page(facts: Facts) -> str | None:
                 f"LAYER.HEAD, counted from 0, with the {escaped(scored['method'])} score that ranked it and the "
                 "capabilities that the score is made of. Of a capability 1 is the best head's, of the score it is a "
                 "head's that is best at everything; 0 or less means that nothing measured speaks for the head, which "
-                "stays to meet the budget or the strategy. The replacement effect is "
-                "what a head's linear form loses beyond its full-attention form, when each takes its place in the "
-                "otherwise intact teacher; docs/method.md of hydrahead describes every method.",
+                "stays to meet the budget or the strategy. `replacement` is what "
+                "a head's linear form loses beyond its full-attention form, when each takes its place in the "
+                "otherwise intact teacher, `receiver+sender` the paper's effect on the answer, `combined` the mean of "
+                "the two; docs/method.md of hydrahead describes every method.",
                 table(rows),
             ]
         )

@@ -480,7 +480,7 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
     done = hydrahead_here("score", teacher, tmp_path / "two", *SCORE, *forms)
     assert done.exit_code == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "head_scores.json").read_text()) for name in ("one", "two"))
-    assert one["method"] == two["method"] == "replacement" and one["scores"] == two["scores"]
+    assert one["method"] == two["method"] == "combined" and one["scores"] == two["scores"]
     assert one["made_from"]["forms"] == two["made_from"]["forms"] == digest(forms[1])
     aligned = forms_made_from(forms[1])
     assert (aligned["teacher"], aligned["steps"], aligned["dtype"]) == ("teacher", 2, "auto")

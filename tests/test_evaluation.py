@@ -328,7 +328,8 @@ def test_a_chat_model_is_asked_in_its_template_with_the_same_text_and_the_same_b
     chat = AutoTokenizer.from_pretrained(EMBEDDED_TEACHER)
     chat.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<assistant>"
     (prompt,) = make_prompts(Haystack(tokenizer, texts["library"]), "niah_single_2", 300, 1, seed=0)
-    plain, asked = as_asked(prompt, tokenizer, chat), chat.decode(as_asked(prompt, tokenizer, chat, template=True))
+    (plain,), (asked,) = (as_asked([prompt], tokenizer, chat, template) for template in (False, True))
+    asked = chat.decode(asked)
     assert plain == prompt.input_ids
     question = tokenizer.decode(plain, skip_special_tokens=True).removesuffix(prompt.prefix)
     assert asked == f"<user>{question}</user><assistant>{prompt.prefix.lstrip()}"

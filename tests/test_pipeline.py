@@ -138,7 +138,7 @@ def test_killed_between_and_inside_steps_nothing_is_done_twice_and_the_result_is
     cards = [re.sub(r"\S+ CPU-hours", "", (student / "README.md").read_text()) for student in students]
     assert cards[0] == cards[1]
     assert report_of(students[0]) == report_of(students[1])
-    assert report_of(students[0])["heads"]["method"] == "replacement"
+    assert report_of(students[0])["heads"]["method"] == "combined"
     one, two = (json.loads((folder / "scores" / "head_scores.json").read_text()) for folder in (plain, output))
     assert one["scores"] == two["scores"] and [path.name for path in output.glob(".*")] == []
     assert sorted(path.name for path in students[0].glob("*.png")) == ["accuracy.png", "depths.png", "head_map.png"]

@@ -27,7 +27,7 @@ from hydrahead.convert.scoring.measure import score_steps
 from hydrahead.convert.scoring.methods import METHODS, Method
 from hydrahead.convert.scoring.probes import Pair, Probe
 from hydrahead.convert.scoring.receivers import receiver_effects
-from hydrahead.convert.scoring.scores import ProbeResult, fuse
+from hydrahead.convert.scoring.scores import ProbeResult, fuse, measured_methods
 from hydrahead.convert.scoring.settings import ScoreSettings, check_options
 from hydrahead.convert.teachers import adapter_for
 from hydrahead.tests.counterfactuals import make_pair, null_pair
@@ -102,7 +102,7 @@ def test_every_method_gives_a_ranking_of_all_heads(teacher, pairs, forms):
     scores = score_heads(
         teacher, None, probes, lambda: calls.append(1), methods=list(METHODS), head_forms=forms, text_rows=rows
     )
-    assert scores.methods() == list(METHODS) and scores.method == "replacement"
+    assert scores.methods() == list(METHODS) and scores.method == "combined"
     for method in METHODS:
         found = torch.tensor(scores.using(method).scores)
         assert found.shape == (LAYERS, HEADS) and found.isfinite().all() and found.max() > 0, method
@@ -151,6 +151,25 @@ def test_a_full_form_that_is_worse_than_the_linear_one_scores_below_zero():
     effects = {"linear": [[[0.5, 0.1, 0.0]]], "full": [[[0.1, 0.9, 0.0]]]}
     scores = fuse([ProbeResult("a", "retrieval", pairs=1, used=1, effects=effects)], "replacement").scores
     assert scores[0].tolist() == pytest.approx([1, -2, 0])
+
+
+def test_combined_is_the_mean_of_the_replacement_effect_and_the_papers_criterion():
+    shared = {"receiver": [[[0.2, 0.0, 0.4]]], "sender": [[[0.0, 0.3, 0.0]]]}
+    first = {"linear": [[[0.5, 0.1, 0.0]]], "full": [[[0.1, 0.1, 0.0]]]} | shared
+    probes = [ProbeResult("a", "retrieval", pairs=1, used=1, effects=first)]
+    probes += [
+        ProbeResult("b", "copying", pairs=1, used=1, effects=shared)
+    ]  # the replacement effect says nothing of it
+    assert fuse(probes, "replacement").scores[0].tolist() == pytest.approx([1, 0, 0])
+    assert fuse(probes, "receiver+sender").scores[0].tolist() == pytest.approx([0, 0.5, 1])
+    found = fuse(probes, "combined")
+    assert found.scores[0].tolist() == pytest.approx([0.5, 0.25, 0.5])
+    assert found.capabilities["retrieval"][0].tolist() == pytest.approx([0.5, 0.25, 0.5])
+    assert found.capabilities["copying"][0].tolist() == pytest.approx([0, 0.5, 1])
+    assert found.largest[0].tolist() == pytest.approx([0.4, 0.3, 0.4])
+    assert measured_methods(probes)[:3] == ["combined", "replacement", "receiver+sender"]
+    with pytest.raises(ValueError, match=r"^replacement was not measured on these probes; measured: receiver\+sender"):
+        fuse(probes[1:], "combined")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

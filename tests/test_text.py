@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from hydrahead.evaluation import text
-from hydrahead.evaluation.text import text_loss
+from hydrahead.evaluation.text import read_windows, text_loss
 from hydrahead.tests.families import SIZES, make_student, make_teacher, random_ids
 
 
@@ -22,7 +22,7 @@ def make_scaled(name: str):
 def test_the_loss_is_that_of_whole_logits_and_no_more_of_them_exist_than_a_chunk(make, monkeypatch):
     monkeypatch.setattr(text, "CHUNK_TOKENS", 16)
     model, ids, rows = make(), random_ids(1, 101)[0], []
-    model.get_output_embeddings().register_forward_hook(lambda _, args, logits: rows.append(logits.shape[1]))
+    model.get_output_embeddings().register_forward_hook(lambda _, args, logits: rows.append(logits.shape[-2]))
     found = text_loss(model, ids.tolist(), 50)
     assert max(rows) == 16 and sum(rows) >= 100
     with torch.no_grad():
@@ -38,3 +38,13 @@ def test_logits_that_are_capped_or_scaled_after_the_embedding_are_the_models_own
     bare = model.lm_head(model.model(ids[None, :-1]).last_hidden_state)[0]
     assert (logits - bare).abs().max() > 0.1
     assert text_loss(model, ids, 40) == pytest.approx(F.cross_entropy(logits, ids[1:]).item(), rel=1e-6)
+
+
+def test_windows_that_are_read_together_say_what_they_say_alone(monkeypatch):
+    monkeypatch.setattr(text, "CHUNK_TOKENS", 16)  # which ends within windows of 40
+    model, reference, ids = make_student(), make_teacher("qwen3-tied"), random_ids(1, 201)[0]
+    alone, together = (list(read_windows(model, ids, 40, [0, 2, 4], reference, tokens)) for tokens in (1, 80))
+    assert len({window.losses[0] for window in alone}) == 3
+    for one, other in zip(alone, together, strict=True):
+        assert other.losses == pytest.approx(one.losses, rel=1e-6)
+        assert other.kl == pytest.approx(one.kl, rel=1e-5) and other.agreed == one.agreed

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from ..convert.scoring.methods import DEFAULT_METHOD
 from ..data.ruler import NEEDLES
 from ..data.tokens import DataSection
 from ..files import read_utf8
@@ -105,7 +106,7 @@ class EvaluateSection:
 class ScoreSection:
     """How heads are scored: the options of `hydrahead score`, by their names."""
 
-    method: list[str] = field(default_factory=lambda: ["replacement"])
+    method: list[str] = field(default_factory=lambda: [DEFAULT_METHOD])
     length: int | None = None
     pairs: int = 8
     only: list[str] = field(default_factory=list)

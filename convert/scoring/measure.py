@@ -12,7 +12,7 @@ from ..calibration import measure_heads
 from ..forms import HeadForms
 from ..hooks import input_device
 from ..teachers import TeacherAdapter, adapter_for, public_name, read_model
-from .methods import METHODS, Bench, Method, UsedPairs, check_methods, measured_by
+from .methods import DEFAULT_METHOD, METHODS, Bench, Method, UsedPairs, check_methods, measured_by
 from .probes import Probe
 from .receivers import receiver_effects
 from .recompute import HeadReader
@@ -47,7 +47,7 @@ def score_heads(
         tokenizer: the teacher's; only its name is used, probes hold token ids.
         probes: what to measure on.
         on_pair: called after each pair and method.
-        methods: names in `METHODS`; the first is whose ranking the result shows. By default the replacement effect
+        methods: names in `METHODS`; the first is whose ranking the result shows. By default the first of `METHODS`
             where `head_forms` are given, else the paper's receivers and senders.
         head_forms: aligned forms of all heads; needed for the replacement effect.
         text_rows: token ids of plain texts, on which the replacement effect measures the KL too.
@@ -64,7 +64,7 @@ def score_heads(
     """
     if not probes:
         raise ValueError("no probes to score heads on")
-    methods = list(methods or ("replacement" if head_forms is not None else "receiver+sender",))
+    methods = list(methods or (DEFAULT_METHOD if head_forms is not None else "receiver+sender",))
     check_methods(methods)
     for method in methods:
         if METHODS[method].needs_forms and head_forms is None:

@@ -66,6 +66,7 @@ class Method:
         measure_text: the same from a `Bench` and rows of token ids, where plain text tells something of its own.
         gives: names of the quantities measured; the method's own by default.
         parts: methods whose quantities it combines, where it measures none itself.
+        mean_of: methods whose fused scores it is the mean of, where it has no effects of its own.
         bounds: what a pair's effect is clamped to.
         is_difference: a head's effect is the first quantity less the second, otherwise the largest.
         needs_forms: measures aligned forms of the heads.
@@ -78,6 +79,7 @@ class Method:
     measure_text: str = ""
     gives: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
+    mean_of: tuple[str, ...] = ()
     bounds: tuple[float, float] = (0, math.inf)
     is_difference: bool = False
     needs_forms: bool = False
@@ -95,6 +97,13 @@ class Method:
 
 
 _ROWS = (
+    Method(
+        "combined",
+        "mean of replacement, which finds heads that nothing stands in for, and receiver+sender, which finds all that "
+        "take part",
+        mean_of=("replacement", "receiver+sender"),
+        needs_forms=True,
+    ),
     Method(
         "replacement",
         "readout and text lost to the linear form, less what the full form loses: what a slot is worth",
@@ -141,5 +150,6 @@ def check_methods(names: Sequence[str]) -> None:
 
 def measured_by(names: Sequence[str]) -> list[Method]:
     """The methods that measure what some methods need, each once, without those that are always measured."""
-    parts = [part for name in names for part in METHODS[name].parts or (name,)]
+    scored = [part for name in names for part in METHODS[name].mean_of or (name,)]
+    parts = [part for name in scored for part in METHODS[name].parts or (name,)]
     return [METHODS[name] for name in dict.fromkeys(parts) if METHODS[name].measure]

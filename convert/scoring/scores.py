@@ -53,12 +53,16 @@ class ProbeResult:
     effects: dict[str, Effects] = field(default_factory=dict)
 
     def measured(self, method: str) -> bool:
-        """Whether the probe holds what a method needs."""
-        return all(quantity in self.effects for quantity in METHODS[method].quantities)
+        """Whether the probe holds what a method needs; of a mean of methods, what one of them needs."""
+        row = METHODS[method]
+        if row.mean_of:
+            return any(map(self.measured, row.mean_of))
+        return all(quantity in self.effects for quantity in row.quantities)
 
     def effect(self, method: str, pairs: Sequence[int] | None = None) -> np.ndarray | None:
         """
-        Mean effect `[L, H]` under a method, over all pairs or those of the given indices; `None` if not measured.
+        Mean effect `[L, H]` under a method, over all pairs or those of the given indices; `None` if not measured. A
+        mean of methods has none: it is of scores.
 
         Each pair's effect is clamped to the method's bounds first. Where one is not finite the mean is NaN.
         """
@@ -102,10 +106,14 @@ def fuse(
     values, a minimum of 0; the score is the weighted mean over capabilities, equal weights by default. A head without
     a finite effect in some variant has the score NaN, and leaves the others theirs.
 
+    Of a mean of methods everything is the mean, a capability's over those that measured it; `largest` is the largest.
+
     Raises:
         ValueError: no such method, or it was measured on none of the probes that count.
     """
     check_methods([method])
+    if METHODS[method].mean_of:
+        return _mean([fuse(probes, part, weights, pairs) for part in METHODS[method].mean_of])
     variants: dict[str, dict[str, list[np.ndarray]]] = {}
     for probe in probes:
         counts = probe.used and (weights or {}).get(probe.capability, 1.0) > 0
@@ -132,9 +140,27 @@ def fuse(
     return Fused(scores, capabilities, kappas, np.max(largest, axis=0))
 
 
+def _mean(fused: Sequence[Fused]) -> Fused:
+    """Of several methods' scores."""
+
+    def by_name(field: str) -> dict[str, np.ndarray]:
+        names = dict.fromkeys(name for each in fused for name in getattr(each, field))
+        return {
+            name: np.mean([getattr(each, field)[name] for each in fused if name in getattr(each, field)], axis=0)
+            for name in names
+        }
+
+    scores = np.mean([each.scores for each in fused], axis=0)
+    return Fused(scores, by_name("capabilities"), by_name("kappas"), np.max([each.largest for each in fused], axis=0))
+
+
 def measured_methods(probes: Sequence[ProbeResult]) -> list[str]:
     """The methods whose effects some probe with usable pairs holds."""
-    return [name for name in METHODS if any(probe.used and probe.measured(name) for probe in probes)]
+
+    def is_measured(name: str) -> bool:
+        return any(probe.used and probe.measured(name) for probe in probes)
+
+    return [name for name, row in METHODS.items() if all(map(is_measured, row.mean_of or (name,)))]
 
 
 @dataclass
