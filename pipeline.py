@@ -228,7 +228,9 @@ class Road:
             options = {key: value for key, value in asdict(recipe.student).items() if value is not None}
             check_settings(replace(settings, forms=None if recipe.align else recipe.forms, options=options))
             if output.is_file() and recipe.forms.is_file():
-                made, now = HeadScores.load(output).made_from, {"forms": digest(recipe.forms)}
+                found, now = HeadScores.load(output), {"forms": digest(recipe.forms)}
+                made = found.made_from | {"method": found.method}
+                now |= {"method": section.method[0]} if section.method else {}
                 now |= {key: getattr(section, key) for key in ("pairs", "built_in", "only", "shortlist")}
                 now |= {"length": section.length} if section.length else {}
                 if changed := first_difference({key: made.get(key, now[key]) for key in now}, now):

@@ -39,7 +39,7 @@ from hydrahead.training.recipe import Recipe, load_recipe
 METHODS = ("combined", "replacement", "receiver+sender", "receiver", "attribution-qk")
 SCORED = f"score.method=[{','.join(METHODS)}]"
 TENTH = 0.1
-MARKS = (4, 8, 12, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
+MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
 WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
 
 
@@ -150,7 +150,8 @@ class Study:
         if not masks.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             scores = base / "scores" / "head_scores.json"
-            _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **row.select)
+            by = {"method": load_recipe(*self.recipe(row)).score.method[0]} | row.select
+            _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **by)
             print(*lines, sep="\n")
         recipe = self.student_recipe(name, row)
         if row.share:

@@ -53,7 +53,9 @@ def evaluate(
     harness_limit: Annotated[int | None, typer.Option(help="Questions of each of them; else all.", min=1)] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of prompts answered together; else 65,536 on a GPU, 4,096 elsewhere.", min=1),
+        typer.Option(
+            help="Tokens of prompts answered, or windows read, together; else 65,536 on a GPU, 4,096 elsewhere.", min=1
+        ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="That models compute in; auto: their own.")] = Dtype.auto,
     teacher: Annotated[str | None, typer.Option(help="Of a lone student; else as it says.")] = None,
@@ -78,7 +80,6 @@ def evaluate(
     _check_use(student is None, "models side by side", {"--trust-remote-code": trust_remote_code})
     _check_use("needles" in suites, "the suite needles", {"--tasks": tasks})
     _check_use("lm-eval" in suites, "the suite lm-eval", {"--harness-tasks": harness_tasks})
-    _check_use(suites != ("text",), "the suites needles and lm-eval", {"--batch-tokens": batch_tokens})
     settings = Settings(
         suites=suites,
         **({"tasks": tasks} if tasks else {}),

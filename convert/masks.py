@@ -213,8 +213,8 @@ def describe_choice(scores: HeadScores, masks: Masks, strategy: str, budget_unit
         lines.append(f"the same cache, budgeted in {unit}: {count} query heads ({count / cost.heads:.1%})")
         if cost.without_evidence:
             lines.append(
-                f"warning: {cost.without_evidence} of the {cost.full_attention_heads} heads score 0 or less: nothing "
-                "that was measured speaks for keeping them; a smaller ratio drops them first"
+                f"warning: {cost.without_evidence} of the {cost.full_attention_heads} heads score 0 or less: what "
+                "was measured speaks no more for keeping them than against it; a smaller ratio drops them first"
             )
         if cost.decided_by_tie_break > cost.full_attention_heads / 2:
             lines.append(

@@ -281,7 +281,7 @@ class SelectionCost:
         kv_bytes_per_token, teacher_kv_bytes_per_token: cache growth with each token.
         state_bytes: constant state of a sequence: recurrent states in fp32, the convolution's inputs in bf16.
         decided_by_tie_break: heads that stay although no score sets them above one that does not.
-        without_evidence: heads that stay although their score is not above 0: nothing measured speaks for them.
+        without_evidence: heads that stay although their score is not above 0: no more speaks for them than against.
     """
 
     full_attention_heads: int

@@ -26,13 +26,13 @@ from ..provenance import environment
 from . import harness
 from .cells import Cells
 from .models import Model, facts
-from .needles import FIRST_SEED, answer, as_asked, same_vocabulary, score, usual_batch_tokens
+from .needles import FIRST_SEED, answer, as_asked, same_vocabulary, score
 from .report import build_report, write_report
 from .statistics import wilson_interval
 from .text import Window, count_windows, position_buckets, read_windows
 
 LEAST_WINDOWS = 2  # of text that a loss is measured on
-ALONE = 16  # prompts that are asked alone too, a pass through the model for every token of their answers
+ALONE = 16  # prompts that a process asks alone too, a pass through the model for every token of their answers
 EXAMPLES = 3  # questions and answers of a cell that the report shows
 SUITES = ("needles", "text", "lm-eval")
 
@@ -224,7 +224,7 @@ class _Run:
     @property
     def batch_tokens(self) -> int:
         """Tokens of prompts that are answered, and of windows that are read, together."""
-        return self.settings.batch_tokens or usual_batch_tokens()
+        return self.settings.batch_tokens or (65_536 if torch.cuda.is_available() else 4096)
 
     def open(self, model: Model) -> PreTrainedModel:
         """A model on this process's device; what the report says of it is kept."""
@@ -340,13 +340,14 @@ class _BatchingCell(_NeedleCell):
     """Whether answers depend on what is answered beside them: all at once, and one by one from the last."""
 
     def do(self) -> list[tuple[int, bool]]:
-        places = self.run.share(range(min(ALONE, len(self.prompts))))
+        places = self.run.share(range(min(ALONE * self.run.state.num_processes, len(self.prompts))))
         together = self.answers(places, self.length * len(places))
         alone = self.answers(places[::-1], 1)[::-1]
         return [(place, one != other) for place, one, other in zip(places, together, alone)]
 
     def finish(self, changed: list[bool]) -> dict:
-        return {"task": self.task, "length": self.length, "changed": sum(changed) / len(changed)}
+        asked = {"task": self.task, "length": self.length, "prompts": len(changed)}
+        return asked | {"changed": sum(changed) / len(changed)}
 
 
 @dataclass

@@ -13,11 +13,6 @@ FIRST_SEED = 1_000_000  # of prompts that are evaluated; training rows come from
 PREFILL_CHUNK = 16_384  # tokens of a longer prompt that are read at once
 
 
-def usual_batch_tokens() -> int:
-    """Tokens of prompts that are answered together where nobody says how many."""
-    return 65_536 if torch.cuda.is_available() else 4096
-
-
 def as_asked(prompts: Sequence[Prompt], written_with, tokenizer, template: bool = False) -> list[list[int]]:
     """
     The token ids that a model is given for each prompt.

@@ -141,7 +141,8 @@ def markdown(report: Mapping) -> str:
         parts += ["\n".join(f"![{name}]({name}.png)" for name in pictures)]
     if report["batching"]:
         changed = [
-            f"{cell['model']}: {cell['changed']:.0%} of {cell['task']} at {cell['length']:,} tokens"
+            f"{cell['model']}: {cell['changed']:.0%} of {cell.get('prompts', report['prompts'])} answers to "
+            f"{cell['task']} at {cell['length']:,} tokens"
             if "error" not in cell
             else f"{cell['model']}: {cell['error']}"
             for cell in report["batching"]

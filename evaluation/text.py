@@ -55,22 +55,38 @@ def read_windows(
         token_ids: the text, a list, array or tensor.
         windows: which ones, by number: the first begins at the first token.
         reference: has the same vocabulary.
-        batch_tokens: of windows that are read together, one at the least.
+        batch_tokens: of windows that are read together, one at the least; what does not fit into the GPU's memory is
+            divided.
     """
     models = [model] if reference is None else [model, reference]
     probe = torch.as_tensor(token_ids[:2]).unsqueeze(0)
     in_chunks = [_head_is_last(each, probe.to(each.device)) for each in models]
-    rows = max(1, batch_tokens // length) if all(in_chunks) else 1
-    for start in range(0, len(windows), rows):
-        spans = [token_ids[index * length : (index + 1) * length + 1] for index in windows[start : start + rows]]
-        ids = torch.stack([torch.as_tensor(span) for span in spans])
-        labels = ids[:, 1:].flatten().split(CHUNK_TOKENS)
-        logits = [_logits(each, ids[:, :-1].to(each.device), chunked) for each, chunked in zip(models, in_chunks)]
-        of_chunks = [_predictions(*chunk) for chunk in zip(labels, *logits)]
-        columns = [torch.cat(parts).view(len(spans), length).cpu() for parts in zip(*of_chunks)]
-        for losses, *others in zip(*columns):
-            sums = [losses[begin:end].sum().item() for begin, end in position_buckets(length)]
-            yield Window(sums, *(each.sum().item() for each in others))
+    rows, done = max(1, batch_tokens // length) if all(in_chunks) else 1, 0
+    while done < len(windows):
+        spans = [token_ids[index * length : (index + 1) * length + 1] for index in windows[done : done + rows]]
+        try:
+            found = _read(models, in_chunks, torch.stack([torch.as_tensor(span) for span in spans]))
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows = -(-rows // 2)
+            continue
+        yield from found
+        done += len(spans)
+
+
+def _read(models: Sequence[PreTrainedModel], in_chunks: Sequence[bool], ids: torch.Tensor) -> list[Window]:
+    """Windows `ids` `[rows, length + 1]` that are read together; the arguments as in `read_windows` and `_logits`."""
+    rows, length = ids.shape[0], ids.shape[1] - 1
+    labels = ids[:, 1:].flatten().split(CHUNK_TOKENS)
+    logits = [_logits(each, ids[:, :-1].to(each.device), chunked) for each, chunked in zip(models, in_chunks)]
+    of_chunks = [_predictions(*chunk) for chunk in zip(labels, *logits)]
+    columns = [torch.cat(parts).view(rows, length).cpu() for parts in zip(*of_chunks)]
+    found = []
+    for losses, *others in zip(*columns):
+        sums = [losses[begin:end].sum().item() for begin, end in position_buckets(length)]
+        found.append(Window(sums, *(each.sum().item() for each in others)))
+    return found
 
 
 def _predictions(labels: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None = None) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ from ..evaluation.report import (
 from ..files import atomic_file
 from ..provenance import Record, digest
 from ..serving import RELEASE
+from ..serving.heads import check_served
 from .facts import Facts
 from .folder import STATED
 from .heads import PAGE, chosen_heads, draw_heads, heads_page, heads_section
@@ -362,15 +363,20 @@ model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remo
 output = model.generate(**inputs.to(model.device), max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```"""
-    return [
+    lines = [
         code,
         f'`pip install "transformers>=5.21"` is all it needs; tested on transformers {TESTED}. With hydrahead '
         "installed, `import hydrahead` stands in place of `trust_remote_code=True`.",
         'With `pip install flash-linear-attention`, linear heads run on its kernels on a GPU (`device_map="cuda"`). '
         "Without it, and on a CPU, they run on transformers' PyTorch reference: the same function, slower.",
-        f"vLLM {RELEASE} serves it on an NVIDIA GPU through hydrahead's plug-in, without remote code:",
-        f"```bash\npip install 'hydrahead[vllm]'\nvllm serve {served} --dtype bfloat16\n```",
     ]
+    with contextlib.suppress(ValueError):  # nothing is said of what the plug-in refuses
+        check_served(facts.config)
+        lines += [
+            f"vLLM {RELEASE} serves it on an NVIDIA GPU through hydrahead's plug-in, without remote code:",
+            f"```bash\npip install 'hydrahead[vllm]'\nvllm serve {served} --dtype bfloat16\n```",
+        ]
+    return lines
 
 
 def _limitations(facts: Facts) -> list[str]:

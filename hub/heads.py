@@ -56,8 +56,12 @@ def heads_section(facts: Facts) -> list[str]:
         ]
     parts = [_how_chosen(choice, scored)]
     if not scored:  # masks from before they took their scores along
-        words = f"{choice['without_evidence']} of the {choice['kept']} chosen heads score 0 or less: nothing that was"
-        return [*parts, f"**Without evidence:** {words} measured speaks for them. The scores are not recorded here."]
+        words = f"{choice['without_evidence']} of the {choice['kept']} chosen heads score 0 or less: what was measured"
+        return [
+            *parts,
+            f"**Without evidence:** {words} speaks no more for them than against them. "
+            "The scores are not recorded here.",
+        ]
     parts += [f"![{words}]({name})" for name, words in pictures(facts).items() if name == "head_map.png"]
     if scored.get("probes"):
         parts += ["Capabilities that the heads were scored for:", table(_capabilities(facts))]
@@ -66,8 +70,10 @@ def heads_section(facts: Facts) -> list[str]:
     words += "What no probe asked for may have lost its heads without anybody noticing."
     without = sum(not _speaks(scored["scores"][layer][head]) for layer, head in heads)
     if without:
-        words += f" **Without evidence:** {without} of the {len(heads)} chosen heads score 0 or less: nothing that was"
-        words += " measured speaks for them."
+        words += (
+            f" **Without evidence:** {without} of the {len(heads)} chosen heads score 0 or less: what was measured"
+        )
+        words += " speaks no more for them than against them."
     else:
         words += f" All {len(heads)} chosen heads score above 0."
     parts += [words]
@@ -149,12 +155,12 @@ def heads_page(facts: Facts) -> str | None:
             [
                 "# Why these heads stay full attention",
                 f"LAYER.HEAD, counted from 0, with the {escaped(scored['method'])} score that ranked it and the "
-                "capabilities that the score is made of. Of a capability 1 is the best head's, of the score it is a "
-                "head's that is best at everything; 0 or less means that nothing measured speaks for the head, which "
-                "stays to meet the budget or the strategy. `replacement` is what "
-                "a head's linear form loses beyond its full-attention form, when each takes its place in the "
-                "otherwise intact teacher, `receiver+sender` the paper's effect on the answer, `combined` the mean of "
-                "the two; docs/method.md of hydrahead describes every method.",
+                "capabilities that the score is made of. 1 is a head's that is best at everything by every score; 0 "
+                "or less means that what was measured speaks no more for the head than against it, which stays to "
+                "meet the budget or the strategy. `replacement` is what a head's linear form loses beyond its "
+                "full-attention form, when each takes its place in the otherwise intact teacher, `receiver+sender` "
+                "the paper's effect on the answer, `combined` the mean of the two; docs/method.md of hydrahead "
+                "describes every method.",
                 table(rows),
             ]
         )

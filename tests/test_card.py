@@ -423,3 +423,11 @@ def test_the_releases_that_a_card_names_are_those_that_are_tested():
 @pytest.mark.parametrize("name", ["a", "a/b/c", "../b", "a/b c", "/a", "a/", 3, None])
 def test_a_hub_id_has_an_owner_and_a_name(name):
     assert is_hub_id("a/b") and not is_hub_id(name)
+
+
+def test_the_card_says_how_vllm_serves_it_unless_it_cannot(tmp_path):
+    folder = write_student(tmp_path / "one")
+    assert "vllm serve . --dtype bfloat16" in card_of(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"short_conv_kernel_size": 5}))
+    assert "vllm serve" not in card_of(folder)

@@ -507,7 +507,7 @@ def test_score_aligns_by_itself_and_its_forms_serve_the_next_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "best"], "method must be one of replacement, "),
+        (["--method", "best"], "method must be one of combined, "),
         (["--length", "4096"], "length 4096 is more than the 1024 positions"),
         (["--text", "none.txt"], "none.txt: no such file"),
         (["--forms", "none.safetensors"], "none.safetensors: no such file"),

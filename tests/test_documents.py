@@ -80,6 +80,8 @@ def test_the_experiments_say_what_the_study_measured():
     for row in measured[4:]:
         assert "|".join(row.split("|")[2:5]) in page
     assert len(learnt := rows("whole-3to1-7to1.json")) == 8 and all(row in page for row in learnt)
+    scored = [row.split("| 16M |")[-1] for row in rows("scores-16m.json") if " (" in row]
+    assert len(scored) == 8 and all(row.split("|  |")[-1].strip(" |") in page for row in scored)
 
 
 def test_the_experiments_say_what_aligned_heads_find():

@@ -290,12 +290,22 @@ def test_batch_size_and_order_change_no_answer_in_fp32(make, tokenizer, texts):
             assert found == [alone[index] for index in order]
 
 
-def test_in_bf16_the_share_of_answers_that_batching_changes_is_reported(folders, texts, tmp_path):
+def test_in_bf16_the_share_of_answers_that_batching_changes_is_reported(folders, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("hydrahead.evaluation.evaluator.ALONE", 2)
     settings = Settings(**vars(FEW) | {"suites": ("needles",), "lengths": (200,)})
     evaluate([Model("one", folders[0], "one", dtype="bfloat16")], settings, texts, tmp_path, {"text_name": "library"})
     (cell,) = read_report(tmp_path)["batching"]
+    assert cell["prompts"] == 2 < settings.prompts and "% of 2 answers to" in (tmp_path / "report.md").read_text()
     assert (cell["task"], cell["length"]) == ("niah_single_2", 200) and 0 <= cell["changed"] <= 1
     assert "one by one instead of together" in (tmp_path / "report.md").read_text()
+
+
+def test_any_model_computes_in_the_dtype_that_is_asked_for(folders):
+    for folder in folders:
+        found = {
+            dtype: Model("x", folder, "x", dtype=dtype).load(torch.device("cpu")) for dtype in ("auto", "bfloat16")
+        }
+        assert [model.dtype for model in found.values()] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("make", [make_student, lambda **options: make_teacher("qwen3-tied", **options)])

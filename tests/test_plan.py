@@ -17,7 +17,7 @@ from hydrahead.training import speed
 from hydrahead.training.cost import decode_bytes, parameters, weight_bytes
 from hydrahead.training.plan import make_plan
 from hydrahead.training.recipe import STAGES
-from hydrahead.training.speed import GPUS, check_points, efficiency, least_squares, points
+from hydrahead.training.speed import GPUS, check_points, efficiency, least_squares, points, several_share
 
 ROOT = Path(__file__).parents[1]
 QWEN3 = {
@@ -193,10 +193,13 @@ def test_runs_on_several_gpus_are_checked_too(monkeypatch):
         "hardware": "NVIDIA H100 80GB HBM3",
     }
     monkeypatch.setitem(speed.MEASURED, "scaling", list(scaling(report)))
+    several_share.cache_clear()
     rows = check_points()[-6:]
+    several_share.cache_clear()
     assert [row["what"] for row in rows] == 2 * ["distill, tokens/s", "distill, tokens/s", "distill, bytes"]
     assert rows[3]["case"] == "fsdp2, 2 x 1 x 2 x 4,096"
-    assert rows[3]["predicted"] == pytest.approx(2 * rows[0]["predicted"])
+    # Two that were no faster than one are predicted as they were measured.
+    assert rows[3]["predicted"] == pytest.approx(rows[0]["predicted"])
     trained = speed.measured_stage(training, "distill", 2, 4096).trained
     # Weights and optimiser are divided, gradients of four micro-batches are not.
     assert rows[2]["predicted"] - rows[5]["predicted"] == pytest.approx(
@@ -216,9 +219,10 @@ def test_a_plan_of_stages_says_tokens_memory_and_hours(folders):
     assert list(one) == list(eight) == list(STAGES)
     assert [stage["tokens"] for stage in one.values()] == pytest.approx([8e8, 4e9, 1e9], rel=1e-3)
     for name in STAGES:
-        assert eight[name]["gpus"] == 8 and eight[name]["gpu_hours"] == one[name]["gpu_hours"]
-        assert eight[name]["hours"] == pytest.approx(one[name]["gpu_hours"] / 8)
-        assert eight[name]["tokens_per_second"] == pytest.approx(8 * one[name]["tokens_per_second"])
+        kept = several_share("ddp" if "replicas" in eight[name]["fits"] else "fsdp2")
+        assert eight[name]["gpus"] == 8 and eight[name]["gpu_hours"] == pytest.approx(one[name]["gpu_hours"] / kept)
+        assert eight[name]["hours"] == pytest.approx(eight[name]["gpu_hours"] / 8)
+        assert eight[name]["tokens_per_second"] == pytest.approx(8 * kept * one[name]["tokens_per_second"])
         ways = eight[name]["bytes_per_gpu"]
         assert sum(ways["sharded"].values()) < sum(ways["replicas"].values())
         assert list(one[name]["bytes_per_gpu"]) == ["replicas"]  # there is nothing to divide them among

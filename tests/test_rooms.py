@@ -24,7 +24,7 @@ ROOMS = {
     "data": ROOT_FILES,
     "evaluation": {*ROOT_FILES, "kernels", "loading", "data"},
     "serving": {"configuration_hydrahead"},
-    "hub": {*ROOT_FILES, "loading", "evaluation", *MODEL},
+    "hub": {*ROOT_FILES, "loading", "evaluation", "serving", *MODEL},
     "convert": {*ROOT_FILES, "kernels", "loading", "data", "evaluation", "hub", *MODEL},
     "training": {*ROOT_FILES, "kernels", "loading", "data", "evaluation", "hub", "convert", *MODEL},
     "pipeline": {*ROOT_FILES, "loading", "data", "evaluation", "hub", "convert", "training", "usage", *MODEL},

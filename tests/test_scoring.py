@@ -163,10 +163,17 @@ def test_combined_is_the_mean_of_the_replacement_effect_and_the_papers_criterion
     assert fuse(probes, "replacement").scores[0].tolist() == pytest.approx([1, 0, 0])
     assert fuse(probes, "receiver+sender").scores[0].tolist() == pytest.approx([0, 0.5, 1])
     found = fuse(probes, "combined")
-    assert found.scores[0].tolist() == pytest.approx([0.5, 0.25, 0.5])
     assert found.capabilities["retrieval"][0].tolist() == pytest.approx([0.5, 0.25, 0.5])
-    assert found.capabilities["copying"][0].tolist() == pytest.approx([0, 0.5, 1])
+    assert found.capabilities["copying"][0].tolist() == pytest.approx([0, 0.5, 1]), "of the one that measured it"
+    assert found.scores[0].tolist() == pytest.approx([0.25, 0.375, 0.75])
     assert found.largest[0].tolist() == pytest.approx([0.4, 0.3, 0.4])
+    for weights, column in (({"copying": 0}, "retrieval"), ({"retrieval": 0}, "copying")):
+        assert fuse(probes, "combined", weights).scores.tolist() == found.capabilities[column].tolist()
+    assert probes[0].effect("combined") is None
+    first["full"][0][0][0] = math.nan
+    unknown = fuse(probes, "combined").scores[0].tolist()
+    assert math.isnan(unknown[0]) and unknown[1:] == pytest.approx([0.375, 0.75])
+    first["full"][0][0][0] = 0.1
     assert measured_methods(probes)[:3] == ["combined", "replacement", "receiver+sender"]
     with pytest.raises(ValueError, match=r"^replacement was not measured on these probes; measured: receiver\+sender"):
         fuse(probes[1:], "combined")

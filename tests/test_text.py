@@ -43,8 +43,20 @@ def test_logits_that_are_capped_or_scaled_after_the_embedding_are_the_models_own
 def test_windows_that_are_read_together_say_what_they_say_alone(monkeypatch):
     monkeypatch.setattr(text, "CHUNK_TOKENS", 16)  # which ends within windows of 40
     model, reference, ids = make_student(), make_teacher("qwen3-tied"), random_ids(1, 201)[0]
+    rows = []
+    model.get_decoder().register_forward_hook(lambda _, args, states: rows.append(states.last_hidden_state.shape[:2]))
     alone, together = (list(read_windows(model, ids, 40, [0, 2, 4], reference, tokens)) for tokens in (1, 80))
+    assert [shape for shape in rows if shape[1] == 40] == [(1, 40)] * 3 + [(2, 40), (1, 40)]
     assert len({window.losses[0] for window in alone}) == 3
     for one, other in zip(alone, together, strict=True):
         assert other.losses == pytest.approx(one.losses, rel=1e-6)
         assert other.kl == pytest.approx(one.kl, rel=1e-5) and other.agreed == one.agreed
+
+    def too_large(module, args, kwargs):
+        if (args[0] if args else kwargs["input_ids"]).shape[0] > 1:
+            raise torch.OutOfMemoryError
+
+    rows.clear()
+    model.get_decoder().register_forward_pre_hook(too_large, with_kwargs=True)
+    divided = list(read_windows(model, ids, 40, [0, 2, 4], reference, 120))
+    assert divided == alone and [shape for shape in rows if shape[1] == 40] == [(1, 40)] * 3

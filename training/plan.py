@@ -168,10 +168,11 @@ def plan_model(config: HydraHeadConfig, context: int, batch: int, gpu: Gpu) -> d
 
 
 def plan_stage(cost: Cost, length: int, gpus: int, gpu: Gpu) -> dict:
-    """What a stage takes, on as many GPUs as a step's micro-batches can be divided among."""
+    """What a stage takes, on as many GPUs as a step's micro-batches can be divided among: DDP's time where it fits."""
     working = max(count for count in range(1, min(gpus, cost.micro_batches) + 1) if cost.micro_batches % count == 0)
-    hours = stage_seconds(cost, gpu) / 3600
     memory = {"replicas": cost.memory(working)} | ({"sharded": cost.memory(working, True)} if gpus > 1 else {})
+    fits = [way for way, held in memory.items() if sum(held.values()) <= gpu.memory]
+    hours = stage_seconds(cost, gpu, working, "ddp" if "replicas" in fits else "fsdp2") / 3600
     return {
         "tokens": cost.tokens,
         "length": length,
@@ -179,11 +180,11 @@ def plan_stage(cost: Cost, length: int, gpus: int, gpu: Gpu) -> dict:
         "micro_batches": cost.micro_batches,
         "trained_parameters": cost.trained,
         "bytes_per_gpu": memory,
-        "fits": [way for way, held in memory.items() if sum(held.values()) <= gpu.memory],
+        "fits": fits,
         "gpus": working,
-        "tokens_per_second": cost.tokens * working / hours / 3600,
-        "hours": hours / working,
-        "gpu_hours": hours,
+        "tokens_per_second": cost.tokens / hours / 3600,
+        "hours": hours,
+        "gpu_hours": hours * working,
     }
 
 

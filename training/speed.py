@@ -181,9 +181,25 @@ def stage_share(stage: str) -> float:
     return found["tokens_per_second"][stage] * cost.flops / cost.tokens / gpu_of(found["hardware"]).flops
 
 
-def stage_seconds(cost: Cost, gpu: Gpu) -> float:
-    """How long a stage takes one GPU."""
-    return cost.flops / (gpu.flops * stage_share(cost.stage))
+@cache
+def several_share(way: str) -> float:
+    """
+    The share of their speed that GPUs keep where several train, `ddp` or `fsdp2`: the mean of all stages that were
+    measured, in steps of as many micro-batches as were; 1 where none was.
+    """
+    one = {report["stage"]: report["tokens_per_second"] for report in MEASURED["scaling"] if report["way"] == "one"}
+    kept = []
+    for report in MEASURED["scaling"]:
+        if report["way"] == way and (alone := one.get(report["stage"])):
+            most = max(report["tokens_per_second"], key=int)
+            kept.append(report["tokens_per_second"][most] / (report["gpus"] * alone[most]))
+    return min(geometric_mean(kept), 1.0) if kept else 1.0
+
+
+def stage_seconds(cost: Cost, gpu: Gpu, gpus: int = 1, way: str = "ddp") -> float:
+    """How long a stage takes so many GPUs, each of which has work."""
+    alone = cost.flops / (gpu.flops * stage_share(cost.stage))
+    return alone if gpus == 1 else alone / (gpus * several_share(way))
 
 
 def measured_stage(
@@ -240,7 +256,7 @@ def check_points() -> list[dict]:
             most = int(count) * gpus  # micro-batches
             cost = measured_stage(report, stage, report["rows"], report["length"], True, most)
             case = f"{report['way']}, {gpus} x {count} x {report['rows']} x {report['length']:,}"
-            add(f"{stage}, tokens/s", case, gpus * cost.tokens / stage_seconds(cost, gpu), speed)
+            add(f"{stage}, tokens/s", case, cost.tokens / stage_seconds(cost, gpu, gpus, report["way"]), speed)
         held = sum(cost.memory(gpus, report["way"] == "fsdp2").values())
         add(f"{stage}, bytes", case, held, report["bytes"], "all that a GPU holds")
     return rows

@@ -24,7 +24,7 @@ from ..data.batches import Batch
 from ..data.ruler import Haystack, Prompt, make_prompts
 from ..data.tokens import is_local
 from ..evaluation.figures import draw_training
-from ..evaluation.needles import FIRST_SEED, answer, score, usual_batch_tokens
+from ..evaluation.needles import FIRST_SEED, answer, score
 from ..evaluation.text import text_loss
 from ..files import check_writable, read_json
 from ..hub.checkpoint import save_checkpoint
@@ -298,12 +298,12 @@ class Job:
         """Loss on held-out text, and shares of needles found by generation with one and with four keys."""
         student.eval()
         length, windows = self.stage.evaluated_length, self.recipe.evaluate.text_windows
-        text, together = self.data.heldout.astype("int64"), usual_batch_tokens()
+        text, together = self.data.heldout.astype("int64"), self.recipe.run.micro_batch_tokens
         with self.autocast():
             result = {"heldout_loss": text_loss(student, text, length, windows, together)}
             for task, prompts in self.prompts.items():
                 ids = [prompt.input_ids for prompt in prompts]
-                answers = answer(student, self.tokenizer, ids, WATCHED_TOKENS, together)
+                answers = answer(student, self.tokenizer, ids, WATCHED_TOKENS, max(together, 4 * length))
                 found = [score(said, prompt.answers) for said, prompt in zip(answers, prompts)]
                 result[task] = sum(found) / len(found)
         return result

@@ -227,15 +227,17 @@ def with_evidence(
     A score file with its own evidence, and the warnings that follow from it.
 
     Whether a capability needs a head is shown by mean ablation, whether a linear head can do its work by conversion:
-    the second is asked where there are aligned forms, and it is what the replacement effect is judged by.
+    the second is asked where there are aligned forms, and it is what the replacement effect is judged by. Stability is
+    that of every method measured.
 
     Args:
         methods: to compare, all of them measured.
         pairs_by_variant: by name of the probe, the prompts to replace heads on.
     """
-    evidence: dict[str, dict] = {"stability": {method: stability(scores, method) for method in methods}}
+    evidence: dict[str, dict] = {"stability": {method: stability(scores, method) for method in scores.methods()}}
     warnings = list(scores.warnings)
-    for method, found in evidence["stability"].items():
+    for method in methods:
+        found = evidence["stability"][method]
         most = found[max(found, key=int)] if found else {}
         if most.get("rho") is not None and most["rho"] < 0.7:
             warnings.append(

@@ -66,9 +66,9 @@ class ProbeResult:
 
         Each pair's effect is clamped to the method's bounds first. Where one is not finite the mean is NaN.
         """
-        if not self.measured(method):
-            return None
         row, means = METHODS[method], []
+        if row.mean_of or not self.measured(method):
+            return None
         for quantity in row.quantities:
             values = np.array(self.effects[quantity], dtype=float)  # [pairs, L, H]; a file's null is NaN
             values = np.where(np.isfinite(values), values, np.nan).clip(*row.bounds)
@@ -106,52 +106,49 @@ def fuse(
     values, a minimum of 0; the score is the weighted mean over capabilities, equal weights by default. A head without
     a finite effect in some variant has the score NaN, and leaves the others theirs.
 
-    Of a mean of methods everything is the mean, a capability's over those that measured it; `largest` is the largest.
+    Of a mean of methods, a capability's score is the mean over those that measured it.
 
     Raises:
         ValueError: no such method, or it was measured on none of the probes that count.
     """
     check_methods([method])
-    if METHODS[method].mean_of:
-        return _mean([fuse(probes, part, weights, pairs) for part in METHODS[method].mean_of])
-    variants: dict[str, dict[str, list[np.ndarray]]] = {}
+    parts, measured = METHODS[method].mean_of or (method,), measured_methods(probes)
+    if missing := [part for part in parts if part not in measured]:
+        raise ValueError(f"{missing[0]} was not measured on these probes; measured: {', '.join(measured)}")
+    found: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    for part in parts:
+        for name, variants in _variants(probes, part, weights or {}, pairs).items():
+            found.setdefault(name, []).append(_capability(variants))
+    if not found:
+        raise ValueError(f"{method}: measured only on capabilities whose weight is 0; give one of them another")
+    columns = {name: [np.stack(each) for each in zip(*of_parts)] for name, of_parts in found.items()}
+    capabilities, kappas = ({name: each[at].mean(0) for name, each in columns.items()} for at in (0, 1))
+    weight = {name: (weights or {}).get(name, 1.0) for name in capabilities}
+    scores = sum(capabilities[name] * weight[name] for name in capabilities) / sum(weight.values())
+    return Fused(scores, capabilities, kappas, np.max([each[2].max(0) for each in columns.values()], axis=0))
+
+
+def _variants(
+    probes: Sequence[ProbeResult], method: str, weights: Mapping[str, float], pairs: Callable
+) -> dict[str, dict[str, list[np.ndarray]]]:
+    """By capability whose weight is not 0, and variant: effects `[L, H]` by each counterfactual."""
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
     for probe in probes:
-        counts = probe.used and (weights or {}).get(probe.capability, 1.0) > 0
+        counts = probe.used and weights.get(probe.capability, 1.0) > 0
         effect = probe.effect(method, pairs(probe)) if counts else None
         if effect is not None:
-            variants.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
-    if not variants:
-        measured = measured_methods(probes)
-        if method in measured:
-            raise ValueError(f"{method}: measured only on capabilities whose weight is 0; give one of them another")
-        raise ValueError(f"{method} was not measured on these probes; measured: {', '.join(measured)}")
-    capabilities, kappas, largest = {}, {}, []
-    for capability, by_name in variants.items():
-        means = np.stack([np.max(effects, axis=0) for effects in by_name.values()])  # [variants, L, H]
-        largest.append(means.max(0))
-        kappas[capability] = (means > THRESHOLD).mean(0)
-        score = np.where(means.mean(0) > 0, means.mean(0) * kappas[capability], means.mean(0))
-        low = max(np.fmin.reduce(score, axis=None), 0.0)  # fmin and fmax pass over NaN
-        spread = np.fmax.reduce(score, axis=None) - low
-        capabilities[capability] = (score - low) / spread if spread > 0 else score * 0
-    weight = {name: (weights or {}).get(name, 1.0) for name in capabilities}
-    total = sum(weight.values())
-    scores = sum(capabilities[name] * weight[name] for name in capabilities) / total
-    return Fused(scores, capabilities, kappas, np.max(largest, axis=0))
+            found.setdefault(probe.capability, {}).setdefault(probe.name, []).append(effect)
+    return found
 
 
-def _mean(fused: Sequence[Fused]) -> Fused:
-    """Of several methods' scores."""
-
-    def by_name(field: str) -> dict[str, np.ndarray]:
-        names = dict.fromkeys(name for each in fused for name in getattr(each, field))
-        return {
-            name: np.mean([getattr(each, field)[name] for each in fused if name in getattr(each, field)], axis=0)
-            for name in names
-        }
-
-    scores = np.mean([each.scores for each in fused], axis=0)
-    return Fused(scores, by_name("capabilities"), by_name("kappas"), np.max([each.largest for each in fused], axis=0))
+def _capability(variants: Mapping[str, Sequence[np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one capability by one method: score, κ, and the largest effect in any variant."""
+    means = np.stack([np.max(effects, axis=0) for effects in variants.values()])  # [variants, L, H]
+    kappa = (means > THRESHOLD).mean(0)
+    score = np.where(means.mean(0) > 0, means.mean(0) * kappa, means.mean(0))
+    low = max(np.fmin.reduce(score, axis=None), 0.0)  # fmin and fmax pass over NaN
+    spread = np.fmax.reduce(score, axis=None) - low
+    return (score - low) / spread if spread > 0 else score * 0, kappa, means.max(0)
 
 
 def measured_methods(probes: Sequence[ProbeResult]) -> list[str]:
