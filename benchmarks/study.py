@@ -280,7 +280,7 @@ def _progress(study: dict) -> list[str]:
     found = {name: each for name, each in curves(study).items() if each["kl"]}
     if not found:  # aligned heads only
         return []
-    marks = [mark for mark in MARKS if any(each["kl"] and each["kl"][-1][0] > mark - 0.5 for each in found.values())]
+    marks = [mark for mark in MARKS if any(each["kl"] and each["kl"][-1][0] >= mark for each in found.values())]
     lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
     lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
     for name, each in found.items():
