@@ -70,7 +70,7 @@ def test_the_experiments_say_what_the_study_measured():
     def rows(name: str) -> list[str]:
         found = json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text())
         return [
-            line for line in study.tables(found).splitlines() if re.match(r"\| (teacher|default|random|layer)", line)
+            line for line in study.tables(found).splitlines() if re.match(r"\| (teacher|default|random|layer|re[cp])", line)
         ]
 
     _, *measured = rows("rope-3to1.json")
