@@ -207,7 +207,7 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
         ("score.pairs=3", "out/scores: made with another pairs (2, now 3); choose another output"),
         (
             "score.method=[receiver]",
-            "out/scores: made with another method (combined, now receiver); choose another output",
+            "out/scores: made with another method ('combined', now 'receiver'); choose another output",
         ),
         ("output=nowhere select.ratio=0.01", "keeps 0 of 16 heads"),
         ("output=nowhere align=null", "align/head_forms.safetensors: no such file"),
