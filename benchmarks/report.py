@@ -81,7 +81,7 @@ def read(name: str):
 
 FILES = {name.replace("-", "_"): read(name) for name in (
     *("decode-cpu", "scoring-cpu", "scoring-cuda", "training-cpu", "training-cuda", "training-cuda-135m"),
-    *("scaling-cuda", "demo", "serving-cuda", "serving-tokens"),
+    *("scaling-cuda", "scaling-cuda-quiet", "demo", "serving-cuda", "serving-tokens"),
 )}  # fmt: skip
 FOUND = {name: Found(value) for name, value in FILES.items()}
 PARTS = read("decode-cuda")["parts"]

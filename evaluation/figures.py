@@ -20,11 +20,8 @@ from ..files import atomic_file
 plt.rcParams["text.parse_math"] = False  # names with a dollar are names
 
 RED, BLUE, GREEN, GREY = "#d1495b", "#1f6f9f", "#3a7d44", "#6c757d"
-STRONG = {
-    "combined": GREEN,
-    "replacement": RED,
-    "receiver+sender": BLUE,
-}  # methods that stand out where many are compared
+# Methods that stand out where many are compared.
+STRONG = {"combined": GREEN, "replacement": RED, "receiver+sender": BLUE}
 LAYER_TITLES = {"linear_layers": "linear forms", "full_layers": "full-attention forms", "layers": "whole layers"}
 MODELS = (GREY, RED, BLUE, GREEN, "#b8860b", "#7b4fa3", "#2a9d8f", "#8c564b")  # colours of models side by side
 NEEDLE_COLORS = {"niah_single_2": GREEN, "niah_multikey_1": "#b8860b"}

@@ -342,9 +342,9 @@ def _usage(facts: Facts) -> list[str]:
     name = json.dumps(repository or ".") + ("" if repository else "  # this folder")
     is_pinned = not repository or (revision or "main") != "main"
     pinned = json.dumps(revision or "main") + ("" if is_pinned else "  # a commit in its place pins code and weights")
-    served = shlex.quote(repository or ".") + (
-        f" --revision {shlex.quote(revision)}" if repository and revision else ""
-    )
+    served = shlex.quote(repository or ".")
+    if repository and revision:
+        served += f" --revision {shlex.quote(revision)}"
     if facts.has_template:
         prompt = 'messages = [{"role": "user", "content": "What is full attention good for?"}]\n'
         prompt += "inputs = tokenizer.apply_chat_template(\n    messages, add_generation_prompt=True, "

@@ -70,10 +70,8 @@ def heads_section(facts: Facts) -> list[str]:
     words += "What no probe asked for may have lost its heads without anybody noticing."
     without = sum(not _speaks(scored["scores"][layer][head]) for layer, head in heads)
     if without:
-        words += (
-            f" **Without evidence:** {without} of the {len(heads)} chosen heads score 0 or less: what was measured"
-        )
-        words += " speaks no more for them than against them."
+        words += f" **Without evidence:** {without} of the {len(heads)} chosen heads score 0 or less: what was"
+        words += " measured speaks no more for them than against them."
     else:
         words += f" All {len(heads)} chosen heads score above 0."
     parts += [words]
