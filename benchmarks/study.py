@@ -7,29 +7,33 @@ Students of one teacher on the same text, row by row: which heads, budget, posit
 
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
 its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
-prompts, in one report. A row may be a folder that `hydrahead run` made, to which `base` is a link; with its scores by
-all METHODS it serves all rows of its form. What is there is not done again, what was interrupted goes on, and what
-does not fit `--minutes` waits for the next call. `study.json` has everything that tables are made of: masks, every
-step, the score of every prompt.
+prompts. A row may be a folder that `hydrahead run` made, to which `base` is a link; with its scores by all METHODS it
+serves all rows of its form. What is there is not done again, what was interrupted goes on, and what does not fit
+`--minutes` waits for the next call. Several calls with the same `--output`, one a GPU, share the rows among them.
+`study.json` has everything that tables are made of: masks, every step, the score of every prompt.
 """
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hydrahead.console import one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
 from hydrahead.convert.migration import convert_to_folder
 from hydrahead.convert.teachers import open_teacher
+from hydrahead.evaluation.cells import KINDS
 from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
 from hydrahead.evaluation.report import read_report
 from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file
-from hydrahead.pipeline import MEASURED, Road, evaluate_models, side_by_side
+from hydrahead.pipeline import MEASURED, Road, Step, evaluate_models, side_by_side
 from hydrahead.provenance import Record
 from hydrahead.training.data import token_folder
 from hydrahead.training.distill import run_distill
@@ -39,6 +43,7 @@ from hydrahead.training.recipe import Recipe, load_recipe
 METHODS = ("combined", "replacement", "receiver+sender", "receiver", "attribution-qk")
 SCORED = f"score.method=[{','.join(METHODS)}]"
 TENTH = 0.1
+WAIT = 5  # seconds, for what another call is making
 MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
 WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
 
@@ -53,6 +58,7 @@ class Row:
         ratio: of full attention, by `select`.
         select: other options of `convert.masks.select_to_file`.
         student: overrides of the recipe that change the form of heads: rows that agree in them share their alignment.
+        training: other overrides of the recipe.
         share: of the recipe's tokens; 0 for a student of aligned heads that nothing was trained of. Only the whole is
             finetuned.
         seed: of the choice at random, and of the order of the text.
@@ -62,6 +68,7 @@ class Row:
     ratio: float = 0.25
     select: dict = field(default_factory=dict)
     student: tuple[str, ...] = ()
+    training: tuple[str, ...] = ()
     share: float = 1.0
     seed: int = 0
 
@@ -107,6 +114,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
         for budget, ratio in BUDGETS.items():
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "nope-3to1", Row("default, 3:1, NoPE", student=NOPE)
+    yield "long-rows-3to1", Row("default, 3:1, rows of 8,192 tokens", training=("distill.length=8192",))
     for budget, ratio in BUDGETS.items():
         for choice, select in CHOICES.items():
             words = f"{choice}, {budget.replace('to', ':')}"
@@ -140,12 +148,14 @@ class Study:
         words = [change.removeprefix("student.").replace("=", "-") for change in row.forms]
         return self.output / "-".join(["base", *words])
 
+    def steps(self, row: Row) -> list[Step]:
+        """Alignment and scores, of the form of heads that a row shares with others."""
+        steps = Road(*self.recipe(replace(row, student=row.forms), f"output={self.base(row)}")).steps()
+        return [step for step in steps if step.name in ("align", "score")]
+
     def make(self, name: str, row: Row) -> None:
-        """Align and score where nobody has, choose the heads, and train the student."""
+        """Choose the heads, and train the student; its base is there."""
         base, folder = self.base(row), self.output / name
-        for step in Road(*self.recipe(replace(row, student=row.forms), f"output={base}")).steps():
-            if step.name in ("align", "score") and not step.is_done():
-                step.do()
         masks = folder / "head_masks.json"
         if not masks.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -178,7 +188,7 @@ class Study:
             given += ["finetune=null", f"distill.tokens={tokens}", f"distill.warmup_steps={warm_up}"]
         kept = [each for each in self.overrides if not each.startswith("score.")]
         changes = [each for each in kept if row.share == 1 or not each.startswith(("distill.tokens", "finetune"))]
-        base = [f"data.cache={self.output / 'tokens'}", *row.student]
+        base = [f"data.cache={self.output / 'tokens'}", *row.student, *row.training]
         return load_recipe(self.name, [*base, *changes, *given])
 
     def student(self, name: str) -> Path:
@@ -189,15 +199,55 @@ class Study:
         return self.output / name / ("finetune" if recipe.finetune else "distill") / "student"
 
     def evaluate(self, name: str, batch_tokens: int | None = None) -> None:
-        """The teacher and a row's student, on the same prompts and text as all others."""
+        """A row's student on the prompts and text that its teacher was asked, once for all rows."""
         recipe = load_recipe(*self.recipe(Row("")))
         opened = open_teacher(recipe.teacher.name, recipe.teacher.revision)
         models = side_by_side([str(opened.fetch()), str(self.student(name))], recipe.teacher.dtype)
         models = [replace(model, label=label) for model, label in zip(models, ["teacher", name])]
         asked = {name: getattr(recipe.evaluate, name) for name in MEASURED}
         settings = Settings(**asked, batch_tokens=batch_tokens)
-        tokens = token_folder(recipe, recipe.data, "tokens")
-        evaluate_models(models, settings, self.output / "report", tokens, recipe.data.heldout_tokens)
+        where = token_folder(recipe, recipe.data, "tokens"), recipe.data.heldout_tokens
+        reference, report = self.output / "teacher", self.output / name / "report"
+        with self.lock("teacher"):
+            evaluate_models(models[:1], settings, reference, *where)
+        if not report.is_dir():
+            shutil.copytree(reference, report)
+        evaluate_models(models, settings, report, *where)
+
+    def is_done(self, name: str) -> bool:
+        """Whether a row was measured at all lengths."""
+        asked, report = load_recipe(*self.recipe(Row(""))).evaluate, read_report(self.output / name / "report") or {}
+        cells = [cell for kind in ("needles", "text") for cell in report.get(kind, ()) if cell["model"] == name]
+        wanted = {(task, length) for task in (*asked.tasks, None) for length in asked.lengths}
+        return wanted <= {(cell.get("task"), cell["length"]) for cell in cells}
+
+    def lock(self, name: str, timeout: float = -1) -> FileLock:
+        """Held by one call of those that share this study."""
+        folder = self.output / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / name, timeout=timeout)
+
+    def do(self, name: str, batch_tokens: int | None = None) -> bool:
+        """One row, unless another call is at it, or at what it is made of; whether that is so."""
+        if self.is_done(name):
+            return False
+        row = ROWS[name]
+        try:
+            with self.lock(name, 0):
+                with self.lock(self.base(row).name, 0):
+                    for step in self.steps(row):
+                        if not step.is_done():
+                            step.do()
+                print(f"\n{name}: {row.about}", flush=True)
+                self.make(name, row)
+                self.evaluate(name, batch_tokens)
+                with self.lock("study.json"):
+                    found = self.collect()
+                    Record(self.output / "study.json").write(found)
+                    plot_students(curves(found), self.output / "study.png")
+        except Timeout:
+            return True
+        return False
 
     def collect(self) -> dict:
         """All that tables are made of."""
@@ -215,7 +265,16 @@ class Study:
                 "masks": read_masks(folder / "head_masks.json", open_teacher(recipe.teacher.name)),
                 "steps": {stage: [json.loads(line) for line in each] for stage, each in lines.items()},
             }
-        return {"recipe": self.name, "rows": found, "report": read_report(self.output / "report")}
+        return {"recipe": self.name, "rows": found, "report": self.report(list(found))}
+
+    def report(self, names: list[str]) -> dict | None:
+        """The teacher's report, and in it what was measured of every row."""
+        whole = read_report(self.output / "teacher")
+        for name in names if whole else ():
+            cells = read_report(self.output / name / "report") or {}
+            for kind, key in (("models", "label"), *((kind, "model") for kind in KINDS if kind != "models")):
+                whole[kind] += [cell for cell in cells.get(kind, ()) if cell[key] == name]
+        return whole
 
 
 def tables(study: dict) -> str:
@@ -347,17 +406,16 @@ def main() -> None:
         return
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")
-    study, started = Study(options.recipe, options.overrides, options.output), time.monotonic()
-    for name in options.rows:
-        if time.monotonic() - started > 60 * options.minutes:
-            print(f"{name} and what follows it wait for the next call")
-            break
-        print(f"\n{name}: {ROWS[name].about}", flush=True)
-        study.make(name, ROWS[name])
-        study.evaluate(name, options.batch_tokens)
-        found = study.collect()
-        Record(options.output / "study.json").write(found)
-        plot_students(curves(found), options.output / "study.png")
+    study, started, rows = Study(options.recipe, options.overrides, options.output), time.monotonic(), options.rows
+    while rows and time.monotonic() - started < 60 * options.minutes:
+        for name in rows:
+            if not study.do(name, options.batch_tokens):
+                rows = [other for other in rows if other != name]
+                break
+        else:  # others are at all that is left
+            time.sleep(WAIT)
+    if rows:
+        print(f"{', '.join(rows)} wait for the next call")
     print(tables(study.collect()))
 
 

@@ -19,18 +19,23 @@ SMALL = [
 NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth", "default-3to1-aligned"]
 
 
-def run(folder, *rows: str) -> str:
+def run(folder, *rows: str, times: int = 1) -> str:
+    """What the calls print, the last to end last: several work side by side."""
     command = [sys.executable, "-m", "hydrahead.benchmarks.study", "demo", *SMALL]
     command += [f"teacher.name={folder / 'teacher'}", f"--output={folder / 'out'}", "--rows", *rows]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    calls = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(times)
+    ]
+    done = [call.communicate() for call in calls]
+    assert not any(call.returncode for call in calls), done[0][1][-2000:] + done[-1][1][-2000:]
+    return "".join(printed for printed, _ in done)
 
 
 @pytest.mark.slow
 def test_rows_share_what_they_can_and_go_on(tmp_path):
     write_short_teacher(tmp_path / "teacher")
-    first = run(tmp_path, *NAMES[:2])
+    first = run(tmp_path, *NAMES[:2], times=2)
+    assert first.count("default, 3:1\n") == first.count("random, 3:1\n") == 1, "each by one of the two"
     assert first.count("align 2/2") <= 1 and "| random-3to1 | 0.01024M |" in first
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     second = run(tmp_path, *NAMES)
