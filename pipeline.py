@@ -5,12 +5,13 @@ Every step leaves a file, and has a command that a person could type instead: th
 anywhere. A step whose file is there is not done again; one that was interrupted goes on.
 """
 
+import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,23 +103,41 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
         if step.output.exists():
             raise ValueError(f"{step.output}: made before {missing.name}, which is not done; {ANEW} {step.output}")
     whole = Usage()
-    for step in steps:
-        print(f"\n{step.name}: {shlex.join(step.command)}", flush=True)
-        if dry_run and step.name in STAGES:
-            stage = Stage(road.recipe, step.name)
-            print_cost(road.recipe, step.name, stage.adapter, road.config(stage))
-        elif step.is_done():
-            print(f"{step.output} is there already")
-        elif not dry_run:
-            with Usage() as usage:
-                step.do()
-            whole += usage
-            print(f"{step.name} took {usage}", flush=True)
+    with contextlib.nullcontext() if dry_run or not missing else tokens_ahead(road.arguments):
+        for step in steps:
+            print(f"\n{step.name}: {shlex.join(step.command)}", flush=True)
+            if dry_run and step.name in STAGES:
+                stage = Stage(road.recipe, step.name)
+                print_cost(road.recipe, step.name, stage.adapter, road.config(stage))
+            elif step.is_done():
+                print(f"{step.output} is there already")
+            elif not dry_run:
+                with Usage() as usage:
+                    step.do()
+                whole += usage
+                print(f"{step.name} took {usage}", flush=True)
     if whole.seconds:
         print(f"\nall of it took {whole}")
     if not dry_run and road.recipe.evaluate.lengths:
         show_report(road.student)
     return road
+
+
+@contextlib.contextmanager
+def tokens_ahead(arguments: Sequence[str]) -> Iterator[None]:
+    """
+    Meanwhile another process tokenises what the stages of a recipe will read, where a GPU does their work: each stage
+    waits for its part at most. Whatever stops that process, a stage does the rest itself, and says what is wrong.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    command = [sys.executable, "-m", "hydrahead.training.data", "--config", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.terminate()
 
 
 class Road:

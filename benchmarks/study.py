@@ -3,7 +3,7 @@ Students of one teacher on the same text, row by row: which heads, budget, posit
 
     python benchmarks/study.py smollm2-135m-3to1 data.name=plain.jsonl data.subset=null --output runs/study
     python benchmarks/study.py smollm2-135m-3to1 … --rows default-3to1 random-3to1 --minutes 20
-    python benchmarks/study.py --tables runs/study/study.json students.md  # and students.png
+    python benchmarks/study.py --tables runs/study/study.json students.md  # students.png and students_needles.png too
 
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
 its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
@@ -30,7 +30,7 @@ from hydrahead.convert.teachers import open_teacher
 from hydrahead.evaluation.cells import KINDS
 from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
-from hydrahead.evaluation.report import read_report
+from hydrahead.evaluation.report import draw_accuracy, read_report
 from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file
 from hydrahead.pipeline import MEASURED, Road, Step, evaluate_models, side_by_side
@@ -256,7 +256,8 @@ class Study:
             if not (self.student(name) / "config.json").is_file():
                 continue
             recipe, folder = self.student_recipe(name, row), self.output / name
-            stages = [stage for stage in ("distill", "finetune") if (folder / stage / "metrics.jsonl").is_file()]
+            stages = [stage for stage in ("distill", "finetune") if getattr(recipe, stage)]
+            stages = [stage for stage in stages if (folder / stage / "metrics.jsonl").is_file()]
             lines = {stage: (folder / stage / "metrics.jsonl").read_text().splitlines() for stage in stages}
             found[name] = asdict(row) | {
                 "tokens": {stage: getattr(recipe, stage).tokens for stage in stages},
@@ -295,12 +296,13 @@ def tables(study: dict) -> str:
 
     for task in tasks:
         lines += [f"`{task}`, {report['prompts']} prompts a cell, 95% intervals:", ""]
-        lines += [f"| | distilled on | {' | '.join(f'{length:,}' for length in lengths)} |"]
+        lines += [f"| | trained on | {' | '.join(f'{length:,}' for length in lengths)} |"]
         lines += ["| --- " + "| ---: " * (len(lengths) + 1) + "|"]
         for name in ["teacher", *study["rows"]]:
-            tokens = study["rows"][name]["tokens"].get("distill", 0) if name in study["rows"] else 0
+            tokens = study["rows"][name]["tokens"] if name in study["rows"] else {}
+            read = ", then ".join(f"{tokens[stage] / 1e6:g}M" for stage in ("distill", "finetune") if stage in tokens)
             cells = " | ".join(accuracy(needles.get((name, task, length))) for length in lengths)
-            lines += [f"| {name} | {f'{tokens / 1e6:g}M' if tokens else ''} | {cells} |"]
+            lines += [f"| {name} | {read} | {cells} |"]
         lines += [""]
     lines += [f"Text, windows of {shortest:,} tokens:", ""]
     lines += [
@@ -403,6 +405,7 @@ def main() -> None:
         with atomic_file(page) as partial:
             partial.write_text(tables(found), encoding="utf-8")
         plot_students(curves(found), page.with_suffix(".png"))
+        draw_accuracy(found["report"], page.with_name(f"{page.stem}_needles.png"))
         return
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")

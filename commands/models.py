@@ -54,7 +54,8 @@ def evaluate(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of prompts answered, or windows read, together; else 65,536 on a GPU, 4,096 elsewhere.", min=1
+            help="Tokens of prompts answered, or windows read, together; else 4,096, on a GPU 262,144 and 65,536.",
+            min=1,
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="That models compute in; auto: their own.")] = Dtype.auto,

@@ -22,6 +22,7 @@ from ..provenance import Record
 from .corpus import load_corpus
 
 DOCUMENTS_AT_A_TIME = 256
+WAIT = 0.2  # seconds between two looks at what another process writes
 # A chat tokenizer's own end token ends a turn: Qwen3's is <|im_end|>, Llama 3's <|eot_id|>.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>")
 FILE_KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -206,7 +207,8 @@ class TokenFile:
 
     def fill(self, tokens: int, on_tokens: Callable[[int], None] = lambda count: None) -> None:
         """
-        Tokenise until `holds(tokens)`; told how many each time. Only one process writes, others wait for it.
+        Tokenise until `holds(tokens)`; told how many each time. Only one process writes; another waits until there are
+        enough, or writes on.
 
         Raises:
             ValueError: the system has no file locks (Windows).
@@ -218,25 +220,38 @@ class TokenFile:
                 "training locks the file of tokens with fcntl, which Windows lacks: train on Linux, macOS or in WSL"
             ) from None
         self.folder.mkdir(parents=True, exist_ok=True)
+        told = self.state()["tokens"]
         with (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.holds(tokens):
-                return
-            state = self.state()
-            source = open_source(self.data)
-            with (self.folder / "tokens.bin").open("ab") as file:
-                file.truncate(state["tokens"] * 4)
-                for texts, position in read_documents(source, self.data, state["position"]):
-                    ids = self._encode(texts)
-                    file.write(ids.tobytes())
-                    state["tokens"] += len(ids)
-                    state["position"] = position
-                    self._write_state(file, state)
-                    on_tokens(len(ids))
-                    if state["tokens"] >= tokens:
-                        return
-                state["complete"] = True
+            while not self.holds(tokens):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(WAIT)
+                    now = self.state()["tokens"]
+                    on_tokens(now - told)
+                    told = now
+                else:
+                    return self._write(tokens, on_tokens)
+
+    def _write(self, tokens: int, on_tokens: Callable[[int], None]) -> None:
+        """Tokenise until `holds(tokens)`; the lock is held."""
+        if self.holds(tokens):
+            return
+        state = self.state()
+        source = open_source(self.data)
+        with (self.folder / "tokens.bin").open("ab") as file:
+            file.truncate(state["tokens"] * 4)
+            for texts, position in read_documents(source, self.data, state["position"]):
+                ids = self._encode(texts)
+                file.write(ids.tobytes())
+                state["tokens"] += len(ids)
+                state["position"] = position
                 self._write_state(file, state)
+                on_tokens(len(ids))
+                if state["tokens"] >= tokens:
+                    return
+            state["complete"] = True
+            self._write_state(file, state)
 
     def _encode(self, texts: list[str]) -> np.ndarray:
         encoded = self.tokenizer(texts, return_attention_mask=False, verbose=False).input_ids

@@ -33,6 +33,7 @@ from .text import Window, count_windows, position_buckets, read_windows
 
 LEAST_WINDOWS = 2  # of text that a loss is measured on
 ALONE = 16  # prompts that a process asks alone too, a pass through the model for every token of their answers
+GPU_TOKENS = 65_536  # that a GPU is given at once
 EXAMPLES = 3  # questions and answers of a cell that the report shows
 SUITES = ("needles", "text", "lm-eval")
 
@@ -50,8 +51,8 @@ class Settings:
         depths: see `data.ruler.make_prompts`.
         new_tokens: that a model may answer with; by default as many as RULER gives for the task.
         text_tokens: that the loss is measured on at each length, in each domain: two windows at the least.
-        batch_tokens: of prompts that are answered, or windows that are read, together; by default 65,536 on a GPU, and
-            4,096 elsewhere.
+        batch_tokens: of prompts that are answered, or windows that are read, together; by default `GPU_TOKENS` on a
+            GPU, more of prompts, and 4,096 elsewhere.
         harness_tasks: of lm-eval, or names of `harness.GROUPS`.
         harness_limit: questions that are asked of each of them; by default all.
     """
@@ -224,7 +225,16 @@ class _Run:
     @property
     def batch_tokens(self) -> int:
         """Tokens of prompts that are answered, and of windows that are read, together."""
-        return self.settings.batch_tokens or (65_536 if torch.cuda.is_available() else 4096)
+        return self.settings.batch_tokens or (GPU_TOKENS if torch.cuda.is_available() else 4096)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """
+        Tokens of prompts that are answered together: answers are written token by token, so that few large batches
+        take a fraction of the time of many. What does not fit is divided (`needles.answer`).
+        """
+        on_gpu = self.settings.batch_tokens is None and torch.cuda.is_available()
+        return 4 * GPU_TOKENS if on_gpu else self.batch_tokens
 
     def open(self, model: Model) -> PreTrainedModel:
         """A model on this process's device; what the report says of it is kept."""
@@ -296,7 +306,7 @@ class _NeedleCell:
 
     def do(self) -> list[tuple[int, str]]:
         places = self.run.share(range(len(self.prompts)))
-        return list(zip(places, self.answers(places, self.run.batch_tokens)))
+        return list(zip(places, self.answers(places, self.run.prompt_tokens)))
 
     def finish(self, answers: list[str]) -> dict:
         scores = [score(answer, prompt.answers) for answer, prompt in zip(answers, self.prompts)]

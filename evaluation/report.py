@@ -272,9 +272,17 @@ def _metric(found: Sequence[float | None]) -> str:
 
 def draw_report(report: Mapping, folder: Path) -> None:
     """`accuracy.png`, needles found over length by all models, and `depths.png`, over length and depth by each."""
-    cells = [cell for cell in report["needles"] if "error" not in cell]
-    if not cells:
+    if all("error" in cell for cell in report["needles"]):
         return
+    draw_accuracy(report, folder / "accuracy.png")
+    if maps := depth_maps(report):
+        title = "Needles found, over length and the depth of the needle that is asked for"
+        plot_depths(maps, lengths(report), title, folder / "depths.png")
+
+
+def draw_accuracy(report: Mapping, path: Path) -> None:
+    """Needles found over length by all models."""
+    cells = [cell for cell in report["needles"] if "error" not in cell]
     panels = {
         TITLES.get(task, task): {
             label: [
@@ -287,10 +295,7 @@ def draw_report(report: Mapping, folder: Path) -> None:
         for task in tasks(report)
     }
     title = f"RULER's tasks by generation, {report['prompts']} prompts a point, 95% intervals"
-    plot_accuracy_over_length(panels, report["models"][0]["native_length"], title, folder / "accuracy.png")
-    if maps := depth_maps(report):
-        title = "Needles found, over length and the depth of the needle that is asked for"
-        plot_depths(maps, lengths(report), title, folder / "depths.png")
+    plot_accuracy_over_length(panels, report["models"][0]["native_length"], title, path)
 
 
 def depth_maps(report: Mapping) -> dict[str, dict[str, list[list[float | None]]]]:

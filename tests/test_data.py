@@ -1,8 +1,10 @@
 """Text to rows: the same rows for a step whoever reads them, whenever, and however often it was interrupted."""
 
+import fcntl
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import datasets
@@ -88,6 +90,28 @@ def test_an_interrupted_token_file_goes_on_where_it_was(kind, tmp_path, tokenize
     TokenFile(tmp_path / "tokens", data, tokenizer).fill(10**9)
     assert file.read().tolist() == whole.read().tolist()
     assert sum(len(part) for part, _ in read) < 40  # what was done is not done again
+
+
+def test_whoever_needs_tokens_that_another_process_writes_waits_for_no_more_of_them(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokens_module, "DOCUMENTS_AT_A_TIME", 3)
+    monkeypatch.setattr(tokens_module, "WAIT", 0.01)
+    data, told = DataSection(name=write_texts(tmp_path, "jsonl")), []
+    writer = TokenFile(tmp_path / "tokens", data, tokenizer)
+    writer.fill(10)
+    other = TokenFile(tmp_path / "tokens", data, tokenizer)
+    waiting = threading.Thread(target=other.fill, args=(200, told.append))
+    with (writer.folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = writer.state()["tokens"]
+        waiting.start()
+        waiting.join(0.1)
+        assert waiting.is_alive() and not writer.holds(200)
+        writer._write(200, lambda count: None)
+        waiting.join(10)
+        assert not waiting.is_alive(), "the writer still holds the lock, and may go on for hours"
+    assert sum(told) == writer.state()["tokens"] - before > 0
+    other.fill(10**9)
+    assert other.state()["complete"], "and goes on where no other writes"
 
 
 def test_a_token_file_of_another_source_or_tokenizer_is_refused(tmp_path, tokenizer):

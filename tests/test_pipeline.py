@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -342,3 +343,32 @@ def test_what_were_options_of_the_demo_are_called_keys_of_the_recipe_in_one_line
     result = CliRunner().invoke(app, ["demo", word, "5"])
     assert result.exit_code == 1 and f"{word}: a key of the recipe now, " in result.stderr
     assert result.stderr.strip().count("\n") == 0
+
+
+def test_where_a_gpu_trains_another_process_tokenises_ahead(recipe, tmp_path, monkeypatch):
+    arguments, folder = [str(recipe), f"output={tmp_path / 'out'}"], tmp_path / "out" / "tokens"
+    with pipeline.tokens_ahead(arguments):
+        assert not folder.exists(), "without a GPU the processor has enough to do"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pipeline.tokens_ahead(arguments):
+        deadline = time.monotonic() + 120
+        while not (folder / "tokens.json").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    needed = 1024 + 3 * STAGE["tokens"]
+    assert json.loads((folder / "tokens.json").read_text())["tokens"] >= needed
+    with pipeline.tokens_ahead([str(recipe), "data.name=no_such_file.txt"]):
+        pass  # the stage that needs the text says so
+
+
+def test_a_walk_that_has_something_to_train_tokenises_ahead(recipe, finished, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ahead(arguments):
+        raise Asked(arguments)
+
+    monkeypatch.setattr(pipeline, "tokens_ahead", ahead)
+    walk(str(recipe), dry_run=True)
+    walk(str(recipe), [f"output={finished[0]}"])
+    with pytest.raises(Asked, match=re.escape(str(tmp_path))):
+        walk(str(recipe), [f"output={tmp_path / 'out'}"])

@@ -37,6 +37,9 @@ def test_rows_share_what_they_can_and_go_on(tmp_path):
     first = run(tmp_path, *NAMES[:2], times=2)
     assert first.count("default, 3:1\n") == first.count("random, 3:1\n") == 1, "each by one of the two"
     assert first.count("align 2/2") <= 1 and "| random-3to1 | 0.01024M |" in first
+    # A row may be a folder of `hydrahead run`, which finetuned the student too.
+    (tmp_path / "out" / NAMES[1] / "finetune").mkdir()
+    (tmp_path / "out" / NAMES[1] / "finetune" / "metrics.jsonl").write_text("{}\n")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("model.safetensors")}
     second = run(tmp_path, *NAMES)
     assert all(path.stat().st_mtime_ns == then for path, then in made.items()) and len(made) == 2
