@@ -67,7 +67,7 @@ def test_the_experiments_say_what_the_study_measured():
     """In every row of needles, text and training, whatever the page calls the models."""
     page = (ROOT / "docs" / "experiments.md").read_text()
 
-    kinds = re.compile(r"\| (teacher|default|random|layer|replacement|receiver)")
+    kinds = re.compile(r"\| (teacher|default|random|layer|replacement|receiver|nope)")
 
     def rows(name: str) -> list[str]:
         found = json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text())
@@ -82,6 +82,17 @@ def test_the_experiments_say_what_the_study_measured():
     assert len(learnt := rows("whole-3to1-7to1.json")) == 8 and all(row in page for row in learnt)
     scored = [row.split("| 16M |")[-1] for row in rows("scores-16m.json") if " (" in row]
     assert len(scored) == 10 and all(row.split("|  |")[-1].strip(" |") in page for row in scored)
+    found = [row for row in rows("recipes.json") if " (" in row]
+    assert len(found) == 8 and all(row in page for row in found)
+    found = [row for row in rows("position-budget-16m.json") if row.count("|") == 6 and ", " not in row]
+    assert len(found) == 21 and all(row in page for row in found)
+
+
+def test_the_experiments_say_how_long_the_steps_of_a_recipe_took():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    runs = json.loads((ROOT / "benchmarks" / "smollm2" / "recipes.json").read_text())["rows"].values()
+    for step in ("align", "score", "distill", "finetune", "evaluate", "all"):
+        assert " | ".join(f"{run['seconds'][step]:,.0f} | {run['busy'][step]:.0%}" for run in runs) in page, step
 
 
 def test_the_experiments_say_what_aligned_heads_find():
