@@ -114,6 +114,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
         for budget, ratio in BUDGETS.items():
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "nope-3to1", Row("default, 3:1, NoPE", student=NOPE)
+    yield "nope-replacement-3to1", Row("replacement, 3:1, NoPE", select=CHOICES["replacement"], student=NOPE)
     yield "long-rows-3to1", Row("default, 3:1, rows of 8,192 tokens", training=("distill.length=8192",))
     for budget, ratio in BUDGETS.items():
         for choice, select in CHOICES.items():
