@@ -1,4 +1,4 @@
-"""What `hydrahead plan` computes with: points from `decode-`, `training-` and `scaling-cuda.json`, for the package.
+"""What `hydrahead plan` computes with: points from `decode-`, `training-` and `scaling-cuda.json` and from recipes.
 
 `report.py` writes them to training/measured.json, beside the page.
 """
@@ -6,8 +6,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from hydrahead.benchmarks.decode import BUDGETS, LAYERWISE, TEACHER
+from hydrahead.training.recipe import load_recipe
 
 FOLDER = Path(__file__).parent
 OUTPUT = FOLDER.parent / "training" / "measured.json"
@@ -30,6 +32,7 @@ def measured() -> dict:
     return {
         "inference": {"shape": decode["shape"], "points": list(inference(decode["parts"]))},
         "training": [stages(report) for report in training],
+        "recipes": list(recipes(json.loads((FOLDER / "smollm2" / "recipes.json").read_text()))),
         "scaling": list(scaling(json.loads(several.read_text()))) if several.is_file() else [],
     }
 
@@ -78,6 +81,28 @@ def stages(report: dict) -> dict:
         "align_rows": settings["align_rows"],
         "peak_bytes": peaks,
     }
+
+
+def recipes(study: dict) -> Iterator[dict]:
+    """Tokens a second of the stages of recipes that were run as they ship, in the median step; the first is fitted."""
+    small = json.loads((FOLDER / "training-cuda-135m.json").read_text())
+    names = set()
+    for row in study["rows"].values():
+        if row["student"]:  # changed by the one who ran it
+            continue
+        recipe = load_recipe(row["recipe"])
+        for stage, steps in row["steps"].items():
+            seconds = median(step["seconds"] for step in steps)
+            yield {
+                "hardware": study["report"]["hardware"],
+                "shape": shape_of(small),
+                "recipe": row["recipe"],
+                "ratio": row["ratio"],
+                "stage": stage,
+                "tokens_per_second": recipe.stage(stage).batch_tokens / seconds,
+                "is_fitted": not names,
+            }
+        names.add(row["recipe"])
 
 
 def scaling(report: dict) -> Iterator[dict]:

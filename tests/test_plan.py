@@ -170,10 +170,28 @@ def test_efficiencies_are_shares_of_what_a_gpu_can_do():
     assert all(0.05 < speed.stage_share(stage) < 0.7 for stage in STAGES)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_small_model_trains_at_a_smaller_share_of_a_gpu(stage):
+    (least, low), (most, high) = speed.stage_points(stage)
+    assert least < most and low < high == pytest.approx(speed.stage_share(stage))
+    assert (
+        speed.stage_share(stage, least) == pytest.approx(low) == pytest.approx(speed.stage_share(stage, least / 100))
+    )
+    assert speed.stage_share(stage, 100 * most) == pytest.approx(high)
+    assert speed.stage_share(stage, (least * most) ** 0.5) == pytest.approx((low * high) ** 0.5)
+
+
+def test_a_recipe_that_was_run_and_not_fitted_took_what_its_plan_says():
+    rows = [row for row in check_points() if row["case"].startswith("smollm2")]
+    assert {row["case"] for row in rows} == {"smollm2-135m-3to1", "smollm2-135m-7to1"} and len(rows) == 6
+    assert all(abs(row["error"]) < 0.1 for row in rows)
+
+
 def test_the_check_names_every_measurement_and_its_error():
     rows = check_points()
     stages, several = speed.MEASURED["training"], speed.MEASURED["scaling"]
-    assert len(rows) == len(points()) + sum(3 + len(report["peak_bytes"]) for report in stages) + 3 * len(several)
+    count = len(points()) + sum(3 + len(report["peak_bytes"]) for report in stages) + len(speed.MEASURED["recipes"])
+    assert len(rows) == count + 3 * len(several)
     for row in rows:
         assert row["predicted"] is None or row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
     memory = [row for row in rows if row["note"].startswith("above weights")]

@@ -238,7 +238,7 @@ def notes_on_stages(recipe: Recipe, stages: dict, gpus: int, gpu: Gpu) -> list[s
             least = min(stage["bytes_per_gpu"].values(), key=lambda held: sum(held.values()))
             parts = ", ".join(f"{what} {in_bytes(held)}" for what, held in least.items() if held)
             notes.append(f"{name}: more than {in_bytes(gpu.memory)} at the least: {parts}")
-        if stage["trained_parameters"] < measured_stage(MEASURED["training"][0], name, 1, 1).trained / 8:
+        if stage["trained_parameters"] < measured_stage(MEASURED["training"][-1], name, 1, 1).trained / 2:
             notes.append(f"{name}: so small a model waits for launches, which its time leaves out")
         if getattr(recipe.stage(name), "lora", None):
             notes.append(f"{name}: counted as if all weights were trained, not adapters")
@@ -360,7 +360,7 @@ def show_check() -> None:
         table.add_row(*row)
     console.print(table)
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in found.prefill_share.items())
-    stages = ", ".join(f"{stage} {stage_share(stage):.0%}" for stage in STAGES)
+    stages = ", ".join(f"{stage} {stage_share(stage, 1):.0%} to {stage_share(stage):.0%}" for stage in STAGES)
     console.print(
         f"Fitted, on {sources()}: decoding {found.decode_share:.0%} of its bound and {1e6 * found.kernel_seconds:.2f} "
         f"µs a kernel; long prefills {shares} of the peak; stages {stages}.",
@@ -372,8 +372,9 @@ def print_cost(recipe: Recipe, stage: str, adapter: TeacherAdapter, config: Hydr
     """Print what a stage costs on H100s; `hydrahead plan` says it of other and of more GPUs."""
     cost, gpu = estimate(recipe, stage, config, teacher_config(adapter)), GPUS["h100"]
     memory, hours = in_bytes(sum(cost.memory().values())), stage_seconds(cost, gpu) / 3600
+    share = stage_share(stage, cost.flops / cost.tokens)
     print(
         f"{stage}: {amount(cost.tokens)} tokens in {cost.steps:,} steps, {amount(cost.trained)} parameters trained; "
         f"{memory} on one GPU; {amount(hours, ('',))} GPU-hours\n"
-        f"computed, not measured: {stage_share(stage):.0%} of an H100's {gpu.flops:.3g} FLOP/s in bf16"
+        f"computed, not measured: {share:.0%} of an H100's {gpu.flops:.3g} FLOP/s in bf16"
     )

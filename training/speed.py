@@ -1,6 +1,7 @@
 """How fast a GPU is at this: its data sheet, times the shares of it that were measured (`hydrahead plan --check`)."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -8,15 +9,18 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import NamedTuple
 
+import numpy as np
+
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.scoring.scores import HeadScores
 from ..convert.selection import select_heads
 from ..data.tokens import DataSection
 from .cost import Cost, decode_bytes, decode_flops, estimate, prefill_flops, weight_bytes
-from .recipe import AlignSection, DistillSection, FinetuneSection, Recipe, RunSection, TeacherSection
+from .recipe import AlignSection, DistillSection, FinetuneSection, Recipe, RunSection, TeacherSection, load_recipe
 
-# The only numbers of a plan that are neither counted nor from a data sheet: points of benchmarks/decode-cuda.json and
-# benchmarks/training-cuda.json. `python benchmarks/report.py` writes them anew; everything here follows.
+# The only numbers of a plan that are neither counted nor from a data sheet: points of benchmarks/decode-cuda.json,
+# benchmarks/training-cuda.json and benchmarks/smollm2/recipes.json. `python benchmarks/report.py` writes them anew;
+# everything here follows.
 MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text())
 ALIGN_LENGTH = 512  # tokens of a row where alignment's memory is measured
 
@@ -174,11 +178,28 @@ def least_squares(rows: Iterable[tuple[float, float]]) -> tuple[float, float]:
 
 
 @cache
-def stage_share(stage: str) -> float:
-    """The share of a GPU's peak at which a stage trains the largest model that was measured."""
-    found = MEASURED["training"][0]
-    cost = measured_stage(found, stage, found["rows"], found["length"])
-    return found["tokens_per_second"][stage] * cost.flops / cost.tokens / gpu_of(found["hardware"]).flops
+def stage_points(stage: str) -> list[tuple[float, float]]:
+    """Operations a token, and the share of a GPU's peak at which a model that needs so many was trained; ascending."""
+    largest = MEASURED["training"][0]
+    found = [(measured_stage(largest, stage, largest["rows"], largest["length"]), largest)]
+    found += [(recipe_stage(facts), facts) for facts in MEASURED["recipes"] if facts["is_fitted"]]
+    points = []
+    for cost, facts in found:
+        if cost.stage == stage:
+            speed = facts["tokens_per_second"]
+            speed = speed[stage] if isinstance(speed, dict) else speed
+            work = cost.flops / cost.tokens
+            points.append((work, speed * work / gpu_of(facts["hardware"]).flops))
+    return sorted(points)
+
+
+def stage_share(stage: str, flops_per_token: float = math.inf) -> float:
+    """
+    The share of a GPU's peak at which a stage trains: between the sizes that were measured by a power law, beyond them
+    as the nearest; by default that of the largest. The smaller a model, the more it waits for launches.
+    """
+    work, shares = zip(*stage_points(stage))
+    return float(np.exp(np.interp(np.log(flops_per_token), np.log(work), np.log(shares))))
 
 
 @cache
@@ -198,7 +219,7 @@ def several_share(way: str) -> float:
 
 def stage_seconds(cost: Cost, gpu: Gpu, gpus: int = 1, way: str = "ddp") -> float:
     """How long a stage takes so many GPUs, each of which has work."""
-    alone = cost.flops / (gpu.flops * stage_share(cost.stage))
+    alone = cost.flops / (gpu.flops * stage_share(cost.stage, cost.flops / cost.tokens))
     return alone if gpus == 1 else alone / (gpus * several_share(way))
 
 
@@ -220,6 +241,12 @@ def measured_stage(
     )
     student = config_of(shape, {"ratio": 0.25, "strategy": "layer", "budget_unit": "heads"})
     return estimate(recipe, stage, student, config_of(shape, {}))
+
+
+def recipe_stage(facts: dict) -> Cost:
+    """A stage of a recipe that was run."""
+    student = config_of(facts["shape"], {"ratio": facts["ratio"], "strategy": "global", "budget_unit": "heads"})
+    return estimate(load_recipe(facts["recipe"]), facts["stage"], student, config_of(facts["shape"], {}))
 
 
 def check_points() -> list[dict]:
@@ -250,6 +277,11 @@ def check_points() -> list[dict]:
             cost = measured_stage(report, stage, *shape, checkpointing=True)
             kept, note = cost.activation_bytes + cost.cast_bytes, "above weights, gradients and optimiser"
             add(f"{stage}, bytes", "{}, {} x {:,}".format(size, *shape), kept, measured, note)
+    for facts in MEASURED["recipes"]:
+        cost, gpu = recipe_stage(facts), gpu_of(facts["hardware"])
+        note = "" if facts["is_fitted"] else "beside others on its machine"
+        predicted = cost.tokens / stage_seconds(cost, gpu)
+        add(f"{facts['stage']}, tokens/s", facts["recipe"], predicted, facts["tokens_per_second"], note)
     for report in MEASURED["scaling"]:
         stage, gpus, gpu = report["stage"], report["gpus"], gpu_of(report["hardware"])
         for count, speed in report["tokens_per_second"].items():
@@ -265,4 +297,4 @@ def check_points() -> list[dict]:
 def sources() -> str:
     """What was measured, where."""
     found = {point.gpu.name for point in points()} | {gpu_of(MEASURED["training"][0]["hardware"]).name}
-    return f"one {' and one '.join(sorted(found))} at Qwen3-1.7B's shape"
+    return f"one {' and one '.join(sorted(found))} at Qwen3-1.7B's shape, stages at SmolLM2-135M's too"
