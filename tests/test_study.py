@@ -1,6 +1,7 @@
 """The study of students: rows share alignment and scores, nothing is done twice, tables say what was found."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -23,9 +24,8 @@ def run(folder, *rows: str, times: int = 1) -> str:
     """What the calls print, the last to end last: several work side by side."""
     command = [sys.executable, "-m", "hydrahead.benchmarks.study", "demo", *SMALL]
     command += [f"teacher.name={folder / 'teacher'}", f"--output={folder / 'out'}", "--rows", *rows]
-    calls = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(times)
-    ]
+    ways = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+    calls = [subprocess.Popen(command, text=True, **ways) for _ in range(times)]
     done = [call.communicate() for call in calls]
     assert not any(call.returncode for call in calls), done[0][1][-2000:] + done[-1][1][-2000:]
     return "".join(printed for printed, _ in done)
