@@ -6,8 +6,9 @@ import json
 import pickle
 import re
 import shutil
+import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,23 @@ def workshop(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def copy(workshop, tmp_path, monkeypatch) -> Path:
+def copy(workshop, tmp_path, monkeypatch) -> Iterator[Path]:
     """A workshop to plant things in, where nobody answers a question."""
     folder = shutil.copytree(workshop, tmp_path / "copy")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(builtins, "input", lambda *words: pytest.fail(f"asked {words}"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    return folder
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in remote_code():
+        monkeypatch.delitem(sys.modules, name)
+    yield folder
+    for name in remote_code():  # else it is looked for in this folder by all tests to come
+        del sys.modules[name]
+
+
+def remote_code() -> list[str]:
+    """Modules of checkpoints that were imported."""
+    return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
 
 
 def change(path: Path, **fields) -> None:
