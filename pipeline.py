@@ -103,7 +103,7 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
         if step.output.exists():
             raise ValueError(f"{step.output}: made before {missing.name}, which is not done; {ANEW} {step.output}")
     whole = Usage()
-    with contextlib.nullcontext() if dry_run or not missing else tokens_ahead(road.arguments):
+    with contextlib.nullcontext() if dry_run or not missing else tokens_ahead(road):
         for step in steps:
             print(f"\n{step.name}: {shlex.join(step.command)}", flush=True)
             if dry_run and step.name in STAGES:
@@ -124,18 +124,20 @@ def walk(name: str, overrides: Sequence[str] = (), dry_run: bool = False) -> "Ro
 
 
 @contextlib.contextmanager
-def tokens_ahead(arguments: Sequence[str]) -> Iterator[None]:
+def tokens_ahead(road: "Road") -> Iterator[subprocess.Popen | None]:
     """
-    Meanwhile another process tokenises what the stages of a recipe will read, where a GPU does their work: each stage
-    waits for its part at most. Whatever stops that process, a stage does the rest itself, and says what is wrong.
+    Meanwhile another process tokenises what the stages of a recipe will read, where GPUs of this machine do their
+    work: each stage waits for its part at most. Whatever stops that process, a stage does the rest itself, and says
+    what is wrong. It ends with this one.
     """
-    if not torch.cuda.is_available():
-        yield
+    if not torch.cuda.is_available() or road.recipe.launch not in (None, "ddp", "fsdp2"):
+        yield None
         return
-    command = [sys.executable, "-m", "hydrahead.training.data", "--config", *arguments]
+    code = "import sys; from hydrahead.training.data import tokenise_beside as do; do(int(sys.argv[1]), sys.argv[2:])"
+    command = [sys.executable, "-c", code, str(os.getpid()), "--config", *road.arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            yield
+            yield process
         finally:
             process.terminate()
 

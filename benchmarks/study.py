@@ -32,7 +32,7 @@ from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
 from hydrahead.evaluation.report import draw_accuracy, read_report
 from hydrahead.evaluation.statistics import paired_difference, wilson_interval
-from hydrahead.files import atomic_file
+from hydrahead.files import atomic_file, atomic_folder
 from hydrahead.pipeline import MEASURED, Road, Step, evaluate_models, side_by_side
 from hydrahead.provenance import Record
 from hydrahead.training.data import token_folder
@@ -212,13 +212,15 @@ class Study:
         with self.lock("teacher"):
             evaluate_models(models[:1], settings, reference, *where)
         if not report.is_dir():
-            shutil.copytree(reference, report)
+            with atomic_folder(report) as partial:
+                shutil.copytree(reference, partial, dirs_exist_ok=True)
         evaluate_models(models, settings, report, *where)
 
     def is_done(self, name: str) -> bool:
         """Whether a row was measured at all lengths."""
         asked, report = load_recipe(*self.recipe(Row(""))).evaluate, read_report(self.output / name / "report") or {}
         cells = [cell for kind in ("needles", "text") for cell in report.get(kind, ()) if cell["model"] == name]
+        cells = [cell for cell in cells if "error" not in cell]
         wanted = {(task, length) for task in (*asked.tasks, None) for length in asked.lengths}
         return wanted <= {(cell.get("task"), cell["length"]) for cell in cells}
 
@@ -235,6 +237,8 @@ class Study:
         row = ROWS[name]
         try:
             with self.lock(name, 0):
+                if self.is_done(name):  # by the call that held the lock
+                    return False
                 with self.lock(self.base(row).name, 0):
                     for step in self.steps(row):
                         if not step.is_done():
@@ -242,13 +246,18 @@ class Study:
                 print(f"\n{name}: {row.about}", flush=True)
                 self.make(name, row)
                 self.evaluate(name, batch_tokens)
-                with self.lock("study.json"):
-                    found = self.collect()
-                    Record(self.output / "study.json").write(found)
-                    plot_students(curves(found), self.output / "study.png")
+                self.write()
         except Timeout:
             return True
         return False
+
+    def write(self) -> dict:
+        """`study.json` and its picture, of all that is there."""
+        with self.lock("study.json"):
+            found = self.collect()
+            Record(self.output / "study.json").write(found)
+            plot_students(curves(found), self.output / "study.png")
+        return found
 
     def collect(self) -> dict:
         """All that tables are made of."""
@@ -406,7 +415,8 @@ def main() -> None:
         with atomic_file(page) as partial:
             partial.write_text(tables(found), encoding="utf-8")
         plot_students(curves(found), page.with_suffix(".png"))
-        draw_accuracy(found["report"], page.with_name(f"{page.stem}_needles.png"))
+        if found["report"]:
+            draw_accuracy(found["report"], page.with_name(f"{page.stem}_needles.png"))
         return
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")
@@ -420,7 +430,7 @@ def main() -> None:
             time.sleep(WAIT)
     if rows:
         print(f"{', '.join(rows)} wait for the next call")
-    print(tables(study.collect()))
+    print(tables(study.write()))
 
 
 if __name__ == "__main__":

@@ -222,15 +222,18 @@ class TokenFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         told = self.state()["tokens"]
         with (self.folder / "lock").open("w") as lock:
-            while not self.holds(tokens):
+            while True:
+                enough, now = self.holds(tokens), self.state()["tokens"]
+                on_tokens(now - told)
+                told = now
+                if enough:
+                    return
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     time.sleep(WAIT)
-                    now = self.state()["tokens"]
-                    on_tokens(now - told)
-                    told = now
                 else:
+                    on_tokens(self.state()["tokens"] - told)
                     return self._write(tokens, on_tokens)
 
     def _write(self, tokens: int, on_tokens: Callable[[int], None]) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
 import datasets
@@ -104,10 +105,12 @@ def test_whoever_needs_tokens_that_another_process_writes_waits_for_no_more_of_t
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = writer.state()["tokens"]
         waiting.start()
-        waiting.join(0.1)
+        deadline = time.monotonic() + 60
+        while len(told) < 2 and time.monotonic() < deadline:  # it has looked, and looks again
+            time.sleep(0.01)
         assert waiting.is_alive() and not writer.holds(200)
         writer._write(200, lambda count: None)
-        waiting.join(10)
+        waiting.join(60)
         assert not waiting.is_alive(), "the writer still holds the lock, and may go on for hours"
     assert sum(told) == writer.state()["tokens"] - before > 0
     other.fill(10**9)

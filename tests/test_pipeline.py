@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -346,26 +345,28 @@ def test_what_were_options_of_the_demo_are_called_keys_of_the_recipe_in_one_line
 
 
 def test_where_a_gpu_trains_another_process_tokenises_ahead(recipe, tmp_path, monkeypatch):
-    arguments, folder = [str(recipe), f"output={tmp_path / 'out'}"], tmp_path / "out" / "tokens"
-    with pipeline.tokens_ahead(arguments):
-        assert not folder.exists(), "without a GPU the processor has enough to do"
+    def road(*changes: str) -> pipeline.Road:
+        return pipeline.Road(str(recipe), [f"output={tmp_path / 'out'}", *changes])
+
+    with pipeline.tokens_ahead(road()) as process:
+        assert process is None, "without a GPU the processor has enough to do"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pipeline.tokens_ahead(arguments):
-        deadline = time.monotonic() + 120
-        while not (folder / "tokens.json").is_file() and time.monotonic() < deadline:
-            time.sleep(0.1)
+    with pipeline.tokens_ahead(road("launch=several_machines.yaml")) as process:
+        assert process is None, "each machine would start one"
+    with pipeline.tokens_ahead(road()) as process:
+        assert process.wait(120) == 0
     needed = 1024 + 3 * STAGE["tokens"]
-    assert json.loads((folder / "tokens.json").read_text())["tokens"] >= needed
-    with pipeline.tokens_ahead([str(recipe), "data.name=no_such_file.txt"]):
-        pass  # the stage that needs the text says so
+    assert json.loads((tmp_path / "out" / "tokens" / "tokens.json").read_text())["tokens"] >= needed
+    with pipeline.tokens_ahead(road("data.name=no_such_file.txt", f"data.cache={tmp_path / 'other'}")) as process:
+        assert process.wait(120) != 0  # the stage that needs the text says why
 
 
 def test_a_walk_that_has_something_to_train_tokenises_ahead(recipe, finished, tmp_path, monkeypatch):
     class Asked(Exception):
         pass
 
-    def ahead(arguments):
-        raise Asked(arguments)
+    def ahead(road):
+        raise Asked(road.arguments)
 
     monkeypatch.setattr(pipeline, "tokens_ahead", ahead)
     walk(str(recipe), dry_run=True)

@@ -5,6 +5,8 @@ python -m hydrahead.training.data --config RECIPE.yaml        # tokenise ahead, 
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -169,6 +171,18 @@ def main(arguments: list[str] | None = None) -> None:
         for stage in STAGES:
             if getattr(recipe, stage) is not None:
                 stage_batches(recipe, stage, tokenizer)
+
+
+def tokenise_beside(parent: int, arguments: list[str]) -> None:
+    """As `main`, as long as the process that asked for it lives, however that ends."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    main(arguments)
 
 
 if __name__ == "__main__":

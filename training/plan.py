@@ -238,7 +238,10 @@ def notes_on_stages(recipe: Recipe, stages: dict, gpus: int, gpu: Gpu) -> list[s
             least = min(stage["bytes_per_gpu"].values(), key=lambda held: sum(held.values()))
             parts = ", ".join(f"{what} {in_bytes(held)}" for what, held in least.items() if held)
             notes.append(f"{name}: more than {in_bytes(gpu.memory)} at the least: {parts}")
-        if stage["trained_parameters"] < measured_stage(MEASURED["training"][-1], name, 1, 1).trained / 2:
+        small = measured_stage(MEASURED["training"][-1], name, 1, 1).trained
+        fitted = load_recipe(MEASURED["recipes"][0]["recipe"]).run.micro_batch_tokens
+        fewer = stage["trained_parameters"] <= 2 * small and recipe.run.micro_batch_tokens < fitted
+        if stage["trained_parameters"] < small / 2 or fewer:
             notes.append(f"{name}: so small a model waits for launches, which its time leaves out")
         if getattr(recipe.stage(name), "lora", None):
             notes.append(f"{name}: counted as if all weights were trained, not adapters")
