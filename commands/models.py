@@ -54,7 +54,8 @@ def evaluate(
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of prompts answered, or windows read, together; else 4,096, on a GPU 262,144 and 65,536.",
+            help="Tokens of prompts answered, or windows read, together; else 4,096, on a GPU 65,536, and 262,144 of "
+            "prompts to 16,384.",
             min=1,
         ),
     ] = None,
