@@ -186,6 +186,7 @@ def test_what_a_teacher_names_does_not_get_into_its_students(copy, command):
     plant_code(copy / "teacher")
     succeed(line_of(command, inputs(copy)))
     check_code(copy / "out" if command == "convert" else copy / "out" / "finetune" / "student")
+    assert not (copy / "was_run").exists()
 
 
 def test_what_is_reloaded_as_everyone_loads_it_holds_this_packages_code_and_no_other(copy):

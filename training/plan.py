@@ -226,7 +226,7 @@ def notes_on_use(models: dict, config: HydraHeadConfig, context: int, batch: int
 
 def notes_on_stages(recipe: Recipe, stages: dict, gpus: int, gpu: Gpu) -> list[str]:
     """What keeps stages from a GPU's memory, or GPUs from work."""
-    notes = []
+    notes, fitted = [], load_recipe(MEASURED["recipes"][0]["recipe"]).run.micro_batch_tokens
     for name, stage in stages.items():
         if stage["gpus"] < gpus:
             batch = -(-stage["micro_batches"] // gpus) * gpus * recipe.run.micro_batch_tokens
@@ -239,7 +239,6 @@ def notes_on_stages(recipe: Recipe, stages: dict, gpus: int, gpu: Gpu) -> list[s
             parts = ", ".join(f"{what} {in_bytes(held)}" for what, held in least.items() if held)
             notes.append(f"{name}: more than {in_bytes(gpu.memory)} at the least: {parts}")
         small = measured_stage(MEASURED["training"][-1], name, 1, 1).trained
-        fitted = load_recipe(MEASURED["recipes"][0]["recipe"]).run.micro_batch_tokens
         fewer = stage["trained_parameters"] <= 2 * small and recipe.run.micro_batch_tokens < fitted
         if stage["trained_parameters"] < small / 2 or fewer:
             notes.append(f"{name}: so small a model waits for launches, which its time leaves out")

@@ -181,16 +181,13 @@ def least_squares(rows: Iterable[tuple[float, float]]) -> tuple[float, float]:
 def stage_points(stage: str) -> list[tuple[float, float]]:
     """Operations a token, and the share of a GPU's peak at which a model that needs so many was trained; ascending."""
     largest = MEASURED["training"][0]
-    found = [(measured_stage(largest, stage, largest["rows"], largest["length"]), largest)]
-    found += [(recipe_stage(facts), facts) for facts in MEASURED["recipes"] if facts["is_fitted"]]
-    points = []
-    for cost, facts in found:
-        if cost.stage == stage:
-            speed = facts["tokens_per_second"]
-            speed = speed[stage] if isinstance(speed, dict) else speed
-            work = cost.flops / cost.tokens
-            points.append((work, speed * work / gpu_of(facts["hardware"]).flops))
-    return sorted(points)
+    cost = measured_stage(largest, stage, largest["rows"], largest["length"])
+    found = [(cost, largest["tokens_per_second"][stage], largest["hardware"])]
+    for facts in MEASURED["recipes"]:
+        if facts["is_fitted"] and facts["stage"] == stage:
+            found.append((recipe_stage(facts), facts["tokens_per_second"], facts["hardware"]))
+    work = [cost.flops / cost.tokens for cost, _, _ in found]
+    return sorted((each, speed * each / gpu_of(hardware).flops) for each, (_, speed, hardware) in zip(work, found))
 
 
 def stage_share(stage: str, flops_per_token: float = math.inf) -> float:
