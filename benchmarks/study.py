@@ -26,6 +26,8 @@ from filelock import FileLock, Timeout
 from hydrahead.console import one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
 from hydrahead.convert.migration import convert_to_folder
+from hydrahead.convert.scoring.scores import HeadScores
+from hydrahead.convert.selection import STRATEGIES, select_heads
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.evaluation.cells import KINDS
 from hydrahead.evaluation.evaluator import Settings
@@ -71,6 +73,11 @@ class Row:
     training: tuple[str, ...] = ()
     share: float = 1.0
     seed: int = 0
+
+    @property
+    def by_score(self) -> bool:
+        """Whether the choice of heads needs scores; controls do not, and need not wait for them."""
+        return STRATEGIES[self.select.get("strategy", "global")].by_score
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -150,9 +157,23 @@ class Study:
         return self.output / "-".join(["base", *words])
 
     def steps(self, row: Row) -> list[Step]:
-        """Alignment and scores, of the form of heads that a row shares with others."""
+        """Alignment and, where the choice goes by them, scores, of the form of heads that a row shares with others."""
         steps = Road(*self.recipe(replace(row, student=row.forms), f"output={self.base(row)}")).steps()
-        return [step for step in steps if step.name in ("align", "score")]
+        return [step for step in steps if step.name == "align" or (step.name == "score" and row.by_score)]
+
+    def choose(self, row: Row, masks: Path) -> None:
+        """Write a row's masks."""
+        if row.by_score:
+            scores = self.base(row) / "scores" / "head_scores.json"
+            by = {"method": load_recipe(*self.recipe(row)).score.method[0]} | row.select
+            _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **by)
+            print(*lines, sep="\n")
+            return
+        teacher = open_teacher(load_recipe(*self.recipe(row)).teacher.name)
+        adapter = teacher.adapter
+        blank = HeadScores.drawn(adapter.num_layers, adapter.num_heads, adapter.num_kv_heads)
+        chosen = {"ratio": row.ratio, "seed": row.seed, **row.select}
+        Record(masks).write({"teacher": teacher.public_name, **chosen, "masks": select_heads(blank, **chosen)})
 
     def make(self, name: str, row: Row) -> None:
         """Choose the heads, and train the student; its base is there."""
@@ -160,10 +181,7 @@ class Study:
         masks = folder / "head_masks.json"
         if not masks.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            scores = base / "scores" / "head_scores.json"
-            by = {"method": load_recipe(*self.recipe(row)).score.method[0]} | row.select
-            _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **by)
-            print(*lines, sep="\n")
+            self.choose(row, masks)
         recipe = self.student_recipe(name, row)
         if row.share:
             run_distill(recipe)
@@ -239,8 +257,8 @@ class Study:
             with self.lock(name, 0):
                 if self.is_done(name):  # by the call that held the lock
                     return False
-                with self.lock(self.base(row).name, 0):
-                    for step in self.steps(row):
+                for step in self.steps(row):
+                    with self.lock(f"{self.base(row).name}-{step.name}", 0):
                         if not step.is_done():
                             step.do()
                 print(f"\n{name}: {row.about}", flush=True)

@@ -15,7 +15,7 @@ from ..files import read_utf8
 from ..modeling_hydrahead import HydraHeadDecoderLayer, HydraHeadRotaryEmbedding
 from .forms import Forms, HeadForms, layer_state, load_meta
 from .hooks import input_device, visit_heads
-from .options import teacher_config
+from .options import full_heads_start_as_teachers, teacher_config
 from .teachers import Read, TeacherAdapter, TeacherAttention, adapter_for, read_model
 
 LEAST_SCALE = 0.05  # of a linear head that starts nowhere near its teacher: at 0 nothing of it would be trained
@@ -130,6 +130,22 @@ def full_forms(attention: TeacherAttention) -> Forms:
         "k_norm.weight": attention.k_norm,
     }
     return {name: tensor for name, tensor in forms.items() if tensor is not None}
+
+
+def full_forms_are_teachers(adapter: TeacherAdapter, read: Read, forms: Forms, config: HydraHeadConfig) -> bool:
+    """Whether the full form of every head is the teacher's own head, bit for bit: it loses nothing, anywhere."""
+    if not full_heads_start_as_teachers(config):
+        return False
+    for layer in range(adapter.num_layers):
+        prefix = f"{layer}.full."
+        held = {name.removeprefix(prefix): form for name, form in forms.items() if name.startswith(prefix)}
+        gate, scale = held.pop("output_gate.weight", None), held.pop("gamma", None)
+        if (gate is not None and gate.any()) or (scale is not None and (scale != 1).any()):
+            return False
+        own = full_forms(adapter.attention(read, layer))
+        if any(not torch.equal(held[name].float().cpu(), tensor.float().cpu()) for name, tensor in own.items()):
+            return False
+    return True
 
 
 def initial_forms(

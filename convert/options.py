@@ -34,6 +34,12 @@ def student_config(adapter: TeacherAdapter, head_masks: list[list[int]], **optio
     return HydraHeadConfig(**adapter.student_fields(), head_masks=head_masks, **options)
 
 
+def full_heads_start_as_teachers(config: HydraHeadConfig) -> bool:
+    """Whether the full form of a head starts as the teacher's own head: there is nothing to align, nothing is lost."""
+    same_place = config.full_attention_position == "rope" and config.logit_scale_base is None
+    return same_place and (config.fusion == "concat" or config.fusion_norm == "linear")
+
+
 def options_of(config: HydraHeadConfig) -> dict:
     """All options of a student's heads, by name, those with their defaults too."""
     return {name: getattr(config, name) for name in OPTIONS}

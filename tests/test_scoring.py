@@ -71,6 +71,37 @@ def forms(teacher) -> HeadForms:
     return HeadForms(config, head_forms_of(teacher, random_ids(2, 24), config)).requires_grad_(False)
 
 
+@pytest.mark.parametrize("shortlist", [None, 4])
+def test_full_forms_that_are_the_teachers_heads_lose_nothing_and_are_not_measured(
+    teacher, pairs, shortlist, monkeypatch
+):
+    """And linear ones lose what they lose; one weight moved, and all are measured."""
+    options = {"full_attention_position": "rope", "fusion_norm": "linear"}
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, **options)
+    tensors, asked = head_forms_of(teacher, random_ids(2, 24), config), []
+    outputs = HeadForms.outputs
+    monkeypatch.setattr(HeadForms, "outputs", lambda self, *args: asked.append(tuple(args[2])) or outputs(self, *args))
+
+    def scores():
+        forms = HeadForms(config, tensors).requires_grad_(False)
+        probes, texts = [Probe("needles", "retrieval", pairs[:2])], random_ids(2, 24).tolist()
+        settings = {"methods": ["replacement"], "head_forms": forms, "shortlist": shortlist}
+        return score_heads(teacher, None, probes, text_rows=texts, **settings)
+
+    found = scores()
+    assert set(asked) == {("linear",)}
+    tensors["1.full.k_proj.weight"][0, 0, 0] *= 1 + 1e-6
+    both = scores()
+    assert set(asked) == {("linear",), ("linear", "full")}
+    for one, other in zip(found.probes, both.probes):
+        (linear, full), (same, small) = (
+            [torch.tensor(probe.effects[kind]) for kind in ("linear", "full")] for probe in (one, other)
+        )
+        assert not full.any() and 0 < small.abs().max() < 1e-2 * linear.abs().max()
+        if shortlist is None:
+            torch.testing.assert_close(linear, same, rtol=0, atol=1e-4)
+
+
 def test_scores_are_scaled_counted_and_survive_a_file(teacher, pairs, tmp_path):
     probes = [Probe("a", "retrieval", (*pairs[:3], null_pair(pairs[0]))), Probe("b", "copying", pairs[:1])]
     scores = score_heads(teacher, None, probes)

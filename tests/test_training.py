@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, on_main_process
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hydrahead.convert.calibration import calibrated_forms, head_forms_of
+from hydrahead.convert.calibration import calibrated_forms, full_forms_are_teachers, head_forms_of
 from hydrahead.convert.hooks import visit_heads
 from hydrahead.convert.migration import convert_model
 from hydrahead.convert.options import student_config
-from hydrahead.convert.teachers import adapter_for
+from hydrahead.convert.teachers import adapter_for, read_model
 from hydrahead.data.batches import Batch
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, make_student, make_teacher, random_ids
 from hydrahead.training import teacher_cache
@@ -158,6 +158,28 @@ def test_alignment_brings_both_forms_of_all_heads_closer_and_moves_every_paramet
     unmoved = [name for name in forms if torch.equal(forms[name], start[name])]
     assert not unmoved
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"fusion": "concat"}, {"fusion_norm": "linear"}, {"fusion_norm": "all"}])
+def test_alignment_leaves_full_forms_alone_that_are_the_teachers_heads(options):
+    """With RoPE kept they are, unless the fusion normalises them too: then they are fitted."""
+    teacher, seen = make_teacher("qwen2-tied"), []
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR, full_attention_position="rope", **options)
+    start = head_forms_of(teacher, random_ids(2, 24), config)
+    forms = align_heads(
+        Accelerator(cpu=True),
+        teacher,
+        config,
+        start,
+        lambda step: same_batch(step)[0],
+        Schedule(3, 3e-3, 3e-3, warmup_steps=1),
+        on_step=lambda _, metrics: seen.append(metrics),
+    )
+    are_fitted = options.get("fusion_norm") == "all"
+    assert forms.keys() == start.keys() and ("full_loss" in seen[0]) == are_fitted
+    moved = {name.split(".")[1] for name in forms if not torch.equal(forms[name], start[name])}
+    assert moved == ({"linear", "full"} if are_fitted else {"linear"})
+    assert full_forms_are_teachers(adapter_for(teacher.config), read_model(teacher), forms, config) != are_fitted
 
 
 def test_heads_are_measured_on_as_much_text_as_is_held_out(tmp_path):

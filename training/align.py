@@ -4,7 +4,8 @@
     accelerate launch -m hydrahead.training.align --config RECIPE.yaml align.learning_rate=2e-3
 
 Writes `OUTPUT/align/head_forms.safetensors`, what distillation starts from. By heads (the default) both forms of every
-head are fitted before `W_o`, for all masks at once, and the recipe needs no masks. By layers (`align.mode=layers`, the
+head are fitted before `W_o`, for all masks at once, and the recipe needs no masks; full forms that start as the
+teacher's heads (RoPE kept, only linear heads normalised) stay as they are. By layers (`align.mode=layers`, the
 paper's way) each layer's attention under the masks is fitted after `W_o`.
 """
 
@@ -22,9 +23,9 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..console import one_line_errors
 from ..convert.calibration import calibrated_forms
-from ..convert.forms import Forms, HeadForms, save_forms
+from ..convert.forms import BRANCHES, Forms, HeadForms, save_forms
 from ..convert.hooks import visit_heads
-from ..convert.options import options_of
+from ..convert.options import full_heads_start_as_teachers, options_of
 from ..data.batches import Batch
 from ..files import atomic_file
 from .loop import Run, Schedule, train
@@ -37,7 +38,15 @@ Autocast = Callable[[], contextlib.AbstractContextManager]
 
 
 class FittedHeads(HeadForms):
-    """Both forms of every head, each fitted to what its teacher head writes before `W_o`."""
+    """
+    The forms of every head, each fitted to what its teacher head writes before `W_o`.
+
+    A full form that starts as the teacher's own head is left as it is: there is nothing to fit, and rounding would
+    only move it away.
+    """
+
+    def __init__(self, config: HydraHeadConfig, forms: Forms):
+        super().__init__(config, forms, ("linear",) if full_heads_start_as_teachers(config) else BRANCHES)
 
     def forward(
         self,
@@ -47,7 +56,7 @@ class FittedHeads(HeadForms):
         target_square: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Losses `[2, H]` of the linear and the full forms of layer `layer`.
+        Losses `[kinds, H]` of layer `layer`: of the linear and, where they are fitted, of the full forms.
 
         Inputs as in `teacher_heads`; errors are divided by `target_square` `[H]`, or by the batch's own mean square.
         """
@@ -59,22 +68,18 @@ class FittedHeads(HeadForms):
         return mean_square(target)
 
     def record(self, losses: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses `[L, 2, H]` by their names."""
-        linear, full = losses.mean(-1).unbind(1)  # [L]
-        return {
-            "loss": losses.mean(),
-            "linear_loss": linear.mean(),
-            "full_loss": full.mean(),
-            "linear_layers": linear,
-            "full_layers": full,
-        }
+        """Losses `[L, kinds, H]` by their names."""
+        found = {"loss": losses.mean()}
+        for kind, layers in zip(self.configs, losses.mean(-1).unbind(1)):  # [L] each
+            found |= {f"{kind}_loss": layers.mean(), f"{kind}_layers": layers}
+        return found
 
 
 class FittedLayers(FittedHeads):
     """The heads of one student, fitted layer by layer to what the teacher's attention writes after its `W_o`."""
 
     def __init__(self, config: HydraHeadConfig, forms: Forms, output_weights: Iterable[torch.Tensor]):
-        super().__init__(config, forms, {"student": config.head_masks})
+        HeadForms.__init__(self, config, forms, {"student": config.head_masks})
         # The teacher's own, `[D, H * d]`: no buffers, which DDP would send from process to process in every step.
         self.output_weights = [weight.detach().float() for weight in output_weights]
 
@@ -180,7 +185,7 @@ def align_heads(
     on_step: Callable[[int, dict], None] | None = None,
 ) -> Forms:
     """
-    Train both forms of all heads to do what their teacher heads do.
+    Train the forms of all heads to do what their teacher heads do.
 
     Args:
         teacher: in eval mode, where it should run: it is not moved, and may be off-loaded or split over devices.

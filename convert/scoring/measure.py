@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...provenance import environment
-from ..calibration import measure_heads
+from ..calibration import full_forms_are_teachers, measure_heads
 from ..forms import HeadForms
 from ..hooks import input_device
 from ..teachers import TeacherAdapter, adapter_for, public_name, read_model
@@ -69,8 +69,10 @@ def score_heads(
     for method in methods:
         if METHODS[method].needs_forms and head_forms is None:
             raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
-    adapter = adapter_for(teacher.config)
-    bench = Bench(teacher, HeadReader(teacher), head_forms, shortlist, sender_shortlist)
+    adapter, reader = adapter_for(teacher.config), HeadReader(teacher)
+    same = head_forms is not None and any(METHODS[name].needs_forms for name in methods)
+    same = same and full_forms_are_teachers(adapter, reader.read, head_forms.start, head_forms.config)
+    bench = Bench(teacher, reader, head_forms, shortlist, sender_shortlist, same)
     measuring = _Measuring(bench, on_pair)
     results = list(done)
     for probe in probes[len(done) :]:

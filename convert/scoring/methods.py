@@ -29,6 +29,7 @@ class Bench:
         reader: recomputes its heads; keeps the weights that it has read.
         forms: aligned forms of all heads, for methods that need them.
         shortlist, sender_shortlist: as in `score_heads`.
+        full_is_teacher: the full form of every head is the teacher's own head (`calibration.full_forms_are_teachers`).
     """
 
     teacher: "PreTrainedModel"
@@ -36,6 +37,7 @@ class Bench:
     forms: "HeadForms | None" = None
     shortlist: int | None = None
     sender_shortlist: int = 32
+    full_is_teacher: bool = False
 
 
 @dataclass(frozen=True)
