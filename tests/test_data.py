@@ -275,6 +275,9 @@ def test_the_curriculum_grows_the_length_at_equal_tokens(recipe, tokenizer):
     stage_data = stage_batches(recipe, "finetune", tokenizer)
     shapes = [[tuple(batch.token_ids.shape) for batch in stage_data.micro_batches(step)] for step in (3, 4)]
     assert shapes == [[(4, 17)] * 4, [(2, 33)] * 4]
+    grown = replace(recipe, distill=replace(recipe.distill, curriculum=[[16, 0.25], [32, 0.75]]))
+    steps = recipe.distill.tokens // recipe.distill.batch_tokens
+    assert stage_phases(grown.distill) == [(16, steps // 4), (32, steps - steps // 4)]
 
 
 def test_positions_restart_after_the_end_of_a_document():

@@ -190,6 +190,10 @@ def test_the_curriculum_is_checked(inputs, capsys):
     assert "finetune: rows of 128 tokens" in said
     said = refusal("finetune", folder, recipe, capsys, "finetune.curriculum=[[16, 0.5]]")
     assert "shares add up to 1" in said
+    said = refusal("distill", folder, recipe, capsys, "distill.curriculum=[[16, 0.5], [128, 0.5]]")
+    assert "distill: rows of 128 tokens" in said
+    both = ["distill.curriculum=[[16, 0.5], [32, 0.5]]", f"distill.teacher_cache.folder={folder / 'cache'}"]
+    assert "distill.teacher_cache: its rows are all of one length" in refusal("distill", folder, recipe, capsys, *both)
 
 
 def test_numbers_may_be_written_as_people_write_them(tmp_path):

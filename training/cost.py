@@ -160,8 +160,9 @@ def estimate(recipe: Recipe, stage: str, config: HydraHeadConfig, teacher: Hydra
         for length, count in stage_phases(section):
             body = 2 * body_parameters(config) + mixing_flops(config, length)
             flops += count * section.batch_tokens * (passes * body + 3 * 2 * head)
-        if stage == "distill":
-            flops += tokens * (2 * body_parameters(teacher) + mixing_flops(teacher, section.length) + 2 * head)
+            if stage == "distill":
+                body = 2 * body_parameters(teacher) + mixing_flops(teacher, length)
+                flops += count * section.batch_tokens * (body + 2 * head)
     teacher_bytes = 2 if recipe.teacher.dtype == "bfloat16" else 4
     return Cost(
         stage=stage,

@@ -146,6 +146,8 @@ def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) 
         and abs(sum(share for _, share in curriculum) - 1) < 1e-6
     ):
         raise ValueError(f"{stage}.curriculum: expected [length, share] pairs whose shares add up to 1")
+    if curriculum is not None and getattr(section, "teacher_cache", None):
+        raise ValueError(f"{stage}.teacher_cache: its rows are all of one length; leave out {stage}.curriculum")
     for length, _ in stage_phases(section):
         if length > max_length:
             raise ValueError(

@@ -169,8 +169,8 @@ class StageSection:
 class AlignSection(StageSection):
     """
     Attributes:
-        mode: `heads` fits both forms of every head before `W_o`, for all masks at once; `layers` (the paper) fits
-            each layer's attention under the masks.
+        mode: `heads` fits the forms of every head before `W_o`, for all masks at once; `layers` (the paper) fits each
+            layer's attention under the masks.
     """
 
     mode: typing.Literal["heads", "layers"] = "heads"
@@ -195,6 +195,7 @@ class DistillSection(StageSection):
     Attributes:
         head_forms: aligned forms; those of the alignment in the output by default.
         student: a student folder to train on instead of converting the teacher.
+        curriculum: `[length, share of the tokens]` one after the other; `length` throughout by default.
     """
 
     kl_weight: float = 1.0
@@ -204,6 +205,7 @@ class DistillSection(StageSection):
     head_forms: str | None = None
     student: str | None = None
     teacher_cache: TeacherCacheSection | None = None
+    curriculum: list | None = None
     lora: LoraSection | None = None
 
 
@@ -212,7 +214,7 @@ class FinetuneSection(StageSection):
     """
     Attributes:
         student: a student folder; the one that distillation wrote into the output by default.
-        curriculum: `[length, share of the tokens]` one after the other; `length` throughout by default.
+        curriculum: as of distillation.
     """
 
     gradient_checkpointing: bool = True
