@@ -8,22 +8,27 @@ Students of one teacher on the same text, row by row: which heads, budget, posit
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
 its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
 prompts. A row may be a folder that `hydrahead run` made, to which `base` is a link; with its scores by all METHODS it
-serves all rows of its form. What is there is not done again, what was interrupted goes on, and what does not fit
-`--minutes` waits for the next call. Several calls with the same `--output`, one a GPU, share the rows among them.
+serves all rows of its form. What is there is not done again, what was interrupted goes on, what does not fit
+`--minutes` waits for the next call, and a row that fails stops no other. Several calls with the same `--output`, one a
+GPU, share the rows among them; `--dry-run` finds beforehand what can be known without weights.
+
 `study.json` has everything that tables are made of: masks, every step, the score of every prompt.
 """
 
 import argparse
 import json
 import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hydrahead.console import one_line_errors
+from hydrahead.console import first_line, one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
 from hydrahead.convert.migration import convert_to_folder
 from hydrahead.convert.scoring.scores import HeadScores
@@ -41,6 +46,8 @@ from hydrahead.training.data import token_folder
 from hydrahead.training.distill import run_distill
 from hydrahead.training.finetune import run_finetune
 from hydrahead.training.recipe import Recipe, load_recipe
+from hydrahead.training.stage import Stage
+from hydrahead.usage import Usage
 
 METHODS = ("combined", "replacement", "receiver+sender", "receiver", "attribution-qk")
 SCORED = f"score.method=[{','.join(METHODS)}]"
@@ -122,6 +129,11 @@ def _rows() -> Iterator[tuple[str, Row]]:
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "nope-3to1", Row("default, 3:1, NoPE", student=NOPE)
     yield "nope-replacement-3to1", Row("replacement, 3:1, NoPE", select=CHOICES["replacement"], student=NOPE)
+    for budget, ratio in BUDGETS.items():
+        yield (
+            f"concat-{budget}",
+            Row(f"default, {budget.replace('to', ':')}, concat", ratio, student=STUDENTS["concat"]),
+        )
     yield "long-rows-3to1", Row("default, 3:1, rows of 8,192 tokens", training=("distill.length=8192",))
     for budget, ratio in BUDGETS.items():
         for choice, select in CHOICES.items():
@@ -173,7 +185,27 @@ class Study:
         adapter = teacher.adapter
         blank = HeadScores.drawn(adapter.num_layers, adapter.num_heads, adapter.num_kv_heads)
         chosen = {"ratio": row.ratio, "seed": row.seed, **row.select}
-        Record(masks).write({"teacher": teacher.public_name, **chosen, "masks": select_heads(blank, **chosen)})
+        Record(masks).write({**teacher.identity, **chosen, "masks": select_heads(blank, **chosen)})
+
+    def check(self, name: str) -> None:
+        """
+        All of a row that can be checked without weights.
+
+        Raises:
+            ValueError: a step of it cannot work; one line.
+        """
+        row = ROWS[name]
+        for step in self.steps(row):
+            step.check()
+        recipe = self.student_recipe(name, row)
+        for stage in ("distill", "finetune") if row.share else ():
+            if getattr(recipe, stage):
+                Stage(recipe, stage)
+        if not row.by_score:
+            with tempfile.TemporaryDirectory() as folder:
+                masks = Path(folder) / "head_masks.json"
+                self.choose(row, masks)
+                read_masks(masks, open_teacher(recipe.teacher.name, recipe.teacher.revision))
 
     def make(self, name: str, row: Row) -> None:
         """Choose the heads, and train the student; its base is there."""
@@ -260,10 +292,10 @@ class Study:
                 for step in self.steps(row):
                     with self.lock(f"{self.base(row).name}-{step.name}", 0):
                         if not step.is_done():
-                            step.do()
+                            timed(f"{self.base(row).name}: {step.name}", step.do)
                 print(f"\n{name}: {row.about}", flush=True)
-                self.make(name, row)
-                self.evaluate(name, batch_tokens)
+                timed(f"{name}: training", partial(self.make, name, row))
+                timed(f"{name}: evaluation", partial(self.evaluate, name, batch_tokens))
                 self.write()
         except Timeout:
             return True
@@ -304,6 +336,13 @@ class Study:
             for kind, key in (("models", "label"), *((kind, "model") for kind in KINDS if kind != "models")):
                 whole[kind] += [cell for cell in cells.get(kind, ()) if cell[key] == name]
         return whole
+
+
+def timed(what: str, work: Callable[[], object]) -> None:
+    """Do it, and say what it took."""
+    with Usage() as usage:
+        work()
+    print(f"{what} took {usage}", flush=True)
 
 
 def tables(study: dict) -> str:
@@ -424,6 +463,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
+    parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without weights, stop")
     parser.add_argument("--batch-tokens", type=int, help="of prompts answered together; default: the evaluator's")
     parser.add_argument("--tables", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write page and picture, stop")
     options = parser.parse_intermixed_args()
@@ -439,9 +479,19 @@ def main() -> None:
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")
     study, started, rows = Study(options.recipe, options.overrides, options.output), time.monotonic(), options.rows
+    if options.dry_run:
+        for name in rows:
+            study.check(name)
+        return print(f"{len(rows)} rows can be made, as far as can be known without weights")
+    failed = []
     while rows and time.monotonic() - started < 60 * options.minutes:
         for name in rows:
-            if not study.do(name, options.batch_tokens):
+            try:
+                is_waiting = study.do(name, options.batch_tokens)
+            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:  # of this row: the others go on
+                print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
+                failed, is_waiting = [*failed, name], False
+            if not is_waiting:
                 rows = [other for other in rows if other != name]
                 break
         else:  # others are at all that is left
@@ -449,6 +499,8 @@ def main() -> None:
     if rows:
         print(f"{', '.join(rows)} wait for the next call")
     print(tables(study.write()))
+    if failed:
+        raise ValueError(f"{', '.join(failed)}: failed, each for the reason above; the other rows are there")
 
 
 if __name__ == "__main__":

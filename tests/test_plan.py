@@ -303,8 +303,8 @@ def test_a_teacher_by_name_is_trained_as_in_the_paper_in_rows_that_it_can_read()
         (["8B", "--batch", "0"], "batch must be at least 1, got 0"),
         (["8B", "--gpus", "0"], "gpus must be at least 1, got 0"),
         (
-            ["8B", "finetune.length=1048576"],
-            "finetune: rows of 1,048,576 tokens, the teacher's max_",
+            ["8B", "distill.length=1048576"],
+            "distill: rows of 1,048,576 tokens, the teacher's max_",
         ),
         (["8B", "distil.tokens=1"], "distil: Key 'distil' not in 'Recipe'"),
         (["8B", "masks=[[1,0]]"], "head_masks must have one row per layer (36), got 1"),

@@ -186,8 +186,10 @@ def test_heads_aligned_for_other_options_are_refused_by_name(inputs, capsys):
 
 def test_the_curriculum_is_checked(inputs, capsys):
     folder, recipe = inputs
-    said = refusal("finetune", folder, recipe, capsys, "finetune.curriculum=[[16, 0.5], [128, 0.5]]")
-    assert "finetune: rows of 128 tokens" in said
+    longer = "finetune.curriculum=[[16, 0.5], [128, 0.5]]"  # than the teacher knows: it does not read them
+    assert "run.micro_batch_tokens (64) must be a multiple of the finetune length (128)" in refusal(
+        "finetune", folder, recipe, capsys, longer
+    )
     said = refusal("finetune", folder, recipe, capsys, "finetune.curriculum=[[16, 0.5]]")
     assert "shares add up to 1" in said
     said = refusal("distill", folder, recipe, capsys, "distill.curriculum=[[16, 0.5], [128, 0.5]]")

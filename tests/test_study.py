@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from hydrahead.benchmarks.study import ROWS, TENTH, tables
+from hydrahead.benchmarks.study import ROWS, TENTH, Study, tables
+from hydrahead.tests.gguf_models import tiny_teacher, write_gguf
 from hydrahead.tests.workshop import write_short_teacher
 
 SMALL = [
@@ -20,15 +21,15 @@ SMALL = [
 NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth", "default-3to1-aligned"]
 
 
-def run(folder, *rows: str, times: int = 1) -> str:
-    """What the calls print, the last to end last: several work side by side."""
+def run(folder, *rows: str, times: int = 1, status: int = 0) -> str:
+    """What the calls print, errors last: several work side by side, and all end with a status."""
     command = [sys.executable, "-m", "hydrahead.benchmarks.study", "demo", *SMALL]
     command += [f"teacher.name={folder / 'teacher'}", f"--output={folder / 'out'}", "--rows", *rows]
     ways = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     calls = [subprocess.Popen(command, text=True, **ways) for _ in range(times)]
     done = [call.communicate() for call in calls]
-    assert not any(call.returncode for call in calls), done[0][1][-2000:] + done[-1][1][-2000:]
-    return "".join(printed for printed, _ in done)
+    assert {call.returncode for call in calls} == {status}, done[0][1][-2000:] + done[-1][1][-2000:]
+    return "".join(printed + said for printed, said in done)
 
 
 @pytest.mark.slow
@@ -52,6 +53,31 @@ def test_rows_share_what_they_can_and_go_on(tmp_path):
     assert {len(cell["scores"]) for cell in study["report"]["needles"]} == {2}
     assert {cell["model"] for cell in study["report"]["needles"]} == {"teacher", *NAMES}
     assert tables(study) in second and "Default less random" in tables(study)
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_stops_no_other(tmp_path):
+    """A file is where one row's folder would be."""
+    write_short_teacher(tmp_path / "teacher")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "layerwise-7to1-aligned").touch()
+    said = run(tmp_path, "layerwise-7to1-aligned", "random-3to1-aligned", status=1)
+    assert "layerwise-7to1-aligned: [Errno" in said and "| random-3to1-aligned |" in said
+    assert said.rstrip().endswith(
+        "hydrahead: layerwise-7to1-aligned: failed, each for the reason above; the other rows are there"
+    )
+    assert not list((tmp_path / "out").rglob("head_scores.json")), "controls need no scores"
+
+
+def test_controls_are_of_the_very_teacher_that_a_gguf_file_holds(tmp_path, monkeypatch):
+    """Which its name alone does not say."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    file = write_gguf(tmp_path / "teacher.gguf", tiny_teacher("qwen2-tied"))
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the others are in there " * 200}) + "\n")
+    given = [*SMALL, f"teacher.name={file}", f"data.name={tmp_path / 'text.jsonl'}", "data.subset=null"]
+    lengths = ["align.length=16", "distill.length=16", "run.micro_batch_tokens=16"]
+    Study("demo", [*given, *lengths], tmp_path / "out").check("random-3to1")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_are_named_by_what_they_are():

@@ -121,7 +121,7 @@ def check_stage_data(recipe: Recipe, stage: str, max_length: int, processes: int
     Raise a one-line `ValueError` where lengths, batches and sources of a stage do not fit together.
 
     Args:
-        max_length: positions that the teacher knows.
+        max_length: positions that the teacher knows; only finetuning goes beyond them.
     """
     check_rows(recipe, stage, max_length, processes)
     section = recipe.stage(stage)
@@ -149,7 +149,7 @@ def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) 
     if curriculum is not None and getattr(section, "teacher_cache", None):
         raise ValueError(f"{stage}.teacher_cache: its rows are all of one length; leave out {stage}.curriculum")
     for length, _ in stage_phases(section):
-        if length > max_length:
+        if length > max_length and stage != "finetune":  # which the teacher does not read
             raise ValueError(
                 f"{stage}: rows of {length:,} tokens, the teacher's max_position_embeddings is {max_length:,}: "
                 "choose shorter rows or another teacher"
