@@ -43,7 +43,7 @@ from .data.tokens import DataSection, check_source, find_files, is_local, open_s
 from .evaluation.cells import check_report
 from .evaluation.evaluator import Settings, evaluate, text_needed
 from .evaluation.models import Model
-from .evaluation.report import labels, read_report, short_table
+from .evaluation.report import is_measured, labels, read_report, short_table
 from .files import check_writable, is_gguf
 from .hub.card import card_of, is_edited, write_card
 from .hub.checkpoint import answer_in_clean_process
@@ -306,11 +306,7 @@ class Road:
             check_report(self.student, made, student_and_teacher(self.student, self.teacher, teacher.dtype))
 
         def is_done() -> bool:
-            report = read_report(self.student)
-            cells = [] if report is None else [*report["needles"], *report["text"]]
-            wanted = {(name, length) for name in section.tasks for length in section.lengths}
-            wanted |= {(None, length) for length in section.lengths}
-            return wanted <= {(cell.get("task"), cell["length"]) for cell in cells if cell["model"] == "student"}
+            return is_measured(self.student, "student", section.tasks, section.lengths)
 
         more = {"teacher": teacher.name, "revision": teacher.revision, "dtype": teacher.dtype, "text": tokens}
         more |= {"heldout_tokens": recipe.data.heldout_tokens}

@@ -23,17 +23,22 @@ VALUES = {
 STRATEGIES = {"kv_groups": "layer", "heads": "global"}  # by which the hybrids' heads are chosen, at random
 
 
+def read(name: str) -> dict:
+    """A file of results."""
+    return json.loads((FOLDER / name).read_text())
+
+
 def measured() -> dict:
     """The points, from the JSON files beside this one."""
-    decode = json.loads((FOLDER / "decode-cuda.json").read_text())
+    decode = read("decode-cuda.json")
     training = [json.loads(file.read_text()) for file in FOLDER.glob("training-cuda*.json")]
     training.sort(key=lambda report: -report["shape"]["hidden_size"])
-    several = FOLDER / "scaling-cuda.json"
+    several = "scaling-cuda.json"
     return {
         "inference": {"shape": decode["shape"], "points": list(inference(decode["parts"]))},
         "training": [stages(report) for report in training],
-        "recipes": list(recipes(json.loads((FOLDER / "smollm2" / "recipes.json").read_text()))),
-        "scaling": list(scaling(json.loads(several.read_text()))) if several.is_file() else [],
+        "recipes": list(recipes(*(read(f"smollm2/{name}.json") for name in ("recipes", "alignment")))),
+        "scaling": list(scaling(read(several))) if (FOLDER / several).is_file() else [],
     }
 
 
@@ -83,14 +88,23 @@ def stages(report: dict) -> dict:
     }
 
 
-def recipes(study: dict) -> Iterator[dict]:
-    """Tokens a second of the stages of recipes that were run as they ship, in the median step; the first is fitted."""
-    small = json.loads((FOLDER / "training-cuda-135m.json").read_text())
+def recipes(study: dict, alignment: dict) -> Iterator[dict]:
+    """
+    Tokens a second of the stages of recipes that were run as they ship, in the median step; the first is fitted.
+
+    Args:
+        alignment: by which forms were fitted: the recipes had fitted full forms too, which are left alone since.
+    """
+    small = read("training-cuda-135m.json")
     as_shipped = [row for row in study["rows"].values() if not row["student"]]
     for number, row in enumerate(as_shipped):
         recipe = load_recipe(row["recipe"])
         for stage, steps in row["steps"].items():
             seconds = median(step["seconds"] for step in steps)
+            if stage == "align":
+                if row["recipe"] != alignment["recipe"]:
+                    continue
+                seconds = median(alignment["rows"]["linear"]["seconds"])
             yield {
                 "hardware": study["report"]["hardware"],
                 "shape": shape_of(small),

@@ -37,7 +37,7 @@ from hydrahead.convert.teachers import open_teacher
 from hydrahead.evaluation.cells import KINDS
 from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
-from hydrahead.evaluation.report import draw_accuracy, read_report
+from hydrahead.evaluation.report import draw_accuracy, is_measured, read_report
 from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file, atomic_folder
 from hydrahead.pipeline import MEASURED, Road, Step, evaluate_models, side_by_side
@@ -268,11 +268,8 @@ class Study:
 
     def is_done(self, name: str) -> bool:
         """Whether a row was measured at all lengths."""
-        asked, report = load_recipe(*self.recipe(Row(""))).evaluate, read_report(self.output / name / "report") or {}
-        cells = [cell for kind in ("needles", "text") for cell in report.get(kind, ()) if cell["model"] == name]
-        cells = [cell for cell in cells if "error" not in cell]
-        wanted = {(task, length) for task in (*asked.tasks, None) for length in asked.lengths}
-        return wanted <= {(cell.get("task"), cell["length"]) for cell in cells}
+        asked = load_recipe(*self.recipe(Row(""))).evaluate
+        return is_measured(self.output / name / "report", name, asked.tasks, asked.lengths)
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
         """Held by one call of those that share this study."""

@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..data.ruler import Prompt
-from .models import cache_bytes
-from .needles import as_asked, can_go_on, in_template, position_limit
+from .models import cache_bytes, position_limit
+from .needles import as_asked, can_go_on, in_template
 
 # transformers 5.24 renamed `past_key_values`.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading import check_checkpoint, load_config, load_model, load_tokenizer
@@ -110,6 +111,24 @@ def scale_rope(config: PreTrainedConfig, scaling: str) -> None:
     if kind == "yarn":
         config.rope_parameters |= {"original_max_position_embeddings": native}
         config.max_position_embeddings = round(native * float(factor))
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that a model with a table of learned positions can read; `None` where positions are computed."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
+    others = [each for each in embeddings if each is not model.get_input_embeddings()]
+    return limit if limit and any(each.num_embeddings >= limit for each in others) else None
+
+
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """
+    Raises:
+        ValueError: so many are more than a model with learned positions can read.
+    """
+    limit = position_limit(model)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"{tokens:,} tokens, and the model has positions for {limit:,}")
 
 
 def facts(model: PreTrainedModel) -> dict:

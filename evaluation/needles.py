@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..console import blaming
 from ..data.ruler import Prompt
+from .models import check_positions
 
 FIRST_SEED = 1_000_000  # of prompts that are evaluated; training rows come from small seeds, and from other text
 PREFILL_CHUNK = 16_384  # tokens of a longer prompt that are read at once
@@ -79,15 +79,13 @@ def answer(
         torch.OutOfMemoryError: not even one prompt fits.
         ValueError: a prompt is longer than a model with learned positions can read.
     """
-    limit = position_limit(model)
     size = max(1, batch_tokens // max(map(len, prompts), default=1))
     answers: list[str] = []
     was_training = model.training
     model.eval()
     while len(answers) < len(prompts):
         batch = prompts[len(answers) : len(answers) + size]
-        if limit is not None and (longest := max(map(len, batch)) + new_tokens) > limit:
-            raise ValueError(f"{longest:,} tokens, and the model has positions for {limit:,}")
+        check_positions(model, max(map(len, batch)) + new_tokens)
         try:
             answers += _continue(model, tokenizer, batch, new_tokens)
         except torch.OutOfMemoryError:
@@ -103,14 +101,6 @@ def answer(
 def score(answer: str, references: Sequence[str]) -> float:
     """The share of references that an answer holds, case ignored."""
     return sum(reference.lower() in answer.lower() for reference in references) / len(references)
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """Tokens that a model with a table of learned positions can read; `None` where positions are computed."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
-    others = [each for each in embeddings if each is not model.get_input_embeddings()]
-    return limit if limit and any(each.num_embeddings >= limit for each in others) else None
 
 
 def can_go_on(model: PreTrainedModel) -> bool:

@@ -51,6 +51,14 @@ def read_report(folder: Path) -> dict | None:
     return report if report and "models" in report else None
 
 
+def is_measured(folder: Path, model: str, tasks: Sequence[str], lengths: Sequence[int]) -> bool:
+    """Whether a folder's report has a model's needles and text at all lengths; what failed is yet to be measured."""
+    report = read_report(folder) or {"needles": (), "text": ()}
+    cells = [cell for kind in ("needles", "text") for cell in report[kind] if cell["model"] == model]
+    found = {(cell.get("task"), cell["length"]) for cell in cells if "error" not in cell}
+    return {(task, length) for task in (*tasks, None) for length in lengths} <= found
+
+
 def write_report(report: Mapping, folder: Path) -> None:
     """Write a report, its tables, page and pictures; `report.json` last, because it says that all are there."""
     folder.mkdir(parents=True, exist_ok=True)

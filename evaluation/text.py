@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from .models import check_positions
+
 CHUNK_TOKENS = 1024  # rows of logits that exist at once in fp32
 FIRST_BUCKET = 128
 
@@ -57,8 +59,13 @@ def read_windows(
         reference: has the same vocabulary.
         batch_tokens: of windows that are read together, one at the least; what does not fit into the GPU's memory is
             divided.
+
+    Raises:
+        ValueError: a window is longer than a model with learned positions can read.
     """
     models = [model] if reference is None else [model, reference]
+    for each in models:
+        check_positions(each, length)
     probe = torch.as_tensor(token_ids[:2]).unsqueeze(0)
     in_chunks = [_head_is_last(each, probe.to(each.device)) for each in models]
     rows, done = max(1, batch_tokens // length) if all(in_chunks) else 1, 0

@@ -19,7 +19,7 @@ from hydrahead.evaluation import cells as cells_module
 from hydrahead.evaluation.evaluator import Settings, evaluate
 from hydrahead.evaluation.models import Model, cache_costs
 from hydrahead.evaluation.needles import FIRST_SEED, answer, as_asked, score
-from hydrahead.evaluation.report import markdown, read_report, short_table
+from hydrahead.evaluation.report import is_measured, markdown, read_report, short_table
 from hydrahead.evaluation.statistics import mcnemar, paired_difference, wilson_interval
 from hydrahead.tests.families import make_student, make_teacher
 
@@ -241,9 +241,7 @@ def test_a_length_that_cannot_be_read_says_so_and_the_others_stand(texts, tokeni
     )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    settings = Settings(
-        **vars(FEW) | {"lengths": (200, 300, 30_000), "suites": ("needles",), "tasks": ("niah_single_2",)}
-    )
+    settings = Settings(**vars(FEW) | {"lengths": (200, 300, 30_000), "tasks": ("niah_single_2",), "text_tokens": 200})
     evaluate(
         [Model("gpt2", str(tmp_path / "gpt2"), "gpt2")], settings, texts, tmp_path / "out", {"text_name": "library"}
     )
@@ -252,6 +250,11 @@ def test_a_length_that_cannot_be_read_says_so_and_the_others_stand(texts, tokeni
     assert cells[300]["error"] == "296 tokens, and the model has positions for 256"
     assert cells[30_000]["error"].startswith("the haystack has 20000 tokens, this length needs")
     assert "the model has positions for 256" in (tmp_path / "out" / "report.md").read_text()
+    assert is_measured(tmp_path / "out", "gpt2", settings.tasks, (200,))
+    assert not is_measured(tmp_path / "out", "gpt2", settings.tasks, (200, 300)), "asked for again, it is tried again"
+    assert not is_measured(tmp_path / "out", "other", settings.tasks, (200,)) and not is_measured(
+        tmp_path, "gpt2", (), (1,)
+    )
 
 
 def test_a_batch_that_is_too_large_for_the_memory_is_divided_and_a_prompt_that_is_too_large_says_so(
