@@ -55,7 +55,7 @@ from .training.data import check_rows, token_folder
 from .training.distill import run_distill
 from .training.finetune import run_finetune
 from .training.plan import planned_masks, print_cost
-from .training.recipe import RECIPES, STAGES, load_recipe
+from .training.recipe import RECIPES, STAGES, Recipe, load_recipe
 from .training.stage import Stage
 from .usage import Usage
 
@@ -297,11 +297,7 @@ class Road:
         settings = Settings(**{name: getattr(section, name) for name in MEASURED})
 
         def check() -> None:
-            if (needed := text_needed(section.lengths, section.text_tokens)) > recipe.data.heldout_tokens:
-                raise ValueError(
-                    f"data.heldout_tokens: {recipe.data.heldout_tokens:,}, evaluate.lengths needs {needed:,}"
-                )
-            check_lengths(self.teacher.tokenizer(), section.tasks, section.lengths)
+            check_evaluation(recipe, self.teacher)
             made = {"text_name": text_name(tokens), **settings.identity()}
             check_report(self.student, made, student_and_teacher(self.student, self.teacher, teacher.dtype))
 
@@ -329,6 +325,17 @@ class Road:
             return is_edited(self.student) or (file.is_file() and file.read_text() == card_of(self.student))
 
         return Step("card", ["hydrahead", "card", str(self.student)], file, partial(write_card, self.student), is_done)
+
+
+def check_evaluation(recipe: Recipe, teacher: Teacher) -> None:
+    """
+    Raises:
+        ValueError: less text is held out than a recipe evaluates on, or a length has no room for a prompt.
+    """
+    section = recipe.evaluate
+    if (needed := text_needed(section.lengths, section.text_tokens)) > recipe.data.heldout_tokens:
+        raise ValueError(f"data.heldout_tokens: {recipe.data.heldout_tokens:,}, evaluate.lengths needs {needed:,}")
+    check_lengths(teacher.tokenizer(), section.tasks, section.lengths)
 
 
 def flags(section) -> list[str]:

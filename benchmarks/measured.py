@@ -93,19 +93,20 @@ def recipes(study: dict, alignment: dict) -> Iterator[dict]:
     Tokens a second of the stages of recipes that were run as they ship, in the median step; the first is fitted.
 
     Args:
-        alignment: by which forms were fitted: the recipes had fitted full forms too, which are left alone since.
+        alignment: without full forms, which the recipes' runs had fitted too and which are left alone since.
     """
     small = read("training-cuda-135m.json")
     as_shipped = [row for row in study["rows"].values() if not row["student"]]
     for number, row in enumerate(as_shipped):
         recipe = load_recipe(row["recipe"])
         for stage, steps in row["steps"].items():
-            seconds = median(step["seconds"] for step in steps)
+            seconds, case = median(step["seconds"] for step in steps), {}
             if stage == "align":
                 if row["recipe"] != alignment["recipe"]:
                     continue
-                seconds = median(alignment["rows"]["linear"]["seconds"])
-            yield {
+                found = alignment["rows"]["linear"]
+                seconds, case = found["seconds"], {"case": f"{row['recipe']}, {found['about']}"}
+            yield case | {
                 "hardware": study["report"]["hardware"],
                 "shape": shape_of(small),
                 "recipe": row["recipe"],

@@ -19,8 +19,8 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -28,19 +28,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hydrahead.console import first_line, one_line_errors
+from hydrahead.console import Stopped, first_line, one_line_errors
 from hydrahead.convert.masks import read_masks, select_to_file
 from hydrahead.convert.migration import convert_to_folder
 from hydrahead.convert.scoring.scores import HeadScores
 from hydrahead.convert.selection import STRATEGIES, select_heads
-from hydrahead.convert.teachers import open_teacher
+from hydrahead.convert.teachers import Teacher, open_teacher
 from hydrahead.evaluation.cells import KINDS
 from hydrahead.evaluation.evaluator import Settings
 from hydrahead.evaluation.figures import plot_students
 from hydrahead.evaluation.report import draw_accuracy, is_measured, read_report
 from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file, atomic_folder
-from hydrahead.pipeline import MEASURED, Road, Step, evaluate_models, side_by_side
+from hydrahead.pipeline import MEASURED, Road, Step, check_evaluation, evaluate_models, side_by_side
 from hydrahead.provenance import Record
 from hydrahead.training.data import token_folder
 from hydrahead.training.distill import run_distill
@@ -173,23 +173,31 @@ class Study:
         steps = Road(*self.recipe(replace(row, student=row.forms), f"output={self.base(row)}")).steps()
         return [step for step in steps if step.name == "align" or (step.name == "score" and row.by_score)]
 
+    @property
+    def teacher(self) -> Teacher:
+        """The recipe's."""
+        named = load_recipe(*self.recipe(Row(""))).teacher
+        return open_teacher(named.name, named.revision)
+
+    def control(self, row: Row) -> dict:
+        """What the file of a choice says that no score decides."""
+        teacher, shape = self.teacher, ("num_layers", "num_heads", "num_kv_heads")
+        chosen = {"ratio": row.ratio, "budget_unit": "heads", "seed": row.seed, **row.select}
+        masks = select_heads(HeadScores.drawn(*(getattr(teacher.adapter, name) for name in shape)), **chosen)
+        return {**teacher.identity, **chosen, "by_score": False, "kept": sum(map(sum, masks)), "masks": masks}
+
     def choose(self, row: Row, masks: Path) -> None:
         """Write a row's masks."""
-        if row.by_score:
-            scores = self.base(row) / "scores" / "head_scores.json"
-            by = {"method": load_recipe(*self.recipe(row)).score.method[0]} | row.select
-            _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **by)
-            print(*lines, sep="\n")
-            return
-        teacher = open_teacher(load_recipe(*self.recipe(row)).teacher.name)
-        adapter = teacher.adapter
-        blank = HeadScores.drawn(adapter.num_layers, adapter.num_heads, adapter.num_kv_heads)
-        chosen = {"ratio": row.ratio, "seed": row.seed, **row.select}
-        Record(masks).write({**teacher.identity, **chosen, "masks": select_heads(blank, **chosen)})
+        if not row.by_score:
+            return Record(masks).write(self.control(row))
+        scores = self.base(row) / "scores" / "head_scores.json"
+        by = {"method": load_recipe(*self.recipe(row)).score.method[0]} | row.select
+        _, lines = select_to_file([scores], masks, row.ratio, seed=row.seed, **by)
+        print(*lines, sep="\n")
 
     def check(self, name: str) -> None:
         """
-        All of a row that can be checked without weights.
+        What can be checked of a row without weights.
 
         Raises:
             ValueError: a step of it cannot work; one line.
@@ -202,10 +210,8 @@ class Study:
             if getattr(recipe, stage):
                 Stage(recipe, stage)
         if not row.by_score:
-            with tempfile.TemporaryDirectory() as folder:
-                masks = Path(folder) / "head_masks.json"
-                self.choose(row, masks)
-                read_masks(masks, open_teacher(recipe.teacher.name, recipe.teacher.revision))
+            self.teacher.check_made_from(self.output / name, self.control(row))
+        check_evaluation(load_recipe(*self.recipe(Row(""))), self.teacher)
 
     def make(self, name: str, row: Row) -> None:
         """Choose the heads, and train the student; its base is there."""
@@ -252,8 +258,7 @@ class Study:
     def evaluate(self, name: str, batch_tokens: int | None = None) -> None:
         """A row's student on the prompts and text that its teacher was asked, once for all rows."""
         recipe = load_recipe(*self.recipe(Row("")))
-        opened = open_teacher(recipe.teacher.name, recipe.teacher.revision)
-        models = side_by_side([str(opened.fetch()), str(self.student(name))], recipe.teacher.dtype)
+        models = side_by_side([str(self.teacher.fetch()), str(self.student(name))], recipe.teacher.dtype)
         models = [replace(model, label=label) for model, label in zip(models, ["teacher", name])]
         asked = {name: getattr(recipe.evaluate, name) for name in MEASURED}
         settings = Settings(**asked, batch_tokens=batch_tokens)
@@ -320,7 +325,7 @@ class Study:
                 "tokens": {stage: getattr(recipe, stage).tokens for stage in stages},
                 "batch_tokens": recipe.distill.batch_tokens,
                 "niah_prompts": recipe.evaluate.niah_prompts,
-                "masks": read_masks(folder / "head_masks.json", open_teacher(recipe.teacher.name)),
+                "masks": read_masks(folder / "head_masks.json", self.teacher),
                 "steps": {stage: [json.loads(line) for line in each] for stage, each in lines.items()},
             }
         return {"recipe": self.name, "rows": found, "report": self.report(list(found))}
@@ -476,28 +481,38 @@ def main() -> None:
     if options.recipe is None:
         parser.error("a recipe is needed, or --tables")
     study, started, rows = Study(options.recipe, options.overrides, options.output), time.monotonic(), options.rows
+    failed = []
+
+    def tried(name: str, work: Callable[..., bool | None], *arguments) -> bool | None:
+        """Of one row: whatever stops it, but the user, lets the others go on."""
+        try:
+            return work(name, *arguments)
+        except Stopped:
+            raise
+        except (Exception, SystemExit) as error:  # a launched process that failed is the latter
+            print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
+            if not isinstance(error, ValueError | OSError | SystemExit):
+                traceback.print_exception(error)
+            failed.append(name)
+
     if options.dry_run:
         for name in rows:
-            study.check(name)
-        return print(f"{len(rows)} rows can be made, as far as can be known without weights")
-    failed = []
+            tried(name, study.check)
+        print(f"{len(rows) - len(failed)} of {len(rows)} rows can be made, as far as can be known without weights")
+        rows = []
     while rows and time.monotonic() - started < 60 * options.minutes:
         for name in rows:
-            try:
-                is_waiting = study.do(name, options.batch_tokens)
-            except (ValueError, OSError, ArithmeticError, RuntimeError) as error:  # of this row: the others go on
-                print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
-                failed, is_waiting = [*failed, name], False
-            if not is_waiting:
+            if not tried(name, study.do, options.batch_tokens):
                 rows = [other for other in rows if other != name]
                 break
         else:  # others are at all that is left
             time.sleep(WAIT)
     if rows:
         print(f"{', '.join(rows)} wait for the next call")
-    print(tables(study.write()))
+    if not options.dry_run:
+        print(tables(study.write()))
     if failed:
-        raise ValueError(f"{', '.join(failed)}: failed, each for the reason above; the other rows are there")
+        raise ValueError(f"{', '.join(failed)}: failed, each for the reason above")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from ..files import atomic_file
 from ..loading import FLOATS
 from ..modeling_hydrahead import HydraHeadAttention, HydraHeadRotaryEmbedding, log_position_scale
 from .hooks import Visit, replaced_heads
-from .options import options_of, student_config
+from .options import BRANCHES, options_of, student_config
 from .selection import Masks
 from .teachers import Read, Teacher, TeacherAdapter, TeacherAttention
 
-BRANCHES = ("linear", "full")  # the kind that a mask's 0 and 1 choose
 FP32_PARAMETERS = ("gates.", "fusion.")
 
 Forms = dict[str, torch.Tensor]

@@ -3,6 +3,7 @@
 from ..configuration_hydrahead import HydraHeadConfig
 from .teachers import TeacherAdapter
 
+BRANCHES = ("linear", "full")  # the kinds of forms that a mask's 0 and 1 choose
 OPTIONS = (
     *("full_attention_position", "logit_scale_base", "full_attention_gate", "fusion", "fusion_norm"),
     "short_conv_kernel_size",
@@ -38,6 +39,11 @@ def full_heads_start_as_teachers(config: HydraHeadConfig) -> bool:
     """Whether the full form of a head starts as the teacher's own head: there is nothing to align, nothing is lost."""
     same_place = config.full_attention_position == "rope" and config.logit_scale_base is None
     return same_place and (config.fusion == "concat" or config.fusion_norm == "linear")
+
+
+def fitted_kinds(config: HydraHeadConfig) -> tuple[str, ...]:
+    """The kinds of forms that alignment by heads fits: of those that start as the teacher's heads, none."""
+    return BRANCHES[:1] if full_heads_start_as_teachers(config) else BRANCHES
 
 
 def options_of(config: HydraHeadConfig) -> dict:

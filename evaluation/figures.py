@@ -341,7 +341,7 @@ def draw_training(folder: Path) -> None:
     figure, panels = plt.subplots(len(heights), 1, figsize=size, layout="constrained", **shape)
     steps = [line["step"] for line in lines]
     for name, color in TRAINING_COLORS.items():
-        if name in lines[0]:
+        if name in lines[-1]:
             _draw_smooth(panels[0], steps, [line[name] for line in lines], _words(name), color)
     for name, of in HELD_OUT.items():
         _draw_points(panels[0], lines, name, TRAINING_COLORS[of])
@@ -361,7 +361,7 @@ def draw_training(folder: Path) -> None:
     for axes in panels:
         axes.grid(alpha=0.25)
     save_picture(figure, folder / "training.png")
-    if layers := [name for name in LAYER_TITLES if name in lines[0]]:
+    if layers := [name for name in LAYER_TITLES if name in lines[-1]]:
         _draw_layers(lines, layers, folder / "layers.png")
 
 

@@ -117,8 +117,9 @@ def position_limit(model: PreTrainedModel) -> int | None:
     """Tokens that a model with a table of learned positions can read; `None` where positions are computed."""
     limit = getattr(model.config, "max_position_embeddings", None)
     embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding)]
-    others = [each for each in embeddings if each is not model.get_input_embeddings()]
-    return limit if limit and any(each.num_embeddings >= limit for each in others) else None
+    others = [each.num_embeddings for each in embeddings if each is not model.get_input_embeddings()]
+    # Some tables begin with a few rows that stand for no position; others than of positions have a vocabulary's.
+    return limit if limit and any(limit <= rows < limit + 8 for rows in others) else None
 
 
 def check_positions(model: PreTrainedModel, tokens: int) -> None:

@@ -234,7 +234,9 @@ def _tokens_of(entry: Mapping) -> int | None:
 
 
 def _length_of(entry: Mapping) -> int | None:
-    return entry["recipe"]["length"] if "recipe" in entry else entry.get("length")
+    """Tokens of a stage's longest rows."""
+    recipe = entry.get("recipe", entry)
+    return max((length for length, _ in recipe.get("curriculum") or ()), default=recipe.get("length"))
 
 
 def _context(facts: Facts) -> str:

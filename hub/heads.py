@@ -50,6 +50,8 @@ def _speaks(score: float | None) -> bool:
 def heads_section(facts: Facts) -> list[str]:
     """The section of the card, paragraph by paragraph."""
     choice, scored, heads = facts.made_from["masks"], facts.scored, chosen_heads(facts)
+    if not scored and not choice.get("by_score", True):
+        return [_how_chosen(choice, {})]
     if not scored and "method" not in choice:
         return [
             "Which heads stay full attention was given by hand, or in a file that does not say how they were chosen."

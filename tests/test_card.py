@@ -199,6 +199,18 @@ def test_the_chosen_heads_come_with_their_evidence(masks_file, tmp_path):
     assert page == heads_page(Facts.read(folder)) and len(page.splitlines()) == 10
 
 
+def test_controls_are_said_to_be_controls(tmp_path):
+    choice = {"strategy": "global-random", "ratio": 0.25, "budget_unit": "heads", "by_score": False}
+    card = card_of(write_student(tmp_path / "s", masks=choice))
+    assert "Chosen without regard to scores, as a control, strategy global-random, 0.25 of heads." in card
+
+
+def test_rows_that_grew_are_as_long_as_they_became(tmp_path):
+    grown = SECTION | {"curriculum": [[128, 0.5], [1024, 0.5]]}
+    folder = write_student(tmp_path / "s", stages=[STAGE | {"stage": "distill", "recipe": grown}])
+    assert glance(folder)["Context"].startswith("trained on rows of up to 1,024 tokens;")
+
+
 def test_heads_that_nobody_scored_are_said_to_be_given(tmp_path):
     folder = write_student(tmp_path / "s")
     assert "was given by hand, or in a file that does not say" in card_of(folder)

@@ -17,7 +17,7 @@ from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.data.ruler import TASKS, Haystack, make_prompts
 from hydrahead.evaluation import cells as cells_module
 from hydrahead.evaluation.evaluator import Settings, evaluate
-from hydrahead.evaluation.models import Model, cache_costs
+from hydrahead.evaluation.models import Model, cache_costs, position_limit
 from hydrahead.evaluation.needles import FIRST_SEED, answer, as_asked, score
 from hydrahead.evaluation.report import is_measured, markdown, read_report, short_table
 from hydrahead.evaluation.statistics import mcnemar, paired_difference, wilson_interval
@@ -275,6 +275,16 @@ def test_a_batch_that_is_too_large_for_the_memory_is_divided_and_a_prompt_that_i
     assert sizes == [3, 2, 1, 1, 1, 3, 2, 1, 1, 1, 3, 2, 1, 3, 2, 1]
     cells = read_report(tmp_path)["needles"]
     assert [cell.get("accuracy", cell.get("error")) for cell in cells] == [1.0, 1.0, "out of memory", "out of memory"]
+
+
+def test_tables_of_positions_are_told_from_other_tables():
+    """Of words by layer, say, in a model that computes its positions."""
+    model = make_teacher("llama3-tied")
+    assert position_limit(model) is None
+    model.words_by_layer = torch.nn.Embedding(10 * model.config.max_position_embeddings, 4)
+    assert position_limit(model) is None
+    model.positions = torch.nn.Embedding(model.config.max_position_embeddings + 2, 4)  # as OPT has them
+    assert position_limit(model) == model.config.max_position_embeddings
 
 
 @pytest.mark.parametrize("make", [make_student, lambda **options: make_teacher("llama3-tied", **options)])

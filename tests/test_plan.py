@@ -183,7 +183,8 @@ def test_a_small_model_trains_at_a_smaller_share_of_a_gpu(stage):
 
 def test_a_recipe_that_was_run_and_not_fitted_took_what_its_plan_says():
     rows = [row for row in check_points() if row["case"].startswith("smollm2")]
-    assert {row["case"] for row in rows} == {"smollm2-135m-3to1", "smollm2-135m-7to1"} and len(rows) == 6
+    names = {row["case"].split(",")[0] for row in rows}
+    assert names == {"smollm2-135m-3to1", "smollm2-135m-7to1"} and len(rows) == 5, "one alignment serves both"
     assert all(abs(row["error"]) < 0.1 for row in rows)
 
 
@@ -288,7 +289,8 @@ def test_masks_that_were_chosen_are_planned_as_they_are(tmp_path):
 
 def test_a_teacher_by_name_is_trained_as_in_the_paper_in_rows_that_it_can_read():
     plan = make_plan(str(EMBEDDED_TEACHER))  # knows 1,024 positions
-    assert [stage["length"] for stage in plan["stages"].values()] == [512, 1024, 1024]
+    lengths = [stage["length"] for stage in plan["stages"].values()]
+    assert lengths == [512, 1024, 16384], "the teacher does not read the rows of finetuning"
     assert make_plan(str(EMBEDDED_TEACHER), ["finetune.length=256"])["stages"]["finetune"]["length"] == 256
 
 

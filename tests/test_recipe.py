@@ -184,6 +184,28 @@ def test_heads_aligned_for_other_options_are_refused_by_name(inputs, capsys):
         assert f"{file}: its heads were aligned for {line}" in said
 
 
+def test_an_alignment_goes_on_with_the_kinds_of_forms_that_it_began_with(inputs):
+    """Before they were recorded all were fitted, also those that are left alone now."""
+    folder, values = inputs
+    values = values | {"student": {"full_attention_position": "rope", "fusion_norm": "linear"}}
+    recipe = load_recipe(write_recipe(folder, values))
+    assert stage_module.Stage(load_recipe(write_recipe(folder, values | {"student": {}})), "align").kinds == [
+        "linear",
+        "full",
+    ]
+    assert (
+        stage_module.Stage(recipe, "distill").kinds == []
+        and "kinds" not in stage_module.Stage(recipe, "distill").record()
+    )
+    begun = stage_module.Stage(recipe, "align")
+    assert begun.kinds == begun.record()["kinds"] == ["linear"]
+    for kinds, expected in (({"kinds": ["linear"]}, ["linear"]), ({}, ["linear", "full"])):
+        record = {key: value for key, value in begun.record().items() if key != "kinds"} | kinds
+        begun.folder.mkdir(parents=True, exist_ok=True)
+        begun.earlier.write(record)
+        assert stage_module.Stage(recipe, "align").kinds == expected
+
+
 def test_the_curriculum_is_checked(inputs, capsys):
     folder, recipe = inputs
     longer = "finetune.curriculum=[[16, 0.5], [128, 0.5]]"  # than the teacher knows: it does not read them

@@ -63,9 +63,7 @@ def test_a_row_that_fails_stops_no_other(tmp_path):
     (tmp_path / "out" / "layerwise-7to1-aligned").touch()
     said = run(tmp_path, "layerwise-7to1-aligned", "random-3to1-aligned", status=1)
     assert "layerwise-7to1-aligned: [Errno" in said and "| random-3to1-aligned |" in said
-    assert said.rstrip().endswith(
-        "hydrahead: layerwise-7to1-aligned: failed, each for the reason above; the other rows are there"
-    )
+    assert said.rstrip().endswith("hydrahead: layerwise-7to1-aligned: failed, each for the reason above")
     assert not list((tmp_path / "out").rglob("head_scores.json")), "controls need no scores"
 
 
@@ -76,8 +74,12 @@ def test_controls_are_of_the_very_teacher_that_a_gguf_file_holds(tmp_path, monke
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "the others are in there " * 200}) + "\n")
     given = [*SMALL, f"teacher.name={file}", f"data.name={tmp_path / 'text.jsonl'}", "data.subset=null"]
     lengths = ["align.length=16", "distill.length=16", "run.micro_batch_tokens=16"]
-    Study("demo", [*given, *lengths], tmp_path / "out").check("random-3to1")
+    study = Study("demo", [*given, *lengths], tmp_path / "out")
+    study.check("random-3to1")
     assert not (tmp_path / "out").exists()
+    beyond = Study("demo", [*given, *lengths, "evaluate.lengths=[100000]"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"evaluate\.lengths needs"):
+        beyond.check("random-3to1")
 
 
 def test_rows_are_named_by_what_they_are():

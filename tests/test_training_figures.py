@@ -45,6 +45,15 @@ def draw(lines: list[dict], folder) -> dict[str, np.ndarray]:
     return {file.name: matplotlib.image.imread(file) for file in folder.glob("*.png")}
 
 
+def test_a_run_that_stopped_recording_a_number_is_drawn_without_it(drawn, tmp_path):
+    """As one by code that fits fewer kinds of forms."""
+    lines = record(ALIGNMENT)
+    for line in lines[STEPS // 2 :]:
+        del line["full_loss"], line["full_layers"]
+    assert draw(lines, tmp_path / "run").keys() == {"training.png", "layers.png"}
+    assert "full loss" not in {curve.get_label() for axes in drawn[0].axes for curve in axes.get_lines()}
+
+
 @pytest.mark.parametrize(
     "names",
     [ALIGNMENT | {"heldout_linear_loss"}, {"kl", "ce", "niah_single_2", "niah_multikey_1", "heldout_loss"}],

@@ -4,8 +4,8 @@
     accelerate launch -m hydrahead.training.align --config RECIPE.yaml align.learning_rate=2e-3
 
 Writes `OUTPUT/align/head_forms.safetensors`, what distillation starts from. By heads (the default) both forms of every
-head are fitted before `W_o`, for all masks at once, and the recipe needs no masks; full forms that start as the
-teacher's heads (RoPE kept, only linear heads normalised) stay as they are. By layers (`align.mode=layers`, the
+head are fitted before `W_o`, for all masks at once, and the recipe needs no masks; full forms that are the teacher's
+own heads stay as they are. By layers (`align.mode=layers`, the
 paper's way) each layer's attention under the masks is fitted after `W_o`.
 """
 
@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..console import one_line_errors
 from ..convert.calibration import calibrated_forms
-from ..convert.forms import BRANCHES, Forms, HeadForms, save_forms
+from ..convert.forms import Forms, HeadForms, save_forms
 from ..convert.hooks import visit_heads
-from ..convert.options import full_heads_start_as_teachers, options_of
+from ..convert.options import fitted_kinds, options_of
 from ..data.batches import Batch
 from ..files import atomic_file
 from .loop import Run, Schedule, train
@@ -41,12 +41,9 @@ class FittedHeads(HeadForms):
     """
     The forms of every head, each fitted to what its teacher head writes before `W_o`.
 
-    A full form that starts as the teacher's own head is left as it is: there is nothing to fit, and rounding would
-    only move it away.
+    Of the kinds that run, as `HeadForms` is told. A full form that starts as the teacher's own head is best left as it
+    is (`convert.options.fitted_kinds`): there is nothing to fit, and rounding would only move it away.
     """
-
-    def __init__(self, config: HydraHeadConfig, forms: Forms):
-        super().__init__(config, forms, ("linear",) if full_heads_start_as_teachers(config) else BRANCHES)
 
     def forward(
         self,
@@ -79,7 +76,7 @@ class FittedLayers(FittedHeads):
     """The heads of one student, fitted layer by layer to what the teacher's attention writes after its `W_o`."""
 
     def __init__(self, config: HydraHeadConfig, forms: Forms, output_weights: Iterable[torch.Tensor]):
-        HeadForms.__init__(self, config, forms, {"student": config.head_masks})
+        super().__init__(config, forms, {"student": config.head_masks})
         # The teacher's own, `[D, H * d]`: no buffers, which DDP would send from process to process in every step.
         self.output_weights = [weight.detach().float() for weight in output_weights]
 
@@ -202,7 +199,7 @@ def align_heads(
         token_ids = batch_at(step)
         return [Batch(token_ids, torch.ones(token_ids.shape))]
 
-    module = FittedHeads(config, forms)
+    module = FittedHeads(config, forms, fitted_kinds(config))
     module.load_state_dict(align(accelerator, teacher, module, micro_batches, schedule, on_step=on_step))
     return module.cpu().forms()
 
@@ -238,7 +235,7 @@ def run_align(recipe: Recipe, dry_run: bool = False) -> None:
 
     def build() -> FittedHeads:
         if not by_layers:
-            return FittedHeads(config, forms)
+            return FittedHeads(config, forms, stage.kinds)
         return FittedLayers(config, forms, [layer.self_attn.o_proj.weight.cpu() for layer in teacher.model.layers])
 
     module = build().to(job.accelerator.device)

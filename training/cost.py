@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..configuration_hydrahead import HydraHeadConfig
-from ..convert.options import full_heads_start_as_teachers
+from ..convert.options import fitted_kinds
 from .data import stage_phases
 from .losses import CHUNK_TOKENS
 from .recipe import Recipe, StageSection
@@ -145,7 +145,7 @@ def estimate(recipe: Recipe, stage: str, config: HydraHeadConfig, teacher: Hydra
     steps, head = section.tokens // section.batch_tokens, config.vocab_size * config.hidden_size
     tokens = steps * section.batch_tokens
     if stage == "align":
-        fitted = (0,) if full_heads_start_as_teachers(config) else (0, 1)
+        fitted = range(len(fitted_kinds(config)))
         kinds = [config] if section.mode == "layers" else [of_one_kind(config, kind) for kind in fitted]
         units = [sum(branch_parameters(kind, layer) for kind in kinds) for layer in range(layers)]
         trained, ends = sum(units), 0
@@ -189,8 +189,7 @@ def activation_bytes(stage: str, section: StageSection, config: HydraHeadConfig,
     hidden = config.hidden_size
     attention = VALUE_BYTES * (2 * hidden + 9 * config.num_attention_heads * config.head_dim)
     if stage == "align":
-        both = section.mode == "heads" and not full_heads_start_as_teachers(config)
-        return tokens * attention * (2 if both else 1)
+        return tokens * attention * (1 if section.mode == "layers" else len(fitted_kinds(config)))
     layer = attention + VALUE_BYTES * (2 * hidden + 4 * config.intermediate_size)
     kept = 4 * hidden * config.num_hidden_layers + layer  # the residual stream is fp32
     per_token = kept if section.gradient_checkpointing else layer * config.num_hidden_layers

@@ -102,14 +102,14 @@ def make_plan(
 
 
 def find_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Teacher]:
-    """A recipe and its teacher; for a teacher's name the paper's stages, in rows that this teacher can read."""
+    """A recipe and its teacher; for a teacher's name the paper's stages, their rows no longer than it can read them."""
     if name in shipped_recipes() or Path(name).suffix in (".yaml", ".yml"):
         recipe = load_recipe(name, overrides)
         return recipe, open_teacher(recipe.teacher.name, recipe.teacher.revision)
     recipe = load_recipe(PAPER, overrides)  # before the teacher is looked for: mistakes in them are quicker to find
     teacher = open_teacher(name, recipe.teacher.revision)
     paper, shorter = load_recipe(PAPER), []
-    for stage in STAGES:
+    for stage in STAGES[:-1]:  # the teacher does not read the rows of finetuning
         length = paper.stage(stage).length
         while length > teacher.config.max_position_embeddings:
             length //= 2

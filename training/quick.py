@@ -35,7 +35,7 @@ def quick_forms(
     on_step: Callable[[int, dict], None] | None = None,
 ) -> Forms:
     """
-    Both forms of every head, aligned on text three rows in four of which hide needles and ask for them.
+    The forms of every head, aligned on text three rows in four of which hide needles and ask for them.
 
     Heads are fitted to what they do on the rows they read: text without a single needle leaves those that find needles
     untrained for it (docs/experiments.md). The recipes' first stage is the same with more of it.

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import geometric_mean
@@ -242,8 +242,11 @@ def measured_stage(
 
 def recipe_stage(facts: dict) -> Cost:
     """A stage of a recipe that was run."""
+    recipe = load_recipe(facts["recipe"])
     student = config_of(facts["shape"], {"ratio": facts["ratio"], "strategy": "global", "budget_unit": "heads"})
-    return estimate(load_recipe(facts["recipe"]), facts["stage"], student, config_of(facts["shape"], {}))
+    options = {name: value for name, value in asdict(recipe.student).items() if value is not None}
+    student = HydraHeadConfig(**student.to_dict() | options)
+    return estimate(recipe, facts["stage"], student, config_of(facts["shape"], {}))
 
 
 def check_points() -> list[dict]:
@@ -278,7 +281,8 @@ def check_points() -> list[dict]:
         cost, gpu = recipe_stage(facts), gpu_of(facts["hardware"])
         note = "" if facts["is_fitted"] else "beside others on its machine"
         predicted = cost.tokens / stage_seconds(cost, gpu)
-        add(f"{facts['stage']}, tokens/s", facts["recipe"], predicted, facts["tokens_per_second"], note)
+        case = facts.get("case", facts["recipe"])
+        add(f"{facts['stage']}, tokens/s", case, predicted, facts["tokens_per_second"], note)
     for report in MEASURED["scaling"]:
         stage, gpus, gpu = report["stage"], report["gpus"], gpu_of(report["hardware"])
         for count, speed in report["tokens_per_second"].items():

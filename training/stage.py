@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.masks import read_masks
 from ..convert.migration import conversion_record
-from ..convert.options import options_of, student_config
+from ..convert.options import BRANCHES, fitted_kinds, options_of, student_config
 from ..convert.teachers import TeacherAdapter, open_teacher
 from ..data.batches import Batch
 from ..data.ruler import Haystack, Prompt, make_prompts
@@ -111,6 +111,8 @@ class Stage:
         # What is gone by now is taken to be what it was, and a run from before these were recorded for one like this.
         now["starts_from"] = before.get("starts_from", {}) | now["starts_from"]
         unknown = {key: now[key] for key in ("text_begins", "starts_from")}
+        if "kinds" in now:
+            unknown["kinds"] = now["kinds"]
         advice = f"choose another output, or remove {self.folder} to begin the stage anew"
         Record(self.earlier.path, unknown).check(now, advice)
         parts = before.get("parts") or [then["tokens"] // then["batch_tokens"]]
@@ -125,7 +127,19 @@ class Stage:
         """What decides the stage's numbers, whoever runs it."""
         record = stage_record(self.recipe, self.name) | {"text_begins": tokens_before(self.recipe, self.name)}
         record.pop("masks", None)
+        if self.kinds:
+            record["kinds"] = self.kinds
         return record | {"starts_from": self.starts_from}
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """The kinds of forms that alignment by heads fits; a run goes on as it was begun."""
+        if self.name != "align" or self.section.mode != "heads":
+            return []
+        before = self.earlier.read()
+        if before is None:
+            return list(fitted_kinds(self.config()))
+        return before.get("kinds") or list(BRANCHES)  # before these were recorded, all were fitted
 
     @property
     def sources(self) -> dict[str, Path]:

@@ -75,7 +75,7 @@ def stability(scores: HeadScores, method: str) -> dict[str, dict]:
     """
     scores = scores.using(method)
     active = torch.from_numpy(scores.active())
-    probes = [probe for probe in scores.probes if probe.used and probe.measured(method)]
+    probes = [probe.as_arrays() for probe in scores.probes if probe.used and probe.measured(method)]
     available = max((probe.used for probe in probes if probe.name != TEXT), default=0)
     generator = torch.Generator().manual_seed(0)
     top = max(1, round(TOP_SHARE * active.numel()))
@@ -153,11 +153,16 @@ def knockout(
         replace_heads = partial(constant_heads, mean_heads(teacher, [pair.clean for pair in pairs[:MEAN_TEXTS]]))
     sizes = list(sizes or knockout_sizes(layers * width))
 
+    known: dict[frozenset, float] = {}  # methods share their best heads, and all heads are all in any order
+
     def accuracy(heads: Order) -> float:
-        with visited_heads(teacher, replace_heads(as_masks(heads, layers, width))):
-            found = answers_found(teacher, pairs)
+        chosen = frozenset(heads)
+        if chosen not in known:
+            with visited_heads(teacher, replace_heads(as_masks(heads, layers, width))):
+                found = answers_found(teacher, pairs)
+            known[chosen] = sum(found) / len(found)
         on_point()
-        return sum(found) / len(found)
+        return known[chosen]
 
     curves = {}
     for method in methods:

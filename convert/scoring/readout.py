@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..hooks import Measure, final_states, input_device
 from .probes import Pair
 
-TOKENS_AT_ONCE = 16_384  # of prompts that are read together
+TOKENS_AT_ONCE = 65_536 if torch.cuda.is_available() else 16_384  # of prompts that are read together
 DISCOUNT = 0.9  # λ: what a token of the answer weighs beside the one before it
 
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -75,6 +76,10 @@ class HeadReader:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: slice) -> torch.Tensor:
         """Head outputs `[B, Q, heads, d]` of causal attention; `queries`: where in the text the queries stand."""
-        places = torch.arange(key.shape[-2], device=key.device)
-        mask = places[queries, None] >= places
+        # CUDA's kernels know this bias: nothing of it is kept for a backward pass, as an fp32 mask would be.
+        if key.is_cuda and queries.stop == key.shape[-2]:
+            mask = causal_lower_right(query.shape[-2], key.shape[-2])
+        else:
+            places = torch.arange(key.shape[-2], device=key.device)
+            mask = places[queries, None] >= places
         return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)

@@ -59,6 +59,11 @@ class ProbeResult:
             return any(map(self.measured, row.mean_of))
         return all(quantity in self.effects for quantity in row.quantities)
 
+    def as_arrays(self) -> "ProbeResult":
+        """The same with arrays for effects, which are read again and again where pairs are drawn."""
+        effects = {quantity: np.array(values, dtype=float) for quantity, values in self.effects.items()}
+        return replace(self, effects=effects)
+
     def effect(self, method: str, pairs: Sequence[int] | None = None) -> np.ndarray | None:
         """
         Mean effect `[L, H]` under a method, over all pairs or those of the given indices; `None` if not measured. A
