@@ -102,7 +102,7 @@ def make_plan(
 
 
 def find_recipe(name: str, overrides: Sequence[str]) -> tuple[Recipe, Teacher]:
-    """A recipe and its teacher; for a teacher's name the paper's stages, their rows no longer than it can read them."""
+    """A recipe and its teacher; for a teacher's name the paper's stages, in rows that this teacher can read."""
     if name in shipped_recipes() or Path(name).suffix in (".yaml", ".yml"):
         recipe = load_recipe(name, overrides)
         return recipe, open_teacher(recipe.teacher.name, recipe.teacher.revision)
