@@ -489,11 +489,15 @@ def main() -> None:
             return work(name, *arguments)
         except Stopped:
             raise
-        except (Exception, SystemExit) as error:  # a launched process that failed is the latter
+        except SystemExit as error:  # of a launched process
+            if error.code > 128:  # which a signal stopped
+                raise
+            print(f"{name}: a process of its alignment ended with status {error.code}", file=sys.stderr, flush=True)
+        except Exception as error:
             print(f"{name}: {first_line(error)}", file=sys.stderr, flush=True)
-            if not isinstance(error, ValueError | OSError | SystemExit):
+            if not isinstance(error, ValueError | OSError):
                 traceback.print_exception(error)
-            failed.append(name)
+        failed.append(name)
 
     if options.dry_run:
         for name in rows:
