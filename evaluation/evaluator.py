@@ -168,9 +168,10 @@ class _Run:
             for task, length in todo:
                 cell = _NeedleCell(self, model, loaded, tokenizer, task, length, advance)
                 self.measure("needles", {"model": model.label, "task": task, "length": length}, cell)
-        if loaded.dtype != torch.float32 and self.todo("batching", model, [()]):
-            first = (settings.tasks[0], min(settings.lengths))
-            cell = _BatchingCell(self, model, loaded, tokenizer, *first, lambda count: None)
+        shortest = min(settings.lengths)
+        is_batched = self.prompt_tokens(shortest) >= 2 * shortest  # else nothing is answered beside anything
+        if is_batched and loaded.dtype != torch.float32 and self.todo("batching", model, [()]):
+            cell = _BatchingCell(self, model, loaded, tokenizer, settings.tasks[0], shortest, lambda count: None)
             self.measure("batching", {"model": model.label}, cell)
 
     def text(self) -> None:

@@ -311,6 +311,15 @@ def test_in_bf16_the_share_of_answers_that_batching_changes_is_reported(folders,
     assert cell["prompts"] == 2 < settings.prompts and "% of 2 answers to" in (tmp_path / "report.md").read_text()
     assert (cell["task"], cell["length"]) == ("niah_single_2", 200) and 0 <= cell["changed"] <= 1
     assert "one by one instead of together" in (tmp_path / "report.md").read_text()
+    one_by_one = Settings(**vars(settings) | {"batch_tokens": 300})
+    evaluate(
+        [Model("one", folders[0], "one", dtype="bfloat16")],
+        one_by_one,
+        texts,
+        tmp_path / "b",
+        {"text_name": "library"},
+    )
+    assert read_report(tmp_path / "b")["batching"] == [], "nothing was answered beside anything"
 
 
 def test_any_model_computes_in_the_dtype_that_is_asked_for(folders):
