@@ -19,6 +19,8 @@ Both read and write heads where they lie, so that no layout is copied into anoth
 differ from layer to layer are ordinary arguments: one compilation serves every mask.
 """
 
+import contextlib
+
 try:
     import triton
     import triton.language as tl
@@ -29,6 +31,15 @@ import torch
 
 BLOCK = 64  # tokens of a program
 HEADS_OF = tl.constexpr(3)  # q, k and v
+
+
+def on_gpu_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """
+    Within the block kernels are launched where a tensor is. Triton's go to the current GPU otherwise, which need not
+    be a layer's. In a graph that is compiled the compiler sees to it.
+    """
+    is_eager = x.is_cuda and not torch.compiler.is_compiling()
+    return torch.cuda.device(x.device) if is_eager else contextlib.nullcontext()
 
 
 @triton.jit
@@ -277,10 +288,11 @@ def prepare_heads(
     """
     assert x.stride(2) == 1 and (context is None or context.is_contiguous())
     cos, sin = cos.contiguous(), sin.contiguous()
-    if context is None:
-        outputs = PreparedHeads.apply(x, weight, q_weight, k_weight, cos, sin, offset, eps)
-    else:
-        outputs = _prepare(x, weight, q_weight, k_weight, cos, sin, offset, eps, context)
+    with on_gpu_of(x):
+        if context is None:
+            outputs = PreparedHeads.apply(x, weight, q_weight, k_weight, cos, sin, offset, eps)
+        else:
+            outputs = _prepare(x, weight, q_weight, k_weight, cos, sin, offset, eps, context)
     return tuple(output.permute(1, 2, 0, 3) for output in outputs)
 
 
@@ -420,4 +432,5 @@ def fuse_heads(
         full = full.contiguous()
     if linear is not None and linear.stride(3) != 1:
         linear = linear.contiguous()
-    return FusedHeads.apply(full, linear, gamma, order, eps, normalizes_full)
+    with on_gpu_of(gamma):
+        return FusedHeads.apply(full, linear, gamma, order, eps, normalizes_full)

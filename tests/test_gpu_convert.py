@@ -21,7 +21,7 @@ from hydrahead.convert.scoring.settings import ScoreSettings
 from hydrahead.convert.teachers import EMBEDDED_TEACHER, Teacher, adapter_for
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.pipeline import walk
-from hydrahead.tests.families import ALL_LINEAR, make_teacher, random_ids
+from hydrahead.tests.families import ALL_LINEAR, make_student, make_teacher, random_ids
 from hydrahead.tests.placements import compare, everything, split
 from hydrahead.tests.test_scoring import usable_pairs
 from hydrahead.training.quick import align_for_scores, quick_forms
@@ -164,3 +164,22 @@ def test_flas_kernels_run_on_the_gpu_of_the_layer_whose_heads_they_are(monkeypat
         forms = HeadForms(config, tensors).requires_grad_(False)
         found.append(text_effects(teacher, forms, ids[0].tolist()))
     compare({"effects": found[1]}, {"effects": found[0]}, 1e-3)
+
+
+@two_gpus
+@torch.no_grad()
+def test_our_kernels_run_on_the_gpu_of_the_layer_too(monkeypatch):
+    """A student on the second GPU while the first is current: what it says there, and what it says on the first."""
+    kernels_hydrahead = pytest.importorskip("hydrahead.kernels_hydrahead")
+    launched, prepare = [], kernels_hydrahead._prepare
+    monkeypatch.setattr(
+        kernels_hydrahead, "_prepare", lambda *args: launched.append(torch.cuda.current_device()) or prepare(*args)
+    )
+    ids, found = random_ids(1, 130), []
+    for place in (0, 1):
+        student = make_student().to(f"cuda:{place}")
+        assert torch.cuda.current_device() == 0
+        found.append(student(ids.to(student.device)).logits.cpu())
+        assert set(launched) == {place} and torch.cuda.current_device() == 0
+        launched.clear()
+    compare({"logits": found[1]}, {"logits": found[0]}, 1e-3)
