@@ -13,6 +13,7 @@ from hydrahead.convert import HeadScores, score_heads, select_heads
 from hydrahead.convert.calibration import head_forms_of
 from hydrahead.convert.forms import HeadForms
 from hydrahead.convert.options import student_config
+from hydrahead.convert.scoring import evidence
 from hydrahead.convert.scoring.evidence import (
     average_ranks,
     knockout,
@@ -26,6 +27,7 @@ from hydrahead.convert.scoring.evidence import (
 from hydrahead.convert.scoring.measure import score_steps
 from hydrahead.convert.scoring.methods import METHODS, Method
 from hydrahead.convert.scoring.probes import Pair, Probe
+from hydrahead.convert.scoring.readout import answers_found
 from hydrahead.convert.scoring.receivers import receiver_effects
 from hydrahead.convert.scoring.scores import ProbeResult, fuse, measured_methods
 from hydrahead.convert.scoring.settings import ScoreSettings, check_options
@@ -315,14 +317,17 @@ def test_stability_is_one_for_a_ranking_without_noise_and_nothing_for_noise():
     assert stability(scores_of(two), "receiver")["8"]["rho"] is None, "two heads have no rank correlation"
 
 
-def test_a_knockout_takes_the_best_the_worst_and_random_heads(teacher, pairs):
+def test_a_knockout_takes_the_best_the_worst_and_random_heads(teacher, pairs, monkeypatch):
     scores = score_heads(teacher, None, [Probe("a", "retrieval", pairs)], methods=["receiver"])
     points = []
     curves = knockout(teacher, scores, ["receiver"], pairs, on_point=lambda: points.append(1))
     assert curves["sizes"] == knockout_sizes(LAYERS * HEADS) == [1, 2, 4, 6]
     assert len(points) == (2 + 5) * 4 and len(curves["random"]) == 5
     assert curves["intact"] == 1 and curves["methods"]["receiver"]["top"][-1] < 1
+    asked = []
+    monkeypatch.setattr(evidence, "answers_found", lambda *args: asked.append(1) or answers_found(*args))
     everything = knockout(teacher, scores, ["receiver"], pairs, sizes=[LAYERS * HEADS])
+    assert len(asked) == 2, "all heads are all in any order, and the intact teacher"
     assert len({*everything["methods"]["receiver"]["top"], *(curve[0] for curve in everything["random"])}) == 1
 
 
