@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -173,7 +173,7 @@ class Study:
         steps = Road(*self.recipe(replace(row, student=row.forms), f"output={self.base(row)}")).steps()
         return [step for step in steps if step.name == "align" or (step.name == "score" and row.by_score)]
 
-    @property
+    @cached_property
     def teacher(self) -> Teacher:
         """The recipe's."""
         named = load_recipe(*self.recipe(Row(""))).teacher

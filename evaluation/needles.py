@@ -79,13 +79,14 @@ def answer(
         torch.OutOfMemoryError: not even one prompt fits.
         ValueError: a prompt is longer than a model with learned positions can read.
     """
-    size = max(1, batch_tokens // max(map(len, prompts), default=1))
+    longest = max(map(len, prompts), default=0)
+    check_positions(model, longest + new_tokens)
+    size = max(1, batch_tokens // max(1, longest))
     answers: list[str] = []
     was_training = model.training
     model.eval()
     while len(answers) < len(prompts):
         batch = prompts[len(answers) : len(answers) + size]
-        check_positions(model, max(map(len, batch)) + new_tokens)
         try:
             answers += _continue(model, tokenizer, batch, new_tokens)
         except torch.OutOfMemoryError:

@@ -136,12 +136,8 @@ def test_the_schedule_warms_up_and_decays():
     assert schedule.learning_rate_at(99) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("family", ["qwen3-tied", "qwen2-tied", "phi3"])
-def test_alignment_brings_both_forms_of_all_heads_closer_and_moves_every_parameter(family):
-    teacher = make_teacher(family)
-    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    config = student_config(adapter_for(teacher.config), ALL_LINEAR)
-    start = head_forms_of(teacher, random_ids(2, 24), config)
+def aligned(teacher, config, start: dict, steps: int) -> tuple[dict, list[dict]]:
+    """Forms after some steps on the same rows, and the metrics of each step."""
     seen = []
     forms = align_heads(
         Accelerator(cpu=True),
@@ -149,9 +145,19 @@ def test_alignment_brings_both_forms_of_all_heads_closer_and_moves_every_paramet
         config,
         start,
         lambda step: same_batch(step)[0],
-        Schedule(25, 3e-3, 3e-3, warmup_steps=1),
+        Schedule(steps, 3e-3, 3e-3, warmup_steps=1),
         on_step=lambda _, metrics: seen.append(metrics),
     )
+    return forms, seen
+
+
+@pytest.mark.parametrize("family", ["qwen3-tied", "qwen2-tied", "phi3"])
+def test_alignment_brings_both_forms_of_all_heads_closer_and_moves_every_parameter(family):
+    teacher = make_teacher(family)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    config = student_config(adapter_for(teacher.config), ALL_LINEAR)
+    start = head_forms_of(teacher, random_ids(2, 24), config)
+    forms, seen = aligned(teacher, config, start, 25)
     assert seen[-1]["linear_loss"] < 0.8 * seen[0]["linear_loss"]
     assert seen[-1]["full_loss"] < 0.9 * seen[0]["full_loss"]
     assert forms.keys() == start.keys()
@@ -163,18 +169,10 @@ def test_alignment_brings_both_forms_of_all_heads_closer_and_moves_every_paramet
 @pytest.mark.parametrize("options", [{"fusion": "concat"}, {"fusion_norm": "linear"}, {"fusion_norm": "all"}])
 def test_alignment_leaves_full_forms_alone_that_are_the_teachers_heads(options):
     """With RoPE kept they are, unless the fusion normalises them too: then they are fitted."""
-    teacher, seen = make_teacher("qwen2-tied"), []
+    teacher = make_teacher("qwen2-tied")
     config = student_config(adapter_for(teacher.config), ALL_LINEAR, full_attention_position="rope", **options)
     start = head_forms_of(teacher, random_ids(2, 24), config)
-    forms = align_heads(
-        Accelerator(cpu=True),
-        teacher,
-        config,
-        start,
-        lambda step: same_batch(step)[0],
-        Schedule(3, 3e-3, 3e-3, warmup_steps=1),
-        on_step=lambda _, metrics: seen.append(metrics),
-    )
+    forms, seen = aligned(teacher, config, start, 3)
     are_fitted = options.get("fusion_norm") == "all"
     assert forms.keys() == start.keys() and ("full_loss" in seen[0]) == are_fitted
     moved = {name.split(".")[1] for name in forms if not torch.equal(forms[name], start[name])}

@@ -70,10 +70,10 @@ def score_heads(
         if METHODS[method].needs_forms and head_forms is None:
             raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
     adapter, reader = adapter_for(teacher.config), HeadReader(teacher)
-    same = head_forms is not None and any(METHODS[name].needs_forms for name in methods)
-    same = same and full_forms_are_teachers(adapter, reader.read, head_forms.start, head_forms.config)
-    bench = Bench(teacher, reader, head_forms, shortlist, sender_shortlist, same)
-    measuring = _Measuring(bench, on_pair)
+    same = head_forms is not None and full_forms_are_teachers(
+        adapter, reader.read, head_forms.start, head_forms.config
+    )
+    measuring = _Measuring(Bench(teacher, reader, head_forms, shortlist, sender_shortlist, same), on_pair)
     results = list(done)
     for probe in probes[len(done) :]:
         seen = any(result.name == probe.name and result.used for result in results)
