@@ -4,6 +4,7 @@ Students of one teacher on the same text, row by row: which heads, budget, posit
     python benchmarks/study.py smollm2-135m-3to1 data.name=plain.jsonl data.subset=null --output runs/study
     python benchmarks/study.py smollm2-135m-3to1 … --rows default-3to1 random-3to1 --minutes 20
     python benchmarks/study.py --tables runs/study/study.json students.md  # students.png and students_needles.png too
+    python benchmarks/study.py --tables one/study.json other/study.json students.md [--rows …]  # on the same prompts
 
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
 its masks and distils, to the recipe's tokens or to a share of them. All students and the teacher answer the same
@@ -21,9 +22,10 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,6 +56,8 @@ SCORED = f"score.method=[{','.join(METHODS)}]"
 TENTH = 0.1
 WAIT = 5  # seconds, for what another call is making
 MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
+CELLS = {"models": "label", "needles": "model", "text": "model"}  # of a report, and whose they are
+HALF = 0.5  # million, by which the last ten steps may end before one
 WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
 
 
@@ -348,8 +352,43 @@ def timed(what: str, work: Callable[[], object]) -> None:
     print(f"{what} took {usage}", flush=True)
 
 
+def merged(studies: list[dict], rows: Iterable[str] = tuple(ROWS)) -> dict:
+    """
+    Studies of one teacher as one, without the rows of `ROWS` that are not among `rows`.
+
+    Raises:
+        ValueError: two of them have a row of one name, or asked other prompts.
+    """
+    first, *others = studies
+    whole = first | {"rows": dict(first["rows"]), "report": dict(first["report"] or {}) or None}
+    for other in others:
+        if twice := whole["rows"].keys() & other["rows"].keys():
+            raise ValueError(f"{', '.join(sorted(twice))}: in two studies; leave one of them out")
+        if not (whole["report"] and other["report"] and _same_prompts(whole["report"], other["report"])):
+            raise ValueError("the studies did not ask the same prompts; make a page of each")
+        whole["rows"] |= other["rows"]
+        known = {model["label"] for model in whole["report"]["models"]}
+        for kind, key in CELLS.items():
+            whole["report"][kind] = whole["report"][kind] + [c for c in other["report"][kind] if c[key] not in known]
+    left_out = ROWS.keys() - set(rows)
+    whole["rows"] = {name: row for name, row in whole["rows"].items() if name not in left_out}
+    for kind, key in CELLS.items() if whole["report"] else ():
+        whole["report"][kind] = [cell for cell in whole["report"][kind] if cell[key] not in left_out]
+    return whole
+
+
+def _same_prompts(*reports: dict) -> bool:
+    """Whether the needles of two reports, where they share task and length, stand at the same depths."""
+    one, other = (
+        {(cell["task"], cell["length"]): cell["depths"] for cell in report["needles"] if cell["model"] == "teacher"}
+        for report in reports
+    )
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[place] == other[place] for place in shared)
+
+
 def tables(study: dict) -> str:
-    """Training, needles and text of every row, and what the default does beyond random choices, in Markdown."""
+    """Training, needles and text of every row, and what other choices do beside the default, in Markdown."""
     report, lines = study["report"], ["# Students of one teacher", "", *_progress(study)]
     if report is None:  # all rows were interrupted
         return "\n".join(lines) + "\n"
@@ -358,6 +397,7 @@ def tables(study: dict) -> str:
     needles = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["needles"]}
     text = {(cell["model"], cell["length"]): cell for cell in report["text"]}
     shortest = min(length for _, length in text)
+    names = list(dict.fromkeys(["teacher", *(model["label"] for model in report["models"]), *study["rows"]]))
 
     def accuracy(cell: dict | None) -> str:
         if cell is None or "error" in cell:
@@ -368,7 +408,7 @@ def tables(study: dict) -> str:
         lines += [f"`{task}`, {report['prompts']} prompts a cell, 95% intervals:", ""]
         lines += [f"| | trained on | {' | '.join(f'{length:,}' for length in lengths)} |"]
         lines += ["| --- " + "| ---: " * (len(lengths) + 1) + "|"]
-        for name in ["teacher", *study["rows"]]:
+        for name in names:
             tokens = study["rows"][name]["tokens"] if name in study["rows"] else {}
             read = ", then ".join(f"{tokens[stage] / 1e6:g}M" for stage in ("distill", "finetune") if stage in tokens)
             cells = " | ".join(accuracy(needles.get((name, task, length))) for length in lengths)
@@ -379,13 +419,13 @@ def tables(study: dict) -> str:
         "| | loss | KL | agreement | KL in the last steps of distillation |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name in ["teacher", *study["rows"]]:
+    for name in names:
         cell = text.get((name, shortest), {})
         values = [f"{cell[key]:.3f}" if key in cell else "" for key in ("loss", "kl", "agreement")]
         last = study["rows"][name]["steps"].get("distill", [])[-10:] if name in study["rows"] else []
         values += [f"{sum(step['kl'] for step in last) / len(last):.3f}" if last else ""]
         lines += [f"| {name} | {' | '.join(values)} |"]
-    return "\n".join([*lines, "", *_against_random(study, needles, tasks, lengths)]) + "\n"
+    return "\n".join([*lines, "", *_beside_default(study, needles, tasks, lengths)]) + "\n"
 
 
 def curves(study: dict) -> dict[str, dict[str, list[tuple]]]:
@@ -411,7 +451,8 @@ def _progress(study: dict) -> list[str]:
     found = {name: each for name, each in curves(study).items() if each["kl"]}
     if not found:  # aligned heads only
         return []
-    marks = [mark for mark in MARKS if any(each["kl"] and each["kl"][-1][0] >= mark for each in found.values())]
+    reached = max(each["kl"][-1][0] for each in found.values())
+    marks = [mark for mark in MARKS if mark < reached + HALF]
     lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
     lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
     for name, each in found.items():
@@ -428,35 +469,41 @@ def _progress(study: dict) -> list[str]:
     return [*lines, ""]
 
 
-def _against_random(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
-    """Every default row with its random counterpart, seeds together, by the same prompts."""
-    pairs: dict[tuple, list[tuple[str, str]]] = {}
+def _beside_default(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
+    """What other students of the same budget and tokens find more than the default's, by the same prompts."""
+    alike: dict[tuple, list[str]] = {}  # but for the seed
     for name, row in study["rows"].items():
-        if not name.startswith("random"):
+        if all("scores" in needles.get((name, task, length), {}) for task in tasks for length in lengths):
+            alike.setdefault((row["ratio"], json.dumps(row["tokens"]), row["about"]), []).append(name)
+
+    def scores(names: list[str], task: str) -> list[float]:
+        """Of each prompt, the mean of the seeds."""
+        found = [chain(*[needles[name, task, length]["scores"] for length in lengths]) for name in names]
+        return [sum(each) / len(names) for each in zip(*found, strict=True)]
+
+    def is_default(name: str) -> bool:
+        return not any(study["rows"][name].get(changed) for changed in ("select", "student", "training"))
+
+    defaults = {(ratio, tokens): names for (ratio, tokens, _), names in alike.items() if is_default(names[0])}
+    lines = []
+    for (ratio, tokens, about), names in alike.items():
+        default = defaults.get((ratio, tokens), names)
+        if default == names:
             continue
-        chosen = name.replace("random", "default")
-        if row["share"] == 0 and row["seed"]:  # nothing was trained: the choice by score has no seed
-            chosen = chosen.removesuffix(f"-{row['seed']}")
-        if chosen in study["rows"]:
-            pairs.setdefault((row["ratio"], row["share"]), []).append((chosen, name))
-    if not pairs:
+        gaps = [paired_difference(scores(names, task), scores(default, task)) for task in tasks]
+        cells = [f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" for gap in gaps]
+        trained = json.loads(tokens).get("distill", 0) / 1e6
+        lines += [f"| {about}, {trained:g}M | {len(names)}, {len(default)} | {' | '.join(cells)} |"]
+    if not lines:
         return []
-    lines = ["Default less random, seeds together, 95% bootstrap intervals:", ""]
-    lines += [f"| | {' | '.join(f'{length:,}' for length in lengths)} |", "| --- " + "| ---: " * len(lengths) + "|"]
-    for (ratio, share), names in pairs.items():
-        for task in tasks:
-            cells = []
-            for length in lengths:
-                found = [[needles.get((name, task, length), {}).get("scores") for name in pair] for pair in names]
-                both = [pair for pair in found if all(pair)]
-                if not both:
-                    cells.append("–")
-                    continue
-                one, other = ([score for pair in both for score in pair[place]] for place in (0, 1))
-                gap = paired_difference(one, other)
-                cells.append(f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})")
-            lines += [f"| {ratio:g}, {share:g} of the tokens, `{task}` | {' | '.join(cells)} |"]
-    return lines
+    return [
+        "Less the default of the same budget and tokens, on the same prompts, the mean of seeds, all lengths as one,",
+        "95% bootstrap intervals over prompts:",
+        "",
+        f"| | seeds, of the default | `{'` | `'.join(tasks)}` |",
+        "| --- | ---: " + "| ---: " * len(tasks) + "|",
+        *lines,
+    ]
 
 
 def main() -> None:
@@ -468,11 +515,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no further row is begun")
     parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without weights, stop")
     parser.add_argument("--batch-tokens", type=int, help="of prompts answered together; default: the evaluator's")
-    parser.add_argument("--tables", nargs=2, type=Path, metavar=("JSON", "PAGE"), help="write page and picture, stop")
+    parser.add_argument(
+        "--tables", nargs="+", type=Path, metavar="FILE", help="JSON… PAGE: write page and pictures, stop"
+    )
     options = parser.parse_intermixed_args()
     if options.tables:
-        source, page = options.tables
-        found = json.loads(source.read_text())
+        *sources, page = options.tables
+        if not sources:
+            parser.error("--tables wants a study's JSON, several of the same prompts, and then the page to write")
+        found = merged([json.loads(source.read_text()) for source in sources], options.rows)
         with atomic_file(page) as partial:
             partial.write_text(tables(found), encoding="utf-8")
         plot_students(curves(found), page.with_suffix(".png"))

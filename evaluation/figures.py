@@ -1,6 +1,7 @@
 """Results as pictures."""
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ LAYER_TITLES = {"linear_layers": "linear forms", "full_layers": "full-attention 
 MODELS = (GREY, RED, BLUE, GREEN, "#b8860b", "#7b4fa3", "#2a9d8f", "#8c564b")  # colours of models side by side
 NEEDLE_COLORS = {"niah_single_2": GREEN, "niah_multikey_1": "#b8860b"}
 TRAINING_COLORS = {"linear_loss": BLUE, "full_loss": RED, "layer_loss": BLUE, "kl": BLUE, "ce": RED}
+BANDS = 4  # students whose intervals are drawn over each other
 CURVES = {"kl": "KL to the teacher, nats a token", "niah_single_2": "needles, one key", "niah_multikey_1": "four keys"}
 HELD_OUT = {f"heldout_{name}": name for name in TRAINING_COLORS} | {"heldout_loss": "ce"}
 
@@ -369,22 +371,27 @@ def plot_students(curves: Mapping[str, Mapping[str, Sequence[tuple]]], file: Pat
     """
     Draw how students learn, a panel for each number, a line for each student; nothing where no point is known yet.
 
+    Students that differ in nothing but their seed, a digit behind their names, share a color.
+
     Args:
         curves: of every student, for every number, points: millions of tokens, value, and the low and high end of its
-            interval or `None`.
+            interval or `None`; no interval is drawn where there are more students than can be told apart by it.
     """
     names = [name for name in next(iter(curves.values())) if any(each[name] for each in curves.values())]
     if not names:
         return
     figure, panels = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", squeeze=False)
     for axes, name in zip(panels[0], names):
-        for number, (student, each) in enumerate(curves.items()):
+        colors: dict[str, str] = {}
+        for student, each in curves.items():
             if not each[name]:
                 continue
             at, value, low, high = zip(*each[name])
-            color = MODELS[(number + 1) % len(MODELS)]  # grey is the teacher's
-            axes.plot(at, value, color=color, label=student, marker="o" if low[0] is not None else "", markersize=4)
-            if low[0] is not None:
+            choice = re.sub(r"-\d$", "", student)
+            label = None if choice in colors else choice
+            color = colors.setdefault(choice, MODELS[(len(colors) + 1) % len(MODELS)])  # grey is the teacher's
+            axes.plot(at, value, color=color, label=label, marker="o" if low[0] is not None else "", markersize=4)
+            if low[0] is not None and len(curves) <= BANDS:
                 axes.fill_between(at, low, high, color=color, alpha=0.1, linewidth=0)
         axes.set_xlabel("tokens of distillation, millions")
         axes.set_title(CURVES.get(name, name), fontsize=10)

@@ -67,11 +67,14 @@ def test_the_experiments_say_what_the_study_measured():
     """In every row of needles, text and training, whatever the page calls the models."""
     page = (ROOT / "docs" / "experiments.md").read_text()
 
-    kinds = re.compile(r"\| (teacher|default|random|layer|replacement|receiver|nope)")
+    kinds = re.compile(r"\| (teacher|default|random|layer|replacement|receiver|nope|concat|gate)[^|]* \|")
+
+    def table(*names: str) -> list[str]:
+        found = [json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text()) for name in names]
+        return [line for line in study.tables(study.merged(found)).splitlines() if kinds.match(line)]
 
     def rows(name: str) -> list[str]:
-        found = json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text())
-        return [line for line in study.tables(found).splitlines() if kinds.match(line)]
+        return [line for line in table(name) if ":1, " not in line]
 
     _, *measured = rows("rope-3to1.json")
     assert len(measured) == 6
@@ -86,6 +89,14 @@ def test_the_experiments_say_what_the_study_measured():
     assert len(found) == 8 and all(row in page for row in found)
     found = [row for row in rows("position-budget-16m.json") if row.count("|") == 6 and ", " not in row]
     assert len(found) == 21 and all(row in page for row in found)
+    both = table("position-budget-16m.json", "choices-16m.json")
+    beside = [row for row in both if ":1, " in row]
+    assert len(beside) == 13 and all(row in page for row in beside)
+    found = [row for row in rows("choices-16m.json") if row.count("|") == 6 and ", " not in row and " – " not in row]
+    found = [row for row in found if "teacher" not in row and "receiver-7to1" not in row]
+    assert len(found) == 45 and all(row in page for row in found)
+    found = [row for row in rows("long-context.json") if " (" in row]
+    assert len(found) == 8 and all(row in page for row in found)
 
 
 def test_the_experiments_say_how_long_the_steps_of_a_recipe_took():

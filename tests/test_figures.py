@@ -108,6 +108,14 @@ def test_students_are_drawn_as_far_as_they_are_known(drawn):
     assert [axes.get_title() for axes in drawn[0].axes] == ["KL to the teacher, nats a token"]
 
 
+def test_students_of_several_seeds_share_a_color(drawn):
+    seeds = {name: {"kl": [(1, 0.5, None, None)]} for name in ("default-3to1", "random-3to1", "default-3to1-1")}
+    figures.plot_students(seeds, None)
+    colors = [line.get_color() for line in drawn[0].axes[0].get_lines()]
+    assert colors[0] == colors[2] != colors[1]
+    assert [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()] == ["default-3to1", "random-3to1"]
+
+
 def test_similarity_names_layers_where_their_heads_are(drawn):
     figures.plot_similarity([[1, 0.5], [0.5, 1]], [[1.0] * 8] * 8, LONG, None)
     left, right = drawn[0].axes[:2]
