@@ -284,7 +284,7 @@ def test_a_shipped_recipe_fits_its_teacher_and_the_gpus_that_it_asks_for(name):
     masks = [[int(head % every == 0) for head in range(teacher.num_attention_heads)]] * teacher.num_hidden_layers
     student = HydraHeadConfig(**SHAPES[recipe.teacher.name] | {"head_masks": masks})
     assert recipe.data.name == "HuggingFaceFW/fineweb-edu"
-    sized = {"smollm2": [12e6, 40e6, 8e6], "qwen2.5": [20e6, 80e6, 16e6]}  # to minutes; others as in the paper
+    sized = {"smollm2": [12e6, 40e6, 8e6], "qwen2.5": [40e6, 80e6, 16e6]}  # to minutes; others as in the paper
     tokens = sized.get(name.split("-")[0], [8e8, 4e9, 1e9])
     assert [getattr(recipe, stage).tokens for stage in STAGES] == tokens
     assert recipe.score and recipe.select.ratio == 1 / every and recipe.evaluate.lengths
@@ -302,6 +302,10 @@ def test_a_dry_run_prints_the_cost_and_writes_nothing(inputs, capsys):
         MAINS[stage](["--config", write_recipe(folder, recipe), "--dry-run"])
         said = capsys.readouterr().out
         assert said.startswith(f"{stage}: ") and "GPU-hours" in said and "computed, not measured" in said
+        assert "warning" not in said
+        MAINS[stage](["--config", write_recipe(folder, recipe), "--dry-run", f"{stage}.warmup_steps=50"])
+        said = capsys.readouterr().out
+        assert re.search(rf"^warning: 50 of \d+ steps warm up; lower {stage}\.warmup_steps or ", said, flags=re.M)
     assert not (folder / "out").exists()
 
 

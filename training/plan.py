@@ -35,6 +35,7 @@ from .speed import (
     stage_share,
 )
 
+LONG_WARMUP = 0.25  # of a stage's steps; more is worth a word
 PAPER = "qwen3-1.7b-7to1"  # whose stages a teacher gets that is asked for by name
 
 
@@ -374,9 +375,11 @@ def print_cost(recipe: Recipe, stage: str, adapter: TeacherAdapter, config: Hydr
     """Print what a stage costs on H100s; `hydrahead plan` says it of other and of more GPUs."""
     cost, gpu = estimate(recipe, stage, config, teacher_config(adapter)), GPUS["h100"]
     memory, hours = in_bytes(sum(cost.memory().values())), stage_seconds(cost, gpu) / 3600
-    share = stage_share(stage, cost.flops / cost.tokens)
+    share, warmup = stage_share(stage, cost.flops / cost.tokens), recipe.stage(stage).warmup_steps
     print(
         f"{stage}: {amount(cost.tokens)} tokens in {cost.steps:,} steps, {amount(cost.trained)} parameters trained; "
         f"{memory} on one GPU; {amount(hours, ('',))} GPU-hours\n"
         f"computed, not measured: {share:.0%} of an H100's {gpu.flops:.3g} FLOP/s in bf16"
     )
+    if warmup > LONG_WARMUP * cost.steps:
+        print(f"warning: {warmup} of {cost.steps:,} steps warm up; lower {stage}.warmup_steps or {stage}.batch_tokens")
