@@ -90,7 +90,8 @@ def stages(report: dict) -> dict:
 
 def recipes(study: dict, alignment: dict) -> Iterator[dict]:
     """
-    Tokens a second of the stages of recipes that were run as they ship, in the median step; the first is fitted.
+    Tokens a second of the stages of recipes that were run as they ship, in the median step, and what distillation held
+    at its peak; the first is fitted.
 
     Args:
         alignment: without full forms, which the recipes' runs had fitted too and which are left alone since.
@@ -106,6 +107,8 @@ def recipes(study: dict, alignment: dict) -> Iterator[dict]:
                     continue
                 found = alignment["rows"]["linear"]
                 seconds, case = found["seconds"], {"case": f"{row['recipe']}, {found['about']}"}
+            if stage == "distill":  # finetuning's peak is counted from the start of the process, which distilled
+                case |= {"bytes": 1e9 * max(step["memory_gb"] for step in steps)}
             yield case | {
                 "hardware": study["report"]["hardware"],
                 "shape": shape_of(small),

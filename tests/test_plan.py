@@ -184,7 +184,8 @@ def test_a_small_model_trains_at_a_smaller_share_of_a_gpu(stage):
 def test_a_recipe_that_was_run_and_not_fitted_took_what_its_plan_says():
     rows = [row for row in check_points() if row["case"].startswith("smollm2")]
     names = {row["case"].split(",")[0] for row in rows}
-    assert names == {"smollm2-135m-3to1", "smollm2-135m-7to1"} and len(rows) == 5, "one alignment serves both"
+    assert names == {"smollm2-135m-3to1", "smollm2-135m-7to1"} and len(rows) == 7, "one alignment serves both"
+    assert sum(row["what"] == "distill, bytes" for row in rows) == 2
     assert all(abs(row["error"]) < 0.1 for row in rows)
 
 
@@ -192,7 +193,7 @@ def test_the_check_names_every_measurement_and_its_error():
     rows = check_points()
     stages, several = speed.MEASURED["training"], speed.MEASURED["scaling"]
     count = len(points()) + sum(3 + len(report["peak_bytes"]) for report in stages) + len(speed.MEASURED["recipes"])
-    assert len(rows) == count + 3 * len(several)
+    assert len(rows) == count + 3 * len(several) + sum("bytes" in recipe for recipe in speed.MEASURED["recipes"])
     for row in rows:
         assert row["predicted"] is None or row["error"] == pytest.approx(row["predicted"] / row["measured"] - 1)
     memory = [row for row in rows if row["note"].startswith("above weights")]

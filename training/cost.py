@@ -9,11 +9,12 @@ from .losses import CHUNK_TOKENS
 from .recipe import Recipe, StageSection
 
 CHUNK = 64  # tokens of the chunked gated delta rule
-# Logits of a chunk that exist at once, counted in fp32 (the student's, the teacher's and their gradient, in bf16), and
-# bytes of a value that is kept: bf16 or, around norms, fp32. So the peaks of memory that were measured are met within
-# a tenth (`hydrahead plan --check`).
+# Logits of a chunk that exist at once, counted in fp32 (the student's, the teacher's and their gradient, in bf16). A
+# value's bytes while its layer runs, bf16 or, around norms, fp32; and while it waits for the backward pass. Peaks of
+# memory that were measured on one GPU are met within a tenth (`hydrahead plan --check`).
 LOGITS_COPIES = 1.5
 VALUE_BYTES = 3.8
+KEPT_BYTES = 2.35
 
 
 def branch_parameters(config: HydraHeadConfig, layer: int) -> int:
@@ -191,6 +192,7 @@ def activation_bytes(stage: str, section: StageSection, config: HydraHeadConfig,
     if stage == "align":
         return tokens * attention * (1 if section.mode == "layers" else len(fitted_kinds(config)))
     layer = attention + VALUE_BYTES * (2 * hidden + 4 * config.intermediate_size)
-    kept = 4 * hidden * config.num_hidden_layers + layer  # the residual stream is fp32
-    per_token = kept if section.gradient_checkpointing else layer * config.num_hidden_layers
+    # The residual stream is fp32.
+    waiting = 4 * hidden if section.gradient_checkpointing else layer * KEPT_BYTES / VALUE_BYTES
+    per_token = waiting * config.num_hidden_layers + (layer if section.gradient_checkpointing else 0)
     return tokens * per_token + 4 * config.vocab_size * (hidden + LOGITS_COPIES * min(CHUNK_TOKENS, tokens))

@@ -283,6 +283,8 @@ def check_points() -> list[dict]:
         predicted = cost.tokens / stage_seconds(cost, gpu)
         case = facts.get("case", facts["recipe"])
         add(f"{facts['stage']}, tokens/s", case, predicted, facts["tokens_per_second"], note)
+        if "bytes" in facts:
+            add(f"{facts['stage']}, bytes", case, sum(cost.memory().values()), facts["bytes"], "all that a GPU holds")
     for report in MEASURED["scaling"]:
         stage, gpus, gpu = report["stage"], report["gpus"], gpu_of(report["hardware"])
         for count, speed in report["tokens_per_second"].items():
