@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from hydrahead.benchmarks import report, study
+from hydrahead.benchmarks import report, students
 from hydrahead.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_the_experiments_say_what_the_study_measured():
 
     def table(*names: str) -> list[str]:
         found = [json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text()) for name in names]
-        return [line for line in study.tables(study.merged(found)).splitlines() if kinds.match(line)]
+        return [line for line in students.tables(students.merged(found)).splitlines() if kinds.match(line)]
 
     def rows(name: str) -> list[str]:
         return [line for line in table(name) if ":1, " not in line]

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from hydrahead.benchmarks.study import ROWS, TENTH, Study, merged, tables
+from hydrahead.benchmarks.students import merged, tables
+from hydrahead.benchmarks.study import ROWS, TENTH, Study
 from hydrahead.tests.gguf_models import tiny_teacher, write_gguf
 from hydrahead.tests.workshop import write_short_teacher
 
@@ -118,3 +119,6 @@ def test_studies_that_asked_the_same_prompts_make_one_page():
     with pytest.raises(ValueError, match="did not ask the same prompts"):
         merged([default, student("fixed", 0, [0.0, 0.0], (0.1, 0.5))])
     assert list(default["rows"]) == ["default"], "the first is left as it was"
+    assert "fixed" not in tables(merged([default, fixed], ["default"]))
+    with pytest.raises(ValueError, match="other: no such row; there are default, fixed"):
+        merged([default, fixed], ["other"])

@@ -1,0 +1,198 @@
+"""
+Tables and pictures of what `study.py` and `hydrahead run` made: how students learn, and what they find beside others.
+
+    python benchmarks/students.py runs/study/study.json students.md  # students.png and students_needles.png too
+    python benchmarks/students.py one/study.json other/study.json students.md [--rows …]  # on the same prompts
+"""
+
+import argparse
+import json
+from collections.abc import Collection
+from itertools import chain
+from pathlib import Path
+
+from hydrahead.console import one_line_errors
+from hydrahead.evaluation.figures import plot_students
+from hydrahead.evaluation.report import draw_accuracy
+from hydrahead.evaluation.statistics import paired_difference, wilson_interval
+from hydrahead.files import atomic_file
+
+MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
+HALF = 0.5  # million, by which the last ten steps may end before one
+WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
+CELLS = {"models": "label", "needles": "model", "text": "model"}  # of a report, and whose they are
+
+
+def merged(studies: list[dict], rows: Collection[str] = ()) -> dict:
+    """
+    Studies of one teacher as one, of all rows or of those named.
+
+    Raises:
+        ValueError: two of them have a row of one name, or asked other prompts; or none has a row that is named.
+    """
+    first, *others = studies
+    whole = first | {"rows": dict(first["rows"]), "report": dict(first["report"] or {}) or None}
+    for other in others:
+        if twice := whole["rows"].keys() & other["rows"].keys():
+            raise ValueError(f"{', '.join(sorted(twice))}: in two studies; leave one of them out")
+        if not (whole["report"] and other["report"] and _same_prompts(whole["report"], other["report"])):
+            raise ValueError("the studies did not ask the same prompts; make a page of each")
+        whole["rows"] |= other["rows"]
+        known = {model["label"] for model in whole["report"]["models"]}
+        for kind, key in CELLS.items():
+            whole["report"][kind] = whole["report"][kind] + [c for c in other["report"][kind] if c[key] not in known]
+    if unknown := set(rows) - whole["rows"].keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such row; there are {', '.join(whole['rows'])}")
+    left_out = whole["rows"].keys() - set(rows or whole["rows"])
+    whole["rows"] = {name: row for name, row in whole["rows"].items() if name not in left_out}
+    for kind, key in CELLS.items() if whole["report"] else ():
+        whole["report"][kind] = [cell for cell in whole["report"][kind] if cell[key] not in left_out]
+    return whole
+
+
+def _same_prompts(*reports: dict) -> bool:
+    """Whether the needles of two reports, where they share task and length, stand at the same depths."""
+    one, other = (
+        {(cell["task"], cell["length"]): cell["depths"] for cell in report["needles"] if cell["model"] == "teacher"}
+        for report in reports
+    )
+    shared = one.keys() & other.keys()
+    return bool(shared) and all(one[place] == other[place] for place in shared)
+
+
+def tables(study: dict) -> str:
+    """Training, needles and text of every row, and what other choices do beside the default, in Markdown."""
+    report, lines = study["report"], ["# Students of one teacher", "", *_progress(study)]
+    if report is None:  # all rows were interrupted
+        return "\n".join(lines) + "\n"
+    tasks = list(dict.fromkeys(cell["task"] for cell in report["needles"]))
+    lengths = sorted({cell["length"] for cell in report["needles"]})
+    needles = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["needles"]}
+    text = {(cell["model"], cell["length"]): cell for cell in report["text"]}
+    shortest = min(length for _, length in text)
+    names = list(dict.fromkeys(["teacher", *(model["label"] for model in report["models"]), *study["rows"]]))
+
+    def accuracy(cell: dict | None) -> str:
+        if cell is None or "error" in cell:
+            return "–"
+        return f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})"
+
+    for task in tasks:
+        lines += [f"`{task}`, {report['prompts']} prompts a cell, 95% intervals:", ""]
+        lines += [f"| | trained on | {' | '.join(f'{length:,}' for length in lengths)} |"]
+        lines += ["| --- " + "| ---: " * (len(lengths) + 1) + "|"]
+        for name in names:
+            tokens = study["rows"][name]["tokens"] if name in study["rows"] else {}
+            read = ", then ".join(f"{tokens[stage] / 1e6:g}M" for stage in ("distill", "finetune") if stage in tokens)
+            cells = " | ".join(accuracy(needles.get((name, task, length))) for length in lengths)
+            lines += [f"| {name} | {read} | {cells} |"]
+        lines += [""]
+    lines += [f"Text, windows of {shortest:,} tokens:", ""]
+    lines += [
+        "| | loss | KL | agreement | KL in the last steps of distillation |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in names:
+        cell = text.get((name, shortest), {})
+        values = [f"{cell[key]:.3f}" if key in cell else "" for key in ("loss", "kl", "agreement")]
+        last = study["rows"][name]["steps"].get("distill", [])[-10:] if name in study["rows"] else []
+        values += [f"{sum(step['kl'] for step in last) / len(last):.3f}" if last else ""]
+        lines += [f"| {name} | {' | '.join(values)} |"]
+    return "\n".join([*lines, "", *_beside_default(study, needles, tasks, lengths)]) + "\n"
+
+
+def curves(study: dict) -> dict[str, dict[str, list[tuple]]]:
+    """
+    What a picture shows of every row: for `kl` and the watched tasks, points of millions of tokens, value, and the low
+    and high end of its 95% interval. KL is the mean of ten steps.
+    """
+    found = {}
+    for name, row in study["rows"].items():
+        steps = row["steps"].get("distill", [])
+        batch = (row["batch_tokens"] if "batch_tokens" in row else row["tokens"]["distill"] / len(steps)) / 1e6
+        ten = [(end, [step["kl"] for step in steps[end - 10 : end]]) for end in range(10, len(steps) + 1, 10)]
+        found[name] = {"kl": [(end * batch, sum(each) / 10, None, None) for end, each in ten]}
+        for task in WATCHED:
+            asked = [(at, step[task]) for at, step in enumerate(steps, 1) if task in step]
+            prompts = row.get("niah_prompts", 0) // 2
+            found[name][task] = [(at * batch, share, *wilson_interval(share, prompts)) for at, share in asked]
+    return found
+
+
+def _progress(study: dict) -> list[str]:
+    """KL, and needles as they were asked while students learnt, over tokens of distillation."""
+    found = {name: each for name, each in curves(study).items() if each["kl"]}
+    if not found:  # aligned heads only
+        return []
+    reached = max(each["kl"][-1][0] for each in found.values())
+    marks = [mark for mark in MARKS if mark < reached + HALF]
+    lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
+    lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
+    for name, each in found.items():
+        before = [[value for at, value, *_ in each["kl"] if mark - 1 < at <= mark] for mark in marks]
+        lines += [f"| {name} | {' | '.join(f'{values[-1]:.3f}' if values else '' for values in before)} |"]
+    places = sorted({round(at, 1) for each in found.values() for at, *_ in each[WATCHED[0]]})
+    if places:
+        lines += ["", f"Needles while learning, `{'` and `'.join(WATCHED)}`:", ""]
+        lines += [f"| | {' | '.join(f'{at:g}M' for at in places)} |", "| --- " + "| ---: " * len(places) + "|"]
+    for name, each in found.items() if places else ():
+        shares = [{round(at, 1): f"{share:.2f}" for at, share, *_ in each[task]} for task in WATCHED]
+        cells = [", ".join(of[at] for of in shares if at in of) for at in places]
+        lines += [f"| {name} | {' | '.join(cells)} |"]
+    return [*lines, ""]
+
+
+def _beside_default(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
+    """What other students of the same budget and tokens find more than the default's, by the same prompts."""
+    alike: dict[tuple, list[str]] = {}  # but for the seed
+    for name, row in study["rows"].items():
+        if all("scores" in needles.get((name, task, length), {}) for task in tasks for length in lengths):
+            alike.setdefault((row["ratio"], json.dumps(row["tokens"]), row["about"]), []).append(name)
+
+    def scores(names: list[str], task: str) -> list[float]:
+        """Of each prompt, the mean of the seeds."""
+        found = [chain(*[needles[name, task, length]["scores"] for length in lengths]) for name in names]
+        return [sum(each) / len(names) for each in zip(*found, strict=True)]
+
+    def is_default(name: str) -> bool:
+        return not any(study["rows"][name].get(changed) for changed in ("select", "student", "training"))
+
+    defaults = {(ratio, tokens): names for (ratio, tokens, _), names in alike.items() if is_default(names[0])}
+    lines = []
+    for (ratio, tokens, about), names in alike.items():
+        default = defaults.get((ratio, tokens), names)
+        if default == names:
+            continue
+        gaps = [paired_difference(scores(names, task), scores(default, task)) for task in tasks]
+        cells = [f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" for gap in gaps]
+        trained = json.loads(tokens).get("distill", 0) / 1e6
+        lines += [f"| {about}, {trained:g}M | {len(names)}, {len(default)} | {' | '.join(cells)} |"]
+    if not lines:
+        return []
+    return [
+        "Less the default of the same budget and tokens, on the same prompts, the mean of seeds, all lengths as one,",
+        "95% bootstrap intervals over prompts:",
+        "",
+        f"| | seeds, of the default | `{'` | `'.join(tasks)}` |",
+        "| --- | ---: " + "| ---: " * len(tasks) + "|",
+        *lines,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", type=Path, metavar="JSON", help="of one teacher, on the same prompts")
+    parser.add_argument("page", type=Path, help="Markdown; pictures beside it")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="these only")
+    options = parser.parse_args()
+    found = merged([json.loads(study.read_text()) for study in options.studies], options.rows)
+    with atomic_file(options.page) as partial:
+        partial.write_text(tables(found), encoding="utf-8")
+    plot_students(curves(found), options.page.with_suffix(".png"))
+    if found["report"]:
+        draw_accuracy(found["report"], options.page.with_name(f"{options.page.stem}_needles.png"))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
