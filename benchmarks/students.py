@@ -51,7 +51,10 @@ def merged(studies: list[dict], rows: Collection[str] = ()) -> dict:
 
 
 def _same_prompts(*reports: dict) -> bool:
-    """Whether the needles of two reports, where they share task and length, stand at the same depths."""
+    """Whether two reports are of one teacher and text, and their needles stand at the same depths where both asked."""
+    teachers = [model["weights"] for report in reports for model in report["models"] if model["label"] == "teacher"]
+    if len({*teachers}) > 1 or len({report["text_name"] for report in reports}) > 1:
+        return False
     one, other = (
         {(cell["task"], cell["length"]): cell["depths"] for cell in report["needles"] if cell["model"] == "teacher"}
         for report in reports
@@ -145,27 +148,33 @@ def _progress(study: dict) -> list[str]:
 def _beside_default(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
     """What other students of the same budget and tokens find more than the default's, by the same prompts."""
     alike: dict[tuple, list[str]] = {}  # but for the seed
+    partly = []
     for name, row in study["rows"].items():
-        if all("scores" in needles.get((name, task, length), {}) for task in tasks for length in lengths):
-            alike.setdefault((row["ratio"], json.dumps(row["tokens"]), row["about"]), []).append(name)
+        found = ["scores" in needles.get((name, task, length), {}) for task in tasks for length in lengths]
+        if all(found):
+            read = tuple(sorted((stage, float(tokens)) for stage, tokens in row["tokens"].items()))
+            alike.setdefault((row["ratio"], read, row["about"]), []).append(name)
+        elif any(found):
+            partly.append(name)
 
     def scores(names: list[str], task: str) -> list[float]:
         """Of each prompt, the mean of the seeds."""
         found = [chain(*[needles[name, task, length]["scores"] for length in lengths]) for name in names]
         return [sum(each) / len(names) for each in zip(*found, strict=True)]
 
-    def is_default(name: str) -> bool:
-        return not any(study["rows"][name].get(changed) for changed in ("select", "student", "training"))
+    def is_default(about: str, name: str) -> bool:
+        changed = any(study["rows"][name].get(what) for what in ("select", "student", "training"))
+        return about.startswith("default,") and not changed
 
-    defaults = {(ratio, tokens): names for (ratio, tokens, _), names in alike.items() if is_default(names[0])}
+    defaults = {(ratio, read): names for (ratio, read, about), names in alike.items() if is_default(about, names[0])}
     lines = []
-    for (ratio, tokens, about), names in alike.items():
-        default = defaults.get((ratio, tokens), names)
+    for (ratio, read, about), names in alike.items():
+        default = defaults.get((ratio, read), names)
         if default == names:
             continue
         gaps = [paired_difference(scores(names, task), scores(default, task)) for task in tasks]
         cells = [f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" for gap in gaps]
-        trained = json.loads(tokens).get("distill", 0) / 1e6
+        trained = dict(read).get("distill", 0) / 1e6
         lines += [f"| {about}, {trained:g}M | {len(names)}, {len(default)} | {' | '.join(cells)} |"]
     if not lines:
         return []
@@ -176,6 +185,7 @@ def _beside_default(study: dict, needles: dict, tasks: list[str], lengths: list[
         f"| | seeds, of the default | `{'` | `'.join(tasks)}` |",
         "| --- | ---: " + "| ---: " * len(tasks) + "|",
         *lines,
+        *(["", f"Not measured at every length, and left out: {', '.join(partly)}."] if partly else []),
     ]
 
 

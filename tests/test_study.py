@@ -92,33 +92,60 @@ def test_rows_are_named_by_what_they_are():
 
 
 def test_studies_that_asked_the_same_prompts_make_one_page():
-    """The mean of the seeds of one choice, less that of the seeds of the default."""
+    """Beside the default of its budget and tokens, prompt by prompt, seeds as one."""
+    lengths = (512, 1024)
 
-    def student(name: str, seed: int, scores: list[float], depths: tuple[float, ...] = (0.5, 0.5)) -> dict:
-        cells = {"teacher": [1.0, 1.0], name: scores}
-        common = {"task": "niah_single_2", "length": 512, "depths": list(depths), "accuracy": 0.5, "low": 0, "high": 1}
-        needles = [common | {"model": model, "scores": found} for model, found in cells.items()]
-        text = [{"model": model, "length": 512, "loss": 1.0} for model in cells]
-        report = {"prompts": 2, "models": [{"label": model} for model in cells], "needles": needles, "text": text}
-        row = {"about": name.rstrip("-12"), "ratio": 0.25, "seed": seed, "tokens": {"distill": 1e6}, "steps": {}}
-        row |= {
-            "batch_tokens": 1,
-            "select": {} if name.startswith("default") else {"strategy": "fixed"},
-            "student": (),
-            "training": (),
-        }
-        return {"recipe": "r", "rows": {name: row}, "report": report}
+    def student(name: str, scores: list[float], *, depth: float = 0.5, weights: str = "w", **changed) -> dict:
+        """A study of one student: of each length two prompts, behind each other in `scores`."""
+        needles = [
+            {"task": "niah_single_2", "length": length, "depths": [depth, depth], "accuracy": 0.5, "low": 0, "high": 1}
+            | {"model": model, "scores": found[2 * place : 2 * place + 2]}
+            for place, length in enumerate(lengths)
+            for model, found in (("teacher", [1.0] * 4), (name, scores))
+            if found[2 * place :]
+        ]
+        models = [{"label": model, "weights": weights} for model in ("teacher", name)]
+        text = [{"model": model, "length": 512, "loss": 1.0} for model in ("teacher", name)]
+        report = {"prompts": 2, "text_name": "the text", "models": models, "needles": needles, "text": text}
+        row = {"about": "default, 3:1", "ratio": 0.25, "seed": 0, "tokens": {"distill": 10**6}, "steps": {}}
+        row |= {"batch_tokens": 1, "select": {}, "student": [], "training": []}
+        return {"recipe": "r", "rows": {name: row | changed}, "report": report}
 
-    default, other = student("default", 0, [1.0, 1.0]), student("default-1", 1, [0.0, 1.0])
-    fixed = student("fixed", 0, [0.0, 0.0])
-    page = tables(merged([default, other, fixed]))
-    assert "| default-1 | 1M | 0.50 (0.00–1.00) |" in page
-    assert "| fixed, 1M | 1, 2 | -0.75 (-1.00 to -0.50) |" in page
+    fixed = {"about": "fixed, 3:1", "select": {"strategy": "fixed"}}
+    default, seed = student("default", [1.0, 1.0, 0.0, 0.0]), student("default-1", [1.0, 0.0, 1.0, 0.0], seed=1)
+    page = tables(
+        merged(
+            [
+                default,
+                seed,
+                student("same", [1.0, 0.5, 0.5, 0.0], **fixed, tokens={"distill": 1e6}),
+                student("eighth", [0.0] * 4, about="default, 7:1", ratio=0.125),
+                student("tenth", [0.0] * 4, tokens={"distill": 1e5}),
+                student("tenth-fixed", [1.0, 1.0, 1.0, 0.0], **fixed, tokens={"distill": 1e5}),
+                student("rows", [0.0] * 4, about="default, 3:1, long rows", training=["distill.length=8192"]),
+                student("mean", [0.0] * 4, about="mean of ranks, 3:1"),
+                student("partly", [0.0] * 2, about="random, 3:1"),
+            ]
+        )
+    )
+    assert "| default-1 | 1M | 0.50 (0.00–1.00) | 0.50 (0.00–1.00) |" in page
+    beside = page[page.index("Less the default") :]
+    assert "| fixed, 3:1, 1M | 1, 2 | +0.00 (+0.00 to +0.00) |" in beside, "alike on every single prompt"
+    assert "| fixed, 3:1, 0.1M | 1, 1 | +0.75 (+0.25 to +1.00) |" in beside
+    assert (
+        "| default, 3:1, long rows, 1M | 1, 2 | -0.50 " in beside
+        and "| mean of ranks, 3:1, 1M | 1, 2 | -0.50 " in beside
+    )
+    assert "7:1" not in beside and beside.count("\n| ") == 6, "the default of a budget is not beside itself"
+    assert beside.rstrip().endswith("left out: partly.")
+
+    same = student("same", [0.0] * 4, **fixed)
+    assert "fixed" not in tables(merged([default, same], ["default"]))
+    with pytest.raises(ValueError, match="other: no such row; there are default, same"):
+        merged([default, same], ["other"])
     with pytest.raises(ValueError, match="default: in two studies"):
         merged([default, default])
-    with pytest.raises(ValueError, match="did not ask the same prompts"):
-        merged([default, student("fixed", 0, [0.0, 0.0], (0.1, 0.5))])
+    for asked in ({"depth": 0.1}, {"weights": "another"}):
+        with pytest.raises(ValueError, match="did not ask the same prompts"):
+            merged([default, student("same", [0.0] * 4, **fixed, **asked)])
     assert list(default["rows"]) == ["default"], "the first is left as it was"
-    assert "fixed" not in tables(merged([default, fixed], ["default"]))
-    with pytest.raises(ValueError, match="other: no such row; there are default, fixed"):
-        merged([default, fixed], ["other"])
