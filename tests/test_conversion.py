@@ -134,6 +134,25 @@ def test_the_anchor_holds_for_any_group_size(kv_heads):
     assert (student(ids).logits - teacher(ids).logits).abs().max() <= ANCHOR_TOLERANCE
 
 
+def test_a_teacher_with_yarn_is_taken_over_with_it(tmp_path):
+    """Which the user wrote into its config (docs/training.md), beyond the length that it was made for too."""
+    teacher, ids = make_teacher("qwen3-tied"), random_ids(2, 3 * NATIVE_LENGTH)
+    native = teacher.config.max_position_embeddings
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": native}
+    teacher.config.rope_parameters = teacher.config.rope_parameters | yarn
+    teacher.config.max_position_embeddings = 4 * native
+    teacher.save_pretrained(tmp_path)
+    scaled = type(teacher).from_pretrained(tmp_path).eval()
+    assert (scaled(ids).logits - make_teacher("qwen3-tied")(ids).logits).abs().max() > 0.1
+    student = convert_model(tmp_path, ALL_FULL, **ANCHOR)
+    assert student.config.max_position_embeddings == 4 * native and student.config.rope_parameters["factor"] == 4
+    assert (student(ids).logits - scaled(ids).logits).abs().max() <= ANCHOR_TOLERANCE
+    mixed = convert_model(tmp_path, MIXED, calibration_ids=CALIBRATION, **ANCHOR)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    output = mixed.generate(ids, **options)
+    assert torch.equal(output, mixed.generate(ids, use_cache=False, **options))
+
+
 @pytest.mark.parametrize("family", ["qwen3-tied", "qwen2-untied", "phi3"])
 def test_the_anchor_holds_in_bf16(family, tmp_path):
     """Not only to a tolerance: the student makes the same roundings in the same places."""

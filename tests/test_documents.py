@@ -99,6 +99,23 @@ def test_the_experiments_say_what_the_study_measured():
     assert len(found) == 8 and all(row in page for row in found)
 
 
+def test_the_experiments_say_what_the_demos_teachers_and_hybrids_find():
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    for file in ("demo.json", "demo-yarn.json"):
+        report = json.loads((ROOT / "benchmarks" / file).read_text())
+        found = {(cell["model"], cell["task"], cell["length"]): cell["accuracy"] for cell in report["needles"]}
+        loss = {(cell["model"], cell["length"]): cell["loss"] for cell in report["text"]}
+        lengths = sorted({length for _, length in loss})
+        for model in ("teacher", "student"):
+            needles = [
+                [found[model, f"niah_{task}", length] for task in ("single_2", "multikey_1")] for length in lengths
+            ]
+            cells = [
+                f"{one:.2f} / {four:.2f}; {loss[model, length]:.3f}" for (one, four), length in zip(needles, lengths)
+            ]
+            assert f" | {' | '.join(cells)} |" in page, (file, model)
+
+
 def test_the_experiments_say_how_long_the_steps_of_a_recipe_took():
     page = (ROOT / "docs" / "experiments.md").read_text()
     runs = json.loads((ROOT / "benchmarks" / "smollm2" / "recipes.json").read_text())["rows"].values()
