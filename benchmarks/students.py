@@ -13,13 +13,13 @@ from pathlib import Path
 
 from hydrahead.console import one_line_errors
 from hydrahead.evaluation.figures import plot_students
-from hydrahead.evaluation.report import draw_accuracy
+from hydrahead.evaluation.report import draw_accuracy, share_words
 from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file
+from hydrahead.training.stage import WATCHED
 
 MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
 HALF = 0.5  # million, by which the last ten steps may end before one
-WATCHED = ("niah_single_2", "niah_multikey_1")  # asked as a student learns
 CELLS = {"models": "label", "needles": "model", "text": "model"}  # of a report, and whose they are
 
 
@@ -75,11 +75,6 @@ def tables(study: dict) -> str:
     shortest = min(length for _, length in text)
     names = list(dict.fromkeys(["teacher", *(model["label"] for model in report["models"]), *study["rows"]]))
 
-    def accuracy(cell: dict | None) -> str:
-        if cell is None or "error" in cell:
-            return "–"
-        return f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})"
-
     for task in tasks:
         lines += [f"`{task}`, {report['prompts']} prompts a cell, 95% intervals:", ""]
         lines += [f"| | trained on | {' | '.join(f'{length:,}' for length in lengths)} |"]
@@ -87,7 +82,7 @@ def tables(study: dict) -> str:
         for name in names:
             tokens = study["rows"][name]["tokens"] if name in study["rows"] else {}
             read = ", then ".join(f"{tokens[stage] / 1e6:g}M" for stage in ("distill", "finetune") if stage in tokens)
-            cells = " | ".join(accuracy(needles.get((name, task, length))) for length in lengths)
+            cells = " | ".join(share_words(needles.get((name, task, length))) for length in lengths)
             lines += [f"| {name} | {read} | {cells} |"]
         lines += [""]
     lines += [f"Text, windows of {shortest:,} tokens:", ""]

@@ -370,7 +370,6 @@ def draw_training(folder: Path) -> None:
 def plot_students(curves: Mapping[str, Mapping[str, Sequence[tuple]]], file: Path) -> None:
     """
     Draw how students learn, a panel for each number, a line for each student; nothing where no point is known yet.
-
     Students that differ in nothing but their seed, a digit behind their names, share a color.
 
     Args:

@@ -187,7 +187,7 @@ def _models_table(report: Mapping) -> list[list[str]]:
 
 def needles_table(report: Mapping) -> list[list[str]]:
     """One row a task and length: what every model found, with intervals, and how they differ from the first."""
-    return _cells_table(report, "needles", "task", _share)
+    return _cells_table(report, "needles", "task", share_words)
 
 
 def text_table(report: Mapping) -> list[list[str]]:
@@ -210,7 +210,8 @@ def _cells_table(report: Mapping, kind: str, what: str, words) -> list[list[str]
     return rows
 
 
-def _share(cell: Mapping | None) -> str:
+def share_words(cell: Mapping | None) -> str:
+    """The share of needles in a cell, with its interval; why there is none where it could not be measured."""
     if cell is None:
         return "–"
     return cell.get("error") or f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})"

@@ -338,8 +338,10 @@ def test_without_text_conversion_says_that_it_calibrates_on_random_tokens(caplog
 
 
 def test_nothing_is_measured_where_nothing_needs_it(monkeypatch):
-    monkeypatch.setattr(migration, "measure_heads", None)
+    measured = []
+    monkeypatch.setattr(migration, "measure_heads", lambda *given, **more: measured.append(given))
     convert_model(make_teacher("qwen3-tied"), ALL_FULL, **ANCHOR)
+    assert not measured
 
 
 @pytest.mark.parametrize(

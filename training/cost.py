@@ -192,7 +192,7 @@ def activation_bytes(stage: str, section: StageSection, config: HydraHeadConfig,
     if stage == "align":
         return tokens * attention * (1 if section.mode == "layers" else len(fitted_kinds(config)))
     layer = attention + VALUE_BYTES * (2 * hidden + 4 * config.intermediate_size)
-    # The residual stream is fp32.
-    waiting = 4 * hidden if section.gradient_checkpointing else layer * KEPT_BYTES / VALUE_BYTES
-    per_token = waiting * config.num_hidden_layers + (layer if section.gradient_checkpointing else 0)
+    per_token = layer * KEPT_BYTES / VALUE_BYTES * config.num_hidden_layers
+    if section.gradient_checkpointing:
+        per_token = 4 * hidden * config.num_hidden_layers + layer  # the residual stream is fp32
     return tokens * per_token + 4 * config.vocab_size * (hidden + LOGITS_COPIES * min(CHUNK_TOKENS, tokens))
