@@ -64,11 +64,7 @@ def score_heads(
     """
     if not probes:
         raise ValueError("no probes to score heads on")
-    methods = list(methods or (DEFAULT_METHOD if head_forms is not None else "receiver+sender",))
-    check_methods(methods)
-    for method in methods:
-        if METHODS[method].needs_forms and head_forms is None:
-            raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
+    methods = _chosen(methods, head_forms is not None)
     adapter, reader = adapter_for(teacher.config), HeadReader(teacher)
     same = head_forms is not None and full_forms_are_teachers(
         adapter, reader.read, head_forms.start, head_forms.config
@@ -79,12 +75,7 @@ def score_heads(
         seen = any(result.name == probe.name and result.used for result in results)
         results.append(measuring.probe(probe, methods_on(probe, methods, seen, len(text_rows) > 0)))
         on_probe(results)
-    if not any(result.used for result in results):
-        raise ValueError(
-            f"{', '.join(dict.fromkeys(probe.name for probe in probes))}: the teacher answers or tells apart none of "
-            f"the {sum(len(probe.pairs) for probe in probes)} pairs; it lacks this capability at this length, use a "
-            "shorter or easier probe"
-        )
+    _check_used(results, probes)
     if len(text_rows):
         results += measuring.text(methods, text_rows)
 
@@ -105,6 +96,26 @@ def score_heads(
         warnings=probe_warnings(results),
     )
     return scores.using(methods[0])
+
+
+def _chosen(methods: Sequence[str] | None, has_forms: bool) -> list[str]:
+    """The methods asked for, or the default; raises a `ValueError` where one is unknown or needs forms."""
+    methods = list(methods or (DEFAULT_METHOD if has_forms else "receiver+sender",))
+    check_methods(methods)
+    for method in methods:
+        if METHODS[method].needs_forms and not has_forms:
+            raise ValueError(f"{method} needs aligned forms of the heads: align first, or choose another method")
+    return methods
+
+
+def _check_used(results: Sequence[ProbeResult], probes: Sequence[Probe]) -> None:
+    """Raise a `ValueError` where the teacher can do nothing that it was asked."""
+    if not any(result.used for result in results):
+        raise ValueError(
+            f"{', '.join(dict.fromkeys(probe.name for probe in probes))}: the teacher answers or tells apart none of "
+            f"the {sum(len(probe.pairs) for probe in probes)} pairs; it lacks this capability at this length, use a "
+            "shorter or easier probe"
+        )
 
 
 def methods_on(probe: Probe, names: Sequence[str], seen: bool, has_text: bool) -> list[Method]:
