@@ -11,6 +11,7 @@ import typer
 
 from hydrahead.benchmarks import report, students
 from hydrahead.cli import app
+from hydrahead.provenance import digest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,6 +98,18 @@ def test_the_experiments_say_what_the_study_measured():
     assert len(found) == 45 and all(row in page for row in found)
     found = [row for row in rows("long-context.json") if " (" in row]
     assert len(found) == 8 and all(row in page for row in found)
+
+
+def test_the_experiments_say_what_the_heads_of_the_larger_teacher_are_like():
+    """And what they were read from is the file beside it, byte for byte."""
+    page, folder = (ROOT / "docs" / "experiments.md").read_text(), ROOT / "benchmarks" / "qwen2.5-coder"
+    found = json.loads((folder / "anatomy.json").read_text())
+    assert list(found["scores"].values()) == [digest(folder / "scores-4096.json")]
+    section = page[page.index("## 23. ") : page.index("## 24. ")]
+    for row in found["few"]["4096"].values():
+        halves = row["stability"]["8"]["rho"]
+        cells = f"| {row['critical']:.1%} | {row['convertible']:.1%} | {row['gini']:.2f} | {halves:.2f} |"
+        assert cells in section
 
 
 def test_the_experiments_say_what_the_demos_teachers_and_hybrids_find():
