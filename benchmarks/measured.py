@@ -37,7 +37,10 @@ def measured() -> dict:
     return {
         "inference": {"shape": decode["shape"], "points": list(inference(decode["parts"]))},
         "training": [stages(report) for report in training],
-        "recipes": list(recipes(*(read(f"smollm2/{name}.json") for name in ("recipes", "alignment")))),
+        "recipes": [
+            *recipes(*(read(f"smollm2/{name}.json") for name in ("recipes", "alignment"))),
+            *larger(*(read(f"qwen2.5-coder/{name}.json") for name in ("hybrids-6m", "alignment"))),
+        ],
         "scaling": list(scaling(read(several))) if (FOLDER / several).is_file() else [],
     }
 
@@ -118,6 +121,40 @@ def recipes(study: dict, alignment: dict) -> Iterator[dict]:
                 "tokens_per_second": recipe.stage(stage).batch_tokens / seconds,
                 "is_fitted": number == 0,
             }
+
+
+def larger(study: dict, alignment: dict) -> Iterator[dict]:
+    """
+    As `recipes`, of a larger teacher: alignment on several GPUs, and students by the default score over all steps but
+    the first, in which kernels were compiled.
+    """
+    shape = alignment["shape"]
+    for case, row in alignment["rows"].items():
+        yield {
+            "case": f"{alignment['recipe']}, {case}",
+            "bytes": 1e9 * row["memory_gb"],
+            "hardware": alignment["hardware"],
+            "shape": shape,
+            "recipe": alignment["recipe"],
+            "ratio": 0.25,
+            "stage": "align",
+            "gpus": row["gpus"],
+            "tokens_per_second": row["batch_tokens"] / row["seconds"],
+            "is_fitted": False,
+        }
+    for budget in ("3to1", "7to1"):
+        row = study["rows"][f"default-{budget}"]
+        steps = row["steps"]["distill"][1:]
+        yield {
+            "bytes": 1e9 * max(step["memory_gb"] for step in steps),
+            "hardware": study["report"]["hardware"],
+            "shape": shape,
+            "recipe": study["recipe"].replace("3to1", budget),
+            "ratio": row["ratio"],
+            "stage": "distill",
+            "tokens_per_second": row["batch_tokens"] * len(steps) / sum(step["seconds"] for step in steps),
+            "is_fitted": False,
+        }
 
 
 def scaling(report: dict) -> Iterator[dict]:

@@ -18,7 +18,7 @@ from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file
 from hydrahead.training.stage import WATCHED
 
-MARKS = (4, 8, 16, 24, 32, 40)  # millions of tokens of which tables give the KL
+MARKS, EARLY = (4, 8, 16, 24, 32, 40), (1, 2, 4, 6)  # millions of tokens of which tables give the KL; of short runs
 HALF = 0.5  # million, by which the last ten steps may end before one
 CELLS = {"models": "label", "needles": "model", "text": "model"}  # of a report, and whose they are
 
@@ -123,15 +123,17 @@ def _progress(study: dict) -> list[str]:
     if not found:  # aligned heads only
         return []
     reached = max(each["kl"][-1][0] for each in found.values())
-    marks = [mark for mark in MARKS if mark < reached + HALF]
-    lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
-    lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
-    for name, each in found.items():
+    marks = [mark for mark in (MARKS if reached > EARLY[-1] + HALF else EARLY) if mark < reached + HALF]
+    lines = []
+    if marks:
+        lines += ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
+        lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
+    for name, each in found.items() if marks else ():
         before = [[value for at, value, *_ in each["kl"] if mark - 1 < at <= mark] for mark in marks]
         lines += [f"| {name} | {' | '.join(f'{values[-1]:.3f}' if values else '' for values in before)} |"]
     places = sorted({round(at, 1) for each in found.values() for at, *_ in each[WATCHED[0]]})
     if places:
-        lines += ["", f"Needles while learning, `{'` and `'.join(WATCHED)}`:", ""]
+        lines += [*([""] if lines else []), f"Needles while learning, `{'` and `'.join(WATCHED)}`:", ""]
         lines += [f"| | {' | '.join(f'{at:g}M' for at in places)} |", "| --- " + "| ---: " * len(places) + "|"]
     for name, each in found.items() if places else ():
         shares = [{round(at, 1): f"{share:.2f}" for at, share, *_ in each[task]} for task in WATCHED]

@@ -146,6 +146,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
     yield "groups-7to1", Row("KV groups, 1/8", 0.125, GROUPS)
     yield "groups-7to1-tenth", Row("KV groups, 1/8", 0.125, GROUPS, share=TENTH)
     yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)
+    yield "groups-third-tenth", Row("KV groups, 1/3", 1 / 3, GROUPS, share=TENTH)
     yield "layerwise-third-tenth", Row("layerwise, 1/3", 1 / 3, LAYERWISE, share=TENTH)  # as many KV bytes as that
 
 

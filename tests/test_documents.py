@@ -100,6 +100,25 @@ def test_the_experiments_say_what_the_study_measured():
     assert len(found) == 8 and all(row in page for row in found)
 
 
+def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found():
+    """Rows as `students.py` makes them, and beside those of one key the bytes of KV cache."""
+    page = (ROOT / "docs" / "experiments.md").read_text()
+    for section, name, count in ((25, "smollm2/controls-tenth", 31), (26, "qwen2.5-coder/hybrids-6m", 10)):
+        study = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+        text = re.split(r"^## \d", page[page.index(f"## {section}. ") + 3 :], flags=re.MULTILINE)[0]
+        for model in study["report"]["models"]:
+            assert f"| {model['label']} | {model['kv_bytes_per_token']:,} |" in text
+        text = re.sub(r"^(\| [\w-]+ \|) [\d,]+ \|", r"\1", text, flags=re.MULTILINE)
+        rows = re.findall(r"^\| \S.* \(.*\|$", students.tables(study), flags=re.MULTILINE)
+        rows = [row for row in rows if "7:1, 6M" not in row]  # said in words
+        assert len(rows) == count and not [row for row in rows if row not in text]
+    for name, curve in students.curves(study).items():
+        learnt = zip(*(curve[task] for task in ("niah_single_2", "niah_multikey_1")))
+        assert f"| {name} | {' | '.join(f'{one[1]:.2f}, {four[1]:.2f}' for one, four in learnt)} |" in text
+        asked = [step["heldout_loss"] for step in study["rows"][name]["steps"]["distill"] if "heldout_loss" in step]
+        assert re.search(rf"^\| {name} \|.* {curve['kl'][-1][1]:.3f} \| {asked[-1]:.3f} \|$", text, re.MULTILINE)
+
+
 def test_the_experiments_say_what_the_heads_of_the_larger_teacher_are_like():
     """And what they were read from is the file beside it, byte for byte."""
     page, folder = (ROOT / "docs" / "experiments.md").read_text(), ROOT / "benchmarks" / "qwen2.5-coder"

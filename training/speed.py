@@ -280,7 +280,7 @@ def check_points() -> list[dict]:
     for facts in MEASURED["recipes"]:
         cost, gpu = recipe_stage(facts), gpu_of(facts["hardware"])
         note = "" if facts["is_fitted"] else "beside others on its machine"
-        predicted = cost.tokens / stage_seconds(cost, gpu)
+        predicted = cost.tokens / stage_seconds(cost, gpu, facts.get("gpus", 1))
         case = facts.get("case", facts["recipe"])
         add(f"{facts['stage']}, tokens/s", case, predicted, facts["tokens_per_second"], note)
         if "bytes" in facts:
