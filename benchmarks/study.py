@@ -143,6 +143,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
             yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
     for name, student in STUDENTS.items():
         yield f"{name}-3to1-tenth", Row(f"default, 3:1, {name}", student=student, share=TENTH)
+    yield "groups-3to1", Row("KV groups, 1/4", 0.25, GROUPS)
     yield "groups-7to1", Row("KV groups, 1/8", 0.125, GROUPS)
     yield "groups-7to1-tenth", Row("KV groups, 1/8", 0.125, GROUPS, share=TENTH)
     yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)

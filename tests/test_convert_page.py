@@ -28,6 +28,7 @@ RECIPE = [  # at the size of a test
     "run.mixed_precision=no",
     "run.micro_batch_tokens=128",
     *(f"{stage}.{size}" for stage in ("align", "distill", "finetune") for size in STAGE),
+    "distill.curriculum=null",
     "align.calibration_tokens=128",
     "score.length=200",
     "score.pairs=2",

@@ -151,8 +151,8 @@ def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) 
     for length, _ in stage_phases(section):
         if length > max_length and stage != "finetune":  # which the teacher does not read
             raise ValueError(
-                f"{stage}: rows of {length:,} tokens, the teacher's max_position_embeddings is {max_length:,}: "
-                "choose shorter rows or another teacher"
+                f"{stage}{'.curriculum' if curriculum else ''}: rows of {length:,} tokens, the teacher's "
+                f"max_position_embeddings is {max_length:,}: choose shorter rows or another teacher"
             )
         if micro % length:
             raise ValueError(f"run.micro_batch_tokens ({micro}) must be a multiple of the {stage} length ({length})")

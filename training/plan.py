@@ -18,7 +18,7 @@ from ..convert.scoring.scores import HeadScores
 from ..convert.selection import STRATEGIES, Masks, default_strategy, select_heads
 from ..convert.teachers import Teacher, TeacherAdapter, open_teacher
 from .cost import Cost, estimate, parameters, weight_bytes
-from .data import check_rows
+from .data import check_rows, stage_phases
 from .recipe import STAGES, Recipe, SelectSection, load_recipe, shipped_recipes
 from .speed import (
     GPUS,
@@ -36,7 +36,7 @@ from .speed import (
 )
 
 LONG_WARMUP = 0.25  # of a stage's steps; more is worth a word
-PAPER = "qwen3-1.7b-7to1"  # whose stages a teacher gets that is asked for by name
+PAPER = "llama3.2-1b-7to1"  # whose stages a teacher gets that is asked for by name
 
 
 def make_plan(
@@ -383,3 +383,7 @@ def print_cost(recipe: Recipe, stage: str, adapter: TeacherAdapter, config: Hydr
     )
     if warmup > LONG_WARMUP * cost.steps:
         print(f"warning: {warmup} of {cost.steps:,} steps warm up; lower {stage}.warmup_steps or {stage}.batch_tokens")
+    section = recipe.stage(stage)
+    if section.length not in (lengths := [length for length, _ in stage_phases(section)]):
+        of = " and ".join(f"{length:,}" for length in lengths)
+        print(f"warning: {stage}.length is not read: {stage}.curriculum has rows of {of} tokens; null leaves it out")
