@@ -125,9 +125,13 @@ def recipes(study: dict, alignment: dict) -> Iterator[dict]:
 
 def larger(study: dict, alignment: dict) -> Iterator[dict]:
     """
-    As `recipes`, of a larger teacher: alignment on several GPUs, and students by the default score over all steps but
-    the first, in which kernels were compiled.
+    As `recipes`, of a larger teacher, over all steps but the first, in which kernels are compiled: alignment on
+    several GPUs, and students by the default score.
     """
+
+    def speed(row: dict, steps: list[dict]) -> float:
+        return row["batch_tokens"] * len(steps[1:]) / sum(step["seconds"] for step in steps[1:])
+
     shape = alignment["shape"]
     for case, row in alignment["rows"].items():
         yield {
@@ -139,12 +143,12 @@ def larger(study: dict, alignment: dict) -> Iterator[dict]:
             "ratio": 0.25,
             "stage": "align",
             "gpus": row["gpus"],
-            "tokens_per_second": row["batch_tokens"] / row["seconds"],
+            "tokens_per_second": speed(row, row["steps"]),
             "is_fitted": False,
         }
     for budget in ("3to1", "7to1"):
         row = study["rows"][f"default-{budget}"]
-        steps = row["steps"]["distill"][1:]
+        steps = row["steps"]["distill"]
         yield {
             "bytes": 1e9 * max(step["memory_gb"] for step in steps),
             "hardware": study["report"]["hardware"],
@@ -152,7 +156,7 @@ def larger(study: dict, alignment: dict) -> Iterator[dict]:
             "recipe": study["recipe"].replace("3to1", budget),
             "ratio": row["ratio"],
             "stage": "distill",
-            "tokens_per_second": row["batch_tokens"] * len(steps) / sum(step["seconds"] for step in steps),
+            "tokens_per_second": speed(row, steps),
             "is_fitted": False,
         }
 

@@ -18,7 +18,7 @@ from hydrahead.evaluation.statistics import paired_difference, wilson_interval
 from hydrahead.files import atomic_file
 from hydrahead.training.stage import WATCHED
 
-MARKS, EARLY = (4, 8, 16, 24, 32, 40), (1, 2, 4, 6)  # millions of tokens of which tables give the KL; of short runs
+MARKS, EARLY = (4, 8, 16, 24, 32, 40), (2, 4, 6)  # millions of tokens of which tables give the KL; of short runs
 HALF = 0.5  # million, by which the last ten steps may end before one
 CELLS = {"models": "label", "needles": "model", "text": "model"}  # of a report, and whose they are
 

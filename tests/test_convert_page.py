@@ -56,7 +56,7 @@ def typed(words: list[str]) -> list[str]:
     name, *rest = words
     if name == "run" or (name == "plan" and "qwen3-1.7b-7to1" in rest):
         return [*words, *RECIPE]
-    lengths = {"65536": "200", "131072": "256"}
+    lengths = {"16384": "200", "32768": "256"}
     return [*(lengths.get(word, word) for word in words), *SIZES.get(name, [])]
 
 

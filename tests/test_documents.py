@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from hydrahead.benchmarks import report, students
+from hydrahead.benchmarks import outlook, report, students
 from hydrahead.cli import app
 from hydrahead.provenance import digest
 
@@ -117,6 +117,37 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
         assert f"| {name} | {' | '.join(f'{one[1]:.2f}, {four[1]:.2f}' for one, four in learnt)} |" in text
         asked = [step["heldout_loss"] for step in study["rows"][name]["steps"]["distill"] if "heldout_loss" in step]
         assert re.search(rf"^\| {name} \|.* {curve['kl'][-1][1]:.3f} \| {asked[-1]:.3f} \|$", text, re.MULTILINE)
+
+
+def test_the_readme_says_what_the_larger_teachers_hybrids_find():
+    page = (ROOT / "README.md").read_text()
+    study = json.loads((ROOT / "benchmarks" / "qwen2.5-coder" / "hybrids-6m.json").read_text())
+    found = {(cell["model"], cell["task"], cell["length"]): cell["accuracy"] for cell in study["report"]["needles"]}
+    teacher_loss = next(cell["loss"] for cell in study["report"]["text"] if cell["length"] == 4096)
+    for model in study["report"]["models"]:
+        name, held = model["label"], model["kv_bytes_per_token"]
+        steps = study["rows"][name]["steps"]["distill"] if name in study["rows"] else [{"heldout_loss": teacher_loss}]
+        cells = [
+            " / ".join(
+                f"{found[name, task, length]:.2f}" if (name, task, length) in found else "not measured"
+                for task in ("niah_single_2", "niah_multikey_1")
+            )
+            for length in (4096, 16384, 32768)
+        ]
+        unit, loss = " bytes" if name == "teacher" else "", steps[-1]["heldout_loss"]
+        assert f"| {held:,}{unit} | {' | '.join(cells)} | {loss:.3f} |" in page, name
+
+
+def test_what_is_extrapolated_is_what_the_pages_say():
+    small, large = (
+        [outlook.point(*run) for run in outlook.RUNS[name, "7to1"]] for name in (outlook.SMALL, outlook.LARGE)
+    )
+    low, high = outlook.drawn_on(large[0], outlook.slopes(small), outlook.FAR)
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    assert f"a KL of {large[0][1]:.2f} in the last steps" in page
+    assert f"a KL of {low:.2f} or {high:.2f} at the recipe's billion tokens" in page
+    halved = outlook.slopes([(1e6, 0.4), (1e6, 0.4), (4e6, 0.2)])  # runs of as many tokens count as one
+    assert halved == [-0.5] and outlook.drawn_on((4e6, 0.2), [-0.5, 0.0], 16e6) == (0.1, 0.2)
 
 
 def test_the_experiments_say_what_the_heads_of_the_larger_teacher_are_like():

@@ -85,7 +85,8 @@ def make_plan(
     for stage in (stage for stage in STAGES if getattr(recipe, stage) is not None):
         check_rows(recipe, stage, hybrid.max_position_embeddings)
         cost = estimate(recipe, stage, hybrid, configs["teacher"])
-        stages[stage] = plan_stage(cost, recipe.stage(stage).length, gpus, GPUS[gpu])
+        lengths = [length for length, _ in stage_phases(recipe.stage(stage))]
+        stages[stage] = {"length": lengths[-1], "lengths": lengths} | plan_stage(cost, gpus, GPUS[gpu])
     return {
         "teacher": teacher.public_name,
         "context": context,
@@ -168,7 +169,7 @@ def plan_model(config: HydraHeadConfig, context: int, batch: int, gpu: Gpu) -> d
     }
 
 
-def plan_stage(cost: Cost, length: int, gpus: int, gpu: Gpu) -> dict:
+def plan_stage(cost: Cost, gpus: int, gpu: Gpu) -> dict:
     """What a stage takes, on as many GPUs as a step's micro-batches can be divided among: DDP's time where it fits."""
     working = max(count for count in range(1, min(gpus, cost.micro_batches) + 1) if cost.micro_batches % count == 0)
     memory = {"replicas": cost.memory(working)} | ({"sharded": cost.memory(working, True)} if gpus > 1 else {})
@@ -176,7 +177,6 @@ def plan_stage(cost: Cost, length: int, gpus: int, gpu: Gpu) -> dict:
     hours = stage_seconds(cost, gpu, working, "ddp" if "replicas" in fits else "fsdp2") / 3600
     return {
         "tokens": cost.tokens,
-        "length": length,
         "steps": cost.steps,
         "micro_batches": cost.micro_batches,
         "trained_parameters": cost.trained,
@@ -243,6 +243,8 @@ def notes_on_stages(recipe: Recipe, stages: dict, gpus: int, gpu: Gpu) -> list[s
         fewer = stage["trained_parameters"] <= 2 * small and recipe.run.micro_batch_tokens < fitted
         if stage["trained_parameters"] < small / 2 or fewer:
             notes.append(f"{name}: so small a model waits for launches, which its time leaves out")
+        if unread := unread_length(recipe, name):
+            notes.append(unread)
         if getattr(recipe.stage(name), "lora", None):
             notes.append(f"{name}: counted as if all weights were trained, not adapters")
     return notes
@@ -329,7 +331,7 @@ def stages_table(plan: dict, gpu: Gpu) -> Table:
 
     for label, shown in (
         ("tokens", lambda stage: amount(stage["tokens"])),
-        ("tokens of a row", lambda stage: f"{stage['length']:,}"),
+        ("tokens of a row", lambda stage: ", ".join(f"{length:,}" for length in stage["lengths"])),
         ("steps", lambda stage: f"{stage['steps']:,}"),
         ("parameters trained", lambda stage: amount(stage["trained_parameters"])),
         ("GPUs that work", lambda stage: str(stage["gpus"])),
@@ -383,7 +385,15 @@ def print_cost(recipe: Recipe, stage: str, adapter: TeacherAdapter, config: Hydr
     )
     if warmup > LONG_WARMUP * cost.steps:
         print(f"warning: {warmup} of {cost.steps:,} steps warm up; lower {stage}.warmup_steps or {stage}.batch_tokens")
+    if unread := unread_length(recipe, stage):
+        print(f"warning: {unread}")
+
+
+def unread_length(recipe: Recipe, stage: str) -> str | None:
+    """That a stage's length is none of its curriculum's, in words."""
     section = recipe.stage(stage)
-    if section.length not in (lengths := [length for length, _ in stage_phases(section)]):
-        of = " and ".join(f"{length:,}" for length in lengths)
-        print(f"warning: {stage}.length is not read: {stage}.curriculum has rows of {of} tokens; null leaves it out")
+    lengths = [length for length, _ in stage_phases(section)]
+    if section.length in lengths:
+        return None
+    rows = " and ".join(f"{length:,}" for length in lengths)
+    return f"{stage}.length is not read: rows are of {rows} tokens; {stage}.curriculum=null removes the curriculum"
