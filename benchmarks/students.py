@@ -120,22 +120,31 @@ def curves(study: dict) -> dict[str, dict[str, list[tuple]]]:
 def _progress(study: dict) -> list[str]:
     """KL, and needles as they were asked while students learnt, over tokens of distillation."""
     found = {name: each for name, each in curves(study).items() if each["kl"]}
-    if not found:  # aligned heads only
-        return []
-    reached = max(each["kl"][-1][0] for each in found.values())
+    return [*_kl_over_tokens(found), *_needles_over_tokens(found)]
+
+
+def _kl_over_tokens(found: dict[str, dict[str, list[tuple]]]) -> list[str]:
+    """A table at the marks that the longest run reached; nothing where that is none."""
+    reached = max((each["kl"][-1][0] for each in found.values()), default=0)
     marks = [mark for mark in (MARKS if reached > EARLY[-1] + HALF else EARLY) if mark < reached + HALF]
-    lines = []
-    if marks:
-        lines += ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
-        lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
-    for name, each in found.items() if marks else ():
+    if not marks:
+        return []
+    lines = ["KL to the teacher, nats a token, the mean of ten steps before so many tokens of distillation:", ""]
+    lines += [f"| | {' | '.join(f'{mark}M' for mark in marks)} |", "| --- " + "| ---: " * len(marks) + "|"]
+    for name, each in found.items():
         before = [[value for at, value, *_ in each["kl"] if mark - 1 < at <= mark] for mark in marks]
         lines += [f"| {name} | {' | '.join(f'{values[-1]:.3f}' if values else '' for values in before)} |"]
+    return [*lines, ""]
+
+
+def _needles_over_tokens(found: dict[str, dict[str, list[tuple]]]) -> list[str]:
+    """A table of where students were asked; nothing where none was."""
     places = sorted({round(at, 1) for each in found.values() for at, *_ in each[WATCHED[0]]})
-    if places:
-        lines += [*([""] if lines else []), f"Needles while learning, `{'` and `'.join(WATCHED)}`:", ""]
-        lines += [f"| | {' | '.join(f'{at:g}M' for at in places)} |", "| --- " + "| ---: " * len(places) + "|"]
-    for name, each in found.items() if places else ():
+    if not places:
+        return []
+    lines = [f"Needles while learning, `{'` and `'.join(WATCHED)}`:", ""]
+    lines += [f"| | {' | '.join(f'{at:g}M' for at in places)} |", "| --- " + "| ---: " * len(places) + "|"]
+    for name, each in found.items():
         shares = [{round(at, 1): f"{share:.2f}" for at, share, *_ in each[task]} for task in WATCHED]
         cells = [", ".join(of[at] for of in shares if at in of) for at in places]
         lines += [f"| {name} | {' | '.join(cells)} |"]
