@@ -69,16 +69,16 @@ def drawn_on(start: tuple[float, float], powers: Sequence[float], tokens: float)
 
 def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for (teacher, budget), runs in RUNS.items():
-        points, color = [point(*run) for run in runs], COLORS[budget]
-        measured = means(points)
+    found = {which: [point(*run) for run in runs] for which, runs in RUNS.items()}
+    for (teacher, budget), points in found.items():
+        measured, color = means(points), COLORS[budget]
         label = f"{teacher}, {budget.replace('to', ':')}"
         style = {"color": color, "marker": "o", "fillstyle": "full" if teacher == LARGE else "none"}
         axes.plot(*zip(*points), linestyle="none", label=label, **style)
         axes.plot(*zip(*measured), color=color, linewidth=1)
         print(label, *(f"{tokens / 1e6:g}M: {kl:.3f}" for tokens, kl in measured))
         if teacher == LARGE:
-            powers = slopes([point(*run) for run in RUNS[SMALL, budget]])
+            powers = slopes(found[SMALL, budget])
             marks = [measured[0][0] * (FAR / measured[0][0]) ** (step / 40) for step in range(41)]
             low, high = zip(*(drawn_on(measured[0], powers, mark) for mark in marks))
             axes.fill_between(marks, low, high, color=color, alpha=0.15, linewidth=0, label=f"{label}, extrapolated")

@@ -70,6 +70,11 @@ def stage_phases(section: StageSection, parts: Sequence[int] = ()) -> list[tuple
     return [*phases, (last, steps - sum(count for _, count in phases)), *((last, count) for count in added)]
 
 
+def stage_lengths(section: StageSection) -> list[int]:
+    """Tokens of a row, phase by phase."""
+    return [length for length, _ in stage_phases(section)]
+
+
 def stage_batches(
     recipe: Recipe, stage: str, tokenizer: PreTrainedTokenizerBase, parts: Sequence[int] = ()
 ) -> Batches:
@@ -84,7 +89,7 @@ def stage_batches(
     """
     section, data, long_data = recipe.stage(stage), recipe.data, recipe.long_data
     first = tokens_before(recipe, stage)
-    longest = max(length for length, _ in stage_phases(section))
+    longest = max(stage_lengths(section))
     needed, long_needed = first + section.tokens + 1, max(longest, int(section.tokens * section.long_share)) + 1
     text, long_text = ready_tokens(token_folder(recipe, data, "tokens"), data, tokenizer, needed), None
     if section.long_share:
@@ -148,7 +153,7 @@ def check_rows(recipe: Recipe, stage: str, max_length: int, processes: int = 1) 
         raise ValueError(f"{stage}.curriculum: expected [length, share] pairs whose shares add up to 1")
     if curriculum is not None and getattr(section, "teacher_cache", None):
         raise ValueError(f"{stage}.teacher_cache: its rows are all of one length; leave out {stage}.curriculum")
-    for length, _ in stage_phases(section):
+    for length in stage_lengths(section):
         if length > max_length and stage != "finetune":  # which the teacher does not read
             raise ValueError(
                 f"{stage}{'.curriculum' if curriculum else ''}: rows of {length:,} tokens, the teacher's "

@@ -18,7 +18,7 @@ from ..convert.scoring.scores import HeadScores
 from ..convert.selection import STRATEGIES, Masks, default_strategy, select_heads
 from ..convert.teachers import Teacher, TeacherAdapter, open_teacher
 from .cost import Cost, estimate, parameters, weight_bytes
-from .data import check_rows, stage_phases
+from .data import check_rows, stage_lengths
 from .recipe import STAGES, Recipe, SelectSection, load_recipe, shipped_recipes
 from .speed import (
     GPUS,
@@ -85,7 +85,7 @@ def make_plan(
     for stage in (stage for stage in STAGES if getattr(recipe, stage) is not None):
         check_rows(recipe, stage, hybrid.max_position_embeddings)
         cost = estimate(recipe, stage, hybrid, configs["teacher"])
-        lengths = [length for length, _ in stage_phases(recipe.stage(stage))]
+        lengths = stage_lengths(recipe.stage(stage))
         stages[stage] = {"length": lengths[-1], "lengths": lengths} | plan_stage(cost, gpus, GPUS[gpu])
     return {
         "teacher": teacher.public_name,
@@ -391,8 +391,7 @@ def print_cost(recipe: Recipe, stage: str, adapter: TeacherAdapter, config: Hydr
 
 def unread_length(recipe: Recipe, stage: str) -> str | None:
     """That a stage's length is none of its curriculum's, in words."""
-    section = recipe.stage(stage)
-    lengths = [length for length, _ in stage_phases(section)]
+    section, lengths = recipe.stage(stage), stage_lengths(recipe.stage(stage))
     if section.length in lengths:
         return None
     rows = " and ".join(f"{length:,}" for length in lengths)

@@ -34,7 +34,7 @@ from ..loading import check_checkpoint, load_student_config
 from ..modeling_hydrahead import HydraHeadForCausalLM
 from ..provenance import Record, digest, environment, first_difference
 from .checkpoints import Checkpoints
-from .data import check_stage_data, prepare_tokenizer, public_source, stage_batches, stage_phases, tokens_before
+from .data import check_stage_data, prepare_tokenizer, public_source, stage_batches, stage_lengths, tokens_before
 from .loop import Run, Schedule
 from .recipe import Recipe, StageSection, stage_record
 
@@ -335,7 +335,7 @@ class Job:
     def facts(self) -> dict:
         """What this stage trained on, in numbers and in words."""
         recipe, section = self.recipe, self.section
-        lengths = " and ".join(f"{length:,}" for length, _ in stage_phases(section))
+        lengths = " and ".join(f"{length:,}" for length in stage_lengths(section))
         parts = [f"{section.tokens:,} tokens", f"rows of {lengths}", public_source(recipe.data.name)]
         if section.retrieval_share:
             parts.append(f"{section.retrieval_share:.0%} of rows from a mixture with synthetic retrieval")

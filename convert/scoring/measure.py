@@ -70,15 +70,7 @@ def score_heads(
         adapter, reader.read, head_forms.start, head_forms.config
     )
     measuring = _Measuring(Bench(teacher, reader, head_forms, shortlist, sender_shortlist, same), on_pair)
-    results = list(done)
-    for probe in probes[len(done) :]:
-        seen = any(result.name == probe.name and result.used for result in results)
-        results.append(measuring.probe(probe, methods_on(probe, methods, seen, len(text_rows) > 0)))
-        on_probe(results)
-    _check_used(results, probes)
-    if len(text_rows):
-        results += measuring.text(methods, text_rows)
-
+    results = measuring.all(probes, methods, text_rows, done, on_probe)
     scores = HeadScores(
         scores=[],
         tie_break=measuring.tie_break(adapter, probes[0]),
@@ -170,6 +162,23 @@ class _Measuring:
         started = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def all(
+        self,
+        probes: Sequence[Probe],
+        methods: Sequence[str],
+        text_rows: Sequence[Sequence[int]],
+        done: Sequence[ProbeResult],
+        on_probe: Callable[[Sequence[ProbeResult]], None],
+    ) -> list[ProbeResult]:
+        """The methods on every probe that is not done, then on plain text."""
+        results = list(done)
+        for probe in probes[len(done) :]:
+            seen = any(result.name == probe.name and result.used for result in results)
+            results.append(self.probe(probe, methods_on(probe, methods, seen, len(text_rows) > 0)))
+            on_probe(results)
+        _check_used(results, probes)
+        return results + (self.text(methods, text_rows) if len(text_rows) else [])
 
     def probe(self, probe: Probe, methods: Sequence[Method]) -> ProbeResult:
         """Some methods on one probe, or none of them where the teacher cannot do what it asks for."""
