@@ -9,7 +9,8 @@ PARALLEL ?= -n auto --dist loadfile
 
 # What has to hold on every release of transformers that pyproject.toml admits.
 RELEASE_TESTS = tests/test_auto.py tests/test_releases.py tests/modeling tests/test_linear_attention.py \
-	tests/test_configuration.py tests/test_conversion.py tests/test_gguf.py
+	tests/test_configuration.py tests/test_conversion.py tests/test_conversion_refusals.py tests/test_calibration.py \
+	tests/test_folders.py tests/test_gguf.py
 
 # A real teacher that needs nothing but PyPI: SmolLM2-135M-Instruct as GGUF, Q4_1, Apache-2.0, 93 MB.
 SMOLLM2 = build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

@@ -36,3 +36,9 @@ def fixed_seed() -> None:
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield

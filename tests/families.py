@@ -86,6 +86,8 @@ FAMILIES = {
     ),
 }
 ANCHOR = {"full_attention_position": "rope", "fusion": "concat", "full_attention_gate": False}
+# Same operations in the same order: the difference is 0 where measured. The house promises 1e-5 in fp32.
+ANCHOR_TOLERANCE = 1e-5
 ALL_FULL = [[1] * HEADS] * LAYERS
 ALL_LINEAR = [[0] * HEADS] * LAYERS
 # One irregular layer (3 and 1 readers of the two KV heads), one with a single full-attention head.
@@ -154,3 +156,26 @@ def mask_examples(count: int, seed: int = 0) -> list[list[list[int]]]:
     rng = random.Random(seed)
     random_ones = [[[rng.randint(0, 1) for _ in range(HEADS)] for _ in range(LAYERS)] for _ in range(count)]
     return [MIXED, ALL_FULL, ALL_LINEAR, [[0] * HEADS, [1] * HEADS], *random_ones]
+
+
+CALIBRATION = random_ids(4, 100, seed=1)
+
+
+def same_weights(one: HydraHeadForCausalLM, other: HydraHeadForCausalLM) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def head_inputs_of_o_proj(model, ids) -> list[torch.Tensor]:
+    """What each layer's output projection reads, `[B, T, H, d]`."""
+    seen, hooks = [], []
+    for layer in model.model.layers:
+        hooks.append(
+            layer.self_attn.o_proj.register_forward_pre_hook(
+                lambda module, inputs: seen.append(inputs[0].unflatten(-1, (HEADS, HEAD_DIM)))
+            )
+        )
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
