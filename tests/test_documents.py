@@ -15,7 +15,8 @@ from hydrahead.provenance import digest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
+MADE = {"build", "dist", "runs"}  # by commands that documents name, such as `make demo`: not in a clone
+FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - MADE
 COMMANDS = typer.main.get_command(app).commands
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
