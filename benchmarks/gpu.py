@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --rehearse --output FILE.json   # all on a CPU with a tiny shape: measures nothing
     python benchmarks/gpu.py --teacher FOLDER --students 3to1=FOLDER 7to1=FOLDER --output FILE.json  # real models
 
-Qwen3-1.7B's shape; or real models, with their weights and masks, at 4K to 512K tokens. A part is measured again where
-hardware, versions or the model's code have changed. Every part is written as soon as it is done, so that nothing is
-lost when the time is up; what it needed is in the file.
+Qwen3-1.7B's shape; or real models, with their weights and masks, at 4K to 512K tokens, and `generate` as it is called.
+A part is measured again where hardware, versions or the model's code have changed. Every part is written as soon as it
+is done, so that nothing is lost when the time is up; what it needed is in the file.
 
 Compiling a step takes a minute or two of one processor core: the models of a part compile beside each other, each in a
 process of its own, and then take turns on the GPU. A compiled step is what `generate(cache_implementation="static")`
@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import gc
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.generation.streamers import BaseStreamer
 
 from hydrahead.benchmarks.decode import (
     BEST_TEACHER,
@@ -383,6 +385,74 @@ class Chunks:
         return Found(found[1:])
 
 
+class Clock(BaseStreamer):
+    """When the prompt began to be read, and when each token was there."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class Generation:
+    """Calls of `generate` by one model, with each kind of cache in turn."""
+
+    def __init__(self, machine: Machine, job: "Generate"):
+        self.job, self.model = job, machine.build(job.model)
+        self.model.generation_config.eos_token_id = None  # it goes on to the last token
+        length = machine.tokens(job.tokens)
+        self.ids = torch.randint(1, self.model.config.vocab_size, (1, length), device=self.model.device)
+        self.calls = {cache: [] for cache in job.caches}
+        self.measure()  # kernels compile, and the step over a static cache
+        self.first_seconds = {cache: calls.pop()[-1] for cache, calls in self.calls.items()}
+
+    def measure(self) -> None:
+        for cache, calls in self.calls.items():
+            clock = Clock()
+            self.model.generate(
+                self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                max_new_tokens=self.job.new_tokens,
+                do_sample=False,
+                cache_implementation=cache,
+                streamer=clock,
+            )
+            calls.append([each - clock.times[0] for each in clock.times[1:]])
+
+    def rows(self) -> list[dict]:
+        found = []
+        for cache, calls in self.calls.items():
+            steps = [after - before for call in calls for before, after in itertools.pairwise(call)]
+            row = {"first_token_seconds": statistics.median(call[0] for call in calls)}
+            row |= {"ms_per_token": 1e3 * statistics.median(steps), "new_tokens": self.job.new_tokens}
+            row["tokens_per_second"] = len(steps) / sum(steps)
+            found.append(row | {"first_call_seconds": self.first_seconds[cache]})
+        return found
+
+
+@dataclass(frozen=True)
+class Generate:
+    """`generate` as it is called, of one sequence: the wait for the first token, and for each after it."""
+
+    model: str
+    tokens: int
+    new_tokens: int = 128
+    caches: tuple[str, ...] = ("dynamic", "static")  # the second compiles the step
+    turns = 3
+
+    @property
+    def about(self) -> list[dict]:
+        about = {"what": "generate", "tokens": self.tokens, "model": self.model}
+        return [about | {"cache": cache} for cache in self.caches]
+
+    def open(self, machine: Machine) -> Generation:
+        return Generation(machine, self)
+
+
 EVERY = (BEST_TEACHER, TEACHER, *HYBRIDS)
 # Most important first. What stands in one part shares a GPU, 80 GB of memory and some cores.
 PARTS = {
@@ -403,12 +473,18 @@ PARTS = {
 
 
 def parts_of(students: Sequence[str]) -> dict[str, list]:
-    """What is measured of real models."""
-    every = (BEST_TEACHER, TEACHER, *students)
-    found = {f"{tokens}K": [Decode(name, tokens * K) for name in every] for tokens in (4, 32, 128)}
-    found |= {f"prefill-{tokens}K": [Prefill(tokens * K, 5, (TEACHER, *students))] for tokens in (4, 32, 128)}
-    # As transformers runs it, the teacher's step needs several times its cache.
-    return found | {"512K": [Decode(name, 512 * K) for name in every if name != TEACHER]}
+    """What is measured of real models, most important first."""
+    every, eager = (BEST_TEACHER, TEACHER, *students), (TEACHER, *students)
+    return {
+        "128K": [Decode(name, 128 * K) for name in every],
+        # As transformers runs it, the teacher's step needs several times its cache.
+        "512K": [Decode(name, 512 * K) for name in every if name != TEACHER],
+        "4K+32K": [Decode(name, tokens * K) for tokens in (4, 32) for name in every],
+        "prefill-128K": [Prefill(128 * K, 3, eager)],
+        "prefill-32K": [Prefill(32 * K, 5, eager)],
+        "prefill-4K": [Prefill(4 * K, 5, eager)],
+        "generate": [Generate(name, tokens * K) for tokens in (4, 32) for name in every],
+    }
 
 
 @torch.no_grad()

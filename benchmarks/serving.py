@@ -1,12 +1,15 @@
-"""Speed and room of a teacher and its hybrid in vLLM on one GPU, with random weights in bf16; needles of a real one.
+"""Speed and room of a teacher and its hybrid in vLLM on one GPU, in bf16; needles of a real one.
 
     python benchmarks/serving.py                        # every cell that serving-cuda.json does not hold
     python benchmarks/serving.py hybrid --tokens 32K    # these cells
     python benchmarks/serving.py needles --model FOLDER # a checkpoint is asked for needles, as the evaluation asks
+    python benchmarks/serving.py --teacher FOLDER --model FOLDER --output FILE.json  # real models
 
-Qwen3-1.7B's shape: vLLM's own Qwen3, and a hybrid of an eighth of its KV groups. A cell is one length of prompts:
-`one` is a single sequence, `full` as many as the cache has room for, all of them generating. Time per token is that of
-steps in which every sequence gets one token and no prompt is read; what it took to read the prompts stands beside it.
+Qwen3-1.7B's shape with random weights: vLLM's own Qwen3, and a hybrid of an eighth of its KV groups; or real models,
+which may be asked for more positions than they were trained on: time does not depend on what they say. A cell is one
+length of prompts: `one` is a single sequence, `full` as many as the cache has room for, all of them generating. Time
+per token is that of steps in which every sequence gets one token and no prompt is read; what it took to read the
+prompts stands beside it.
 
 Each model runs in a process of its own, which starts vLLM once, and begins no cell that `--minutes` have no room for:
 the next call does what is left. Every cell is written as soon as it is measured; calls on several GPUs
@@ -181,15 +184,25 @@ def surroundings() -> dict:
     return found
 
 
-def measure(name: str, todo: list[tuple[str, int]], output: Path, deadline: float) -> None:
-    """A model's cells, in this process, into the file of results."""
-    config, started = config_of(name), time.perf_counter()
+def measure(name: str, model: str | None, todo: list[tuple[str, int]], output: Path, deadline: float) -> None:
+    """A model's cells, in this process, into the file of results. Its weights are random where no `model` is named."""
+    started, longest = time.perf_counter(), max(length for _, length in todo) + SPARE
+    options = {"max_model_len": longest, "max_num_batched_tokens": 16 * K, "gpu_memory_utilization": 0.9}
     with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        longest = max(length for _, length in todo) + SPARE
-        options = {"max_model_len": longest, "max_num_batched_tokens": 16 * K, "gpu_memory_utilization": 0.9}
-        llm = start(folder, config.architectures[0], skip_tokenizer_init=True, load_format="dummy", **options)
+        if model:
+            from transformers import AutoConfig
+
+            from hydrahead.convert.teachers import open_teacher
+
+            folder = open_teacher(model).fetch() if name == "teacher" else model
+            config = AutoConfig.from_pretrained(folder)
+            how = {"hf_overrides": {"max_position_embeddings": max(longest, config.max_position_embeddings)}}
+        else:
+            config, how = config_of(name), {"load_format": "dummy"}
+            config.save_pretrained(folder)
+        llm = start(folder, config.architectures[0], skip_tokenizer_init=True, **how, **options)
     of_all = {
+        **({"model": Path(model).name} if model else {}),
         "options": options | {"max_num_seqs": MOST},
         "start_seconds": time.perf_counter() - started,
         "num_gpu_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
@@ -298,9 +311,10 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", type=number, nargs="+", default=[], help="of a prompt: 2K 8K 32K 128K; needles: one"
     )
-    parser.add_argument("--model", type=Path, help="folder of the checkpoint that is asked for needles")
+    parser.add_argument("--model", type=Path, help="folder of a real hybrid, measured or asked for needles")
+    parser.add_argument("--teacher", help="a real one beside it: Hub id, folder or GGUF file")
     parser.add_argument("--minutes", type=float, default=9, help="time for each model (default: 9)")
-    parser.add_argument("--output", type=Path, default=FOLDER / "serving-cuda.json", help="file of results")
+    parser.add_argument("--output", type=Path, help="file of results (default: serving-cuda.json beside this script)")
     parser.add_argument("--again", action="store_true", help="measure cells that the file holds already")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -309,6 +323,13 @@ def main(words: list[str] | None = None) -> int:
         parser.error(f"{', '.join(sorted(unknown))}: expected teacher, hybrid or needles")
     if "needles" in what and (options.model is None or len(options.tokens) != 1):
         parser.error("needles need --model FOLDER and the length of one prompt, --tokens 1K")
+    real = {"teacher": options.teacher, "hybrid": options.model and str(options.model)}
+    if "needles" not in what and any(real.values()):
+        if missing := [name for name in what if not real[name]]:
+            parser.error(f"no real {missing[0]}: name both, --teacher and --model, or ask for the other alone")
+        if options.output is None:
+            parser.error("real models are none of serving-cuda.json: say with --output where to")
+    options.output = options.output or FOLDER / "serving-cuda.json"
     with one_line_errors():
         held = cells_in(options.output)
         if not options.output.absolute().parent.is_dir():
@@ -323,7 +344,7 @@ def main(words: list[str] | None = None) -> int:
         if not options.again:
             todo = [cell for cell in todo if f"{name} {cell[0]} {cell[1]}" not in held]
         if options.here:
-            measure(name, todo, options.output, deadline)
+            measure(name, real[name], todo, options.output, deadline)
         elif todo or name == "needles":
             print(f"{name}: at most {options.minutes:g} minutes", flush=True)
             failed |= bool(subprocess.run([sys.executable, __file__, name, *passed_on(options), "--here"]).returncode)
@@ -338,6 +359,7 @@ def passed_on(options: argparse.Namespace) -> list[str]:
     words += [word for kind in options.kind or [] for word in ("--kind", kind)]
     if options.tokens:
         words += ["--tokens", *map(str, options.tokens)]
+    words += ["--teacher", options.teacher] if options.teacher else []
     return words + (["--model", str(options.model)] if options.model else [])
 
 

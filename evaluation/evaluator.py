@@ -123,10 +123,10 @@ def evaluate(
     made = {**made_from, **settings.identity()}
     cells = Cells(output, made, models)
     run = _Run(models, settings, texts, cells, state)
+    if "text" in settings.suites:  # the quickest first: what is cut off has it
+        run.text()
     if "needles" in settings.suites:
         run.needles()
-    if "text" in settings.suites:
-        run.text()
     if "lm-eval" in settings.suites:
         run.harness()
     known = (cells.report or {}).get("heads")

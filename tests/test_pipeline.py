@@ -258,7 +258,7 @@ def test_a_finished_evaluation_goes_on_with_further_lengths(recipe, finished, tm
 
     monkeypatch.setattr(Cells, "keep", kept)
     student = walk(str(recipe), [f"output={output}", "evaluate.lengths=[200, 300]"]).student
-    assert measured == 4 * [("needles", 300)] + 2 * [("text", 300)]
+    assert measured == 2 * [("text", 300)] + 4 * [("needles", 300)]
     assert lengths(read_report(student)) == [200, 256, 300]
     assert "| 300 | " in (student / "README.md").read_text()
 

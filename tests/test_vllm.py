@@ -144,6 +144,25 @@ def test_the_benchmark_measures_cell_by_cell_and_goes_on_where_it_ended(tmp_path
     assert started == [12288] * 3 and row["options"]["max_model_len"] == 12288 and row["model_runner"] == 1
 
 
+def test_the_benchmark_takes_a_real_model_past_its_positions(tmp_path, monkeypatch):
+    output, given = tmp_path / "results.json", {}
+    make_student().save_pretrained(tmp_path / "real")
+
+    def start(folder, architecture, **options):
+        given.update(options, folder=folder, architecture=architecture)
+        return SimpleNamespace(llm_engine=Engine(), model_config=SimpleNamespace(get_vocab_size=lambda: 99))
+
+    monkeypatch.setattr(benchmark, "start", start)
+    monkeypatch.setattr(benchmark, "kernels_of_steps", lambda engine: [])
+    words = ["hybrid", "--here", "--model", str(tmp_path / "real"), "--tokens", "2K"]
+    with pytest.raises(SystemExit):
+        benchmark.main(words)  # not into the file of random weights
+    benchmark.main([*words, "--output", str(output)])
+    assert (given["folder"], given["architecture"]) == (str(tmp_path / "real"), "HydraHeadForCausalLM")
+    assert given["hf_overrides"] == {"max_position_embeddings": 6144} and "load_format" not in given
+    assert read_json(output)["cells"]["hybrid one 2048"]["model"] == "real"
+
+
 class Convolution:
     """For `causal_conv1d_fn` and `causal_conv1d_update`: sequence by sequence, states in place."""
 
