@@ -162,6 +162,10 @@ def targets() -> str:
         ),
         ("decoding, 128K, 12.5% of heads: speed", "≥", 1.8, *speeds_of_decoding(128 * K, HEADS)),
         ("decoding, 128K: share of bandwidth", "≥", 0.6, row("decode", 128 * K, GROUPS)["share_of_bandwidth"]),
+        *(
+            (f"decoding, {tokens // K}K, Qwen2.5-Coder-1.5B's weights: speed", "≥", least, real_speed(tokens, "7to1"))
+            for tokens, least in ((128 * K, 1.4), (512 * K, 2.4))
+        ),
         (
             *("decoding, 32K, largest batches: tokens/s", "≥", 3.0),
             *(batches / one["tokens_per_second"] for one in teachers("batches", 32 * K)),
@@ -288,6 +292,55 @@ def batches() -> str:
         *("128K sequences that fit", "by arithmetic"),
     )
     return table(header, shorter(rows)) + str(notes)
+
+
+REAL = read("qwen2.5-coder/speed")
+REAL_ROWS = {
+    (row["what"], row["tokens"], row["model"]): row | {"hardware": part["hardware"]}
+    for part in REAL["parts"].values()
+    for row in part["rows"]
+    if "error" not in row
+}
+REAL_TITLES = {
+    TEACHER: "teacher as transformers compiles it",
+    BEST_TEACHER: "teacher, attention in pieces",
+    "3to1": "a quarter of the heads",
+    "7to1": "an eighth of the KV groups",
+}
+
+
+def real(what: str, tokens: int, model: str) -> Found:
+    """What the file of the real teacher says of one model; of decoding, the best teacher's is its quicker step."""
+    found = REAL_ROWS.get((what, tokens, model))
+    return Found(found, hardware=found and found["hardware"])
+
+
+def real_speed(tokens: int, model: str) -> Found:
+    """How many times faster than the best teacher a compiled step of the real hybrid is."""
+    teachers = [real("decode", tokens, name)["ms_per_token"] for name in (BEST_TEACHER, TEACHER)]
+    best = min(filter(None, teachers), key=lambda each: each.value, default=teachers[0])
+    return best / real("decode", tokens, model)["ms_per_token"]
+
+
+def real_models() -> str:
+    """Decoding and prefill of the 1.5B teacher and its hybrids."""
+    rows = []
+    for tokens in (4 * K, 32 * K, 128 * K, 512 * K):
+        for name, title in REAL_TITLES.items():
+            one, eager = real("decode", tokens, name), real("eager", tokens, name)
+            if not one:
+                continue
+            prefill = real("eager", tokens, TEACHER)["prefill_seconds"] / eager["prefill_seconds"]
+            rows.append(
+                (
+                    *(f"{tokens:,}", title, f"{one['ms_per_token']:.2f}", f"{real_speed(tokens, name):.2f}"),
+                    *(f"{one['kernels_per_token']:,}", f"{one['share_of_bandwidth']:.0%}"),
+                    f"{one['cache_bytes'] / Found(2**30):.2f}",
+                    *((f"{eager['prefill_seconds']:.3f}", f"{prefill:.2f}") if eager else ("", "")),
+                )
+            )
+    header = ("tokens", "model", "ms a token", "speed", "kernels", "share of bandwidth", "cache, GiB")
+    return table((*header, "prefill, s", "speed"), rows, names=2)
 
 
 def chunks() -> str:
@@ -503,7 +556,7 @@ def predictions() -> str:
 
 
 TABLES = (
-    targets, decoding, eager, batches, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
+    targets, decoding, eager, batches, real_models, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
     operation_counts, shortlists, training, scaling, first_passes, predictions,
     serving, served_kernels, served_tokens,
 )  # fmt: skip

@@ -101,6 +101,8 @@ CHOICES = {
     "receiver-sender": PAPER,
     "receiver": {"method": "receiver"},
     "attribution": {"method": "attribution-qk"},
+    "global": {"strategy": "global"},  # no head for every layer
+    "groups": GROUPS,
     "fixed": {"strategy": "fixed"},
     "layer-random": {"strategy": "layer-random"},
 }
@@ -143,9 +145,9 @@ def _rows() -> Iterator[tuple[str, Row]]:
             yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
     for name, student in STUDENTS.items():
         yield f"{name}-3to1-tenth", Row(f"default, 3:1, {name}", student=student, share=TENTH)
-    yield "groups-3to1", Row("KV groups, 1/4", 0.25, GROUPS)
-    yield "groups-7to1", Row("KV groups, 1/8", 0.125, GROUPS)
-    yield "groups-7to1-tenth", Row("KV groups, 1/8", 0.125, GROUPS, share=TENTH)
+    for choice in ("groups", "global"):
+        for budget, ratio in BUDGETS.items():
+            yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)
     yield "groups-third-tenth", Row("KV groups, 1/3", 1 / 3, GROUPS, share=TENTH)
     yield "layerwise-third-tenth", Row("layerwise, 1/3", 1 / 3, LAYERWISE, share=TENTH)  # as many KV bytes as that

@@ -69,7 +69,7 @@ def test_the_experiments_say_what_the_study_measured():
     """In every row of needles, text and training, whatever the page calls the models."""
     page = (ROOT / "docs" / "experiments.md").read_text()
 
-    kinds = re.compile(r"\| (teacher|default|random|layer|replacement|receiver|nope|concat|gate)[^|]* \|")
+    kinds = re.compile(r"\| (teacher|default|random|layer|replacement|receiver|nope|concat|gate|yarn)[^|]* \|")
 
     def table(*names: str) -> list[str]:
         found = [json.loads((ROOT / "benchmarks" / "smollm2" / name).read_text()) for name in names]
@@ -97,14 +97,19 @@ def test_the_experiments_say_what_the_study_measured():
     found = [row for row in rows("choices-16m.json") if row.count("|") == 6 and ", " not in row and " – " not in row]
     found = [row for row in found if "teacher" not in row and "receiver-7to1" not in row]
     assert len(found) == 45 and all(row in page for row in found)
-    found = [row for row in rows("long-context.json") if " (" in row]
-    assert len(found) == 8 and all(row in page for row in found)
+    found = [row for name in ("long-context.json", "yarn-hybrid.json") for row in rows(name) if " (" in row]
+    assert len(found) == 12 and all(row in page for row in found)
 
 
 def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found():
     """Rows as `students.py` makes them, and beside those of one key the bytes of KV cache."""
     page = (ROOT / "docs" / "experiments.md").read_text()
-    for section, name, count in ((25, "smollm2/controls-tenth", 31), (26, "qwen2.5-coder/hybrids-6m", 10)):
+    files = (
+        (25, "smollm2/controls-tenth", 31),
+        (27, "smollm2/controls-3to1", 33),
+        (26, "qwen2.5-coder/hybrids-6m", 10),
+    )
+    for section, name, count in files:
         study = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
         text = re.split(r"^## \d", page[page.index(f"## {section}. ") + 3 :], flags=re.MULTILINE)[0]
         for model in study["report"]["models"]:
@@ -118,6 +123,34 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
         assert f"| {name} | {' | '.join(f'{one[1]:.2f}, {four[1]:.2f}' for one, four in learnt)} |" in text
         asked = [step["heldout_loss"] for step in study["rows"][name]["steps"]["distill"] if "heldout_loss" in step]
         assert re.search(rf"^\| {name} \|.* {curve['kl'][-1][1]:.3f} \| {asked[-1]:.3f} \|$", text, re.MULTILINE)
+
+
+def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_rows():
+    """And how the text of a student of YaRN holds beyond its teacher's own length."""
+    page, folder = (ROOT / "docs" / "experiments.md").read_text(), ROOT / "benchmarks" / "smollm2"
+    report = json.loads((folder / "domains.json").read_text())["report"]
+    text = {(cell["model"], cell["domain"]): cell for cell in report["text"]}
+    needles = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["needles"]}
+    for name in (model["label"] for model in report["models"]):
+        cells = [text[name, domain] for domain in ("documents", "code")]
+        numbers = [f"{cell[key]:.3f}" if key in cell else "" for cell in cells for key in ("loss", "kl", "agreement")]
+        assert f"| {name} | {' | '.join(numbers)} |" in page, name
+        cells = [
+            needles.get((name, task, length))
+            for task in ("niah_single_2", "niah_multikey_1")
+            for length in (8192, 16384)
+        ]
+        if all(cells):
+            found = [f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})" for cell in cells]
+            assert f"| {name} | {' | '.join(found)} |" in page, name
+    text = json.loads((folder / "yarn-hybrid.json").read_text())["report"]["text"]
+    for model, key, title in (
+        ("teacher, yarn:4", "loss", "teacher, yarn:4: loss"),
+        ("yarn-3to1", "loss", "yarn-3to1: loss"),
+        ("yarn-3to1", "kl", "KL"),
+        ("yarn-3to1", "agreement", "agreement"),
+    ):
+        assert f"| {title} | {' | '.join(f'{cell[key]:.3f}' for cell in text if cell['model'] == model)} |" in page
 
 
 def test_the_readme_says_what_the_larger_teachers_hybrids_find():

@@ -1,0 +1,98 @@
+"""
+What a byte of KV cache buys: needles that students of SmolLM2-135M find, over the bytes that a token leaves there.
+
+    python benchmarks/budgets.py   # docs/budgets.png, and its points on the screen
+
+Rows of the study that differ in which heads they keep alone; RoPE kept, rows of 2,048 tokens, nothing finetuned.
+"""
+
+import json
+from itertools import chain
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from hydrahead.evaluation.figures import save_picture
+from hydrahead.evaluation.statistics import wilson_interval
+
+HERE = Path(__file__).parent
+PICTURE = HERE.parent / "docs" / "budgets.png"
+STUDIES = ("position-budget-16m", "choices-16m", "controls-tenth", "controls-3to1")
+LENGTHS = (1024, 2048, 4096)
+TASKS = {"niah_single_2": "one key", "niah_multikey_1": "four keys"}
+CHOICES = {  # by the options of `select`: what they choose, and its color and mark
+    '{"budget_unit": "kv_groups", "strategy": "global"}': ("KV groups by score", "tab:green", "s"),
+    '{"budget_unit": "kv_groups", "strategy": "layer"}': ("KV groups by score, one a layer", "tab:olive", "D"),
+    "{}": ("heads by score", "tab:blue", "o"),
+    '{"strategy": "layerwise"}': ("whole layers", "tab:orange", "^"),
+    '{"strategy": "global-random"}': ("heads at random", "tab:gray", "v"),
+}
+
+
+def points() -> list[dict]:
+    """Every student, with what it keeps, its tokens of distillation and KV bytes a token, and the scores it got."""
+    found = []
+    for study in (json.loads((HERE / "smollm2" / f"{name}.json").read_text()) for name in STUDIES):
+        held = {model["label"]: model["kv_bytes_per_token"] for model in study["report"]["models"]}
+        for name, row in study["rows"].items():
+            choice = json.dumps(row["select"], sort_keys=True)
+            if choice not in CHOICES or row["student"] or row["training"] or not row["share"]:
+                continue
+            cells = {
+                (cell["task"], cell["length"]): cell["scores"]
+                for cell in study["report"]["needles"]
+                if cell["model"] == name
+            }
+            scores = {task: list(chain.from_iterable(cells[task, length] for length in LENGTHS)) for task in TASKS}
+            found.append({"choice": choice, "whole": row["share"] == 1, "bytes": held[name], **scores})
+    return found
+
+
+def teacher() -> dict:
+    """Its share of needles by task, and its KV bytes a token."""
+    report = json.loads((HERE / "smollm2" / f"{STUDIES[-1]}.json").read_text())["report"]
+    cells = [cell for cell in report["needles"] if cell["model"] == "teacher"]
+    shares = {task: [cell["accuracy"] for cell in cells if cell["task"] == task] for task in TASKS}
+    return {task: sum(each) / len(each) for task, each in shares.items()} | {
+        "bytes": report["models"][0]["kv_bytes_per_token"]
+    }
+
+
+def main() -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    known, every = teacher(), points()
+    for axis, (task, title) in zip(axes, TASKS.items()):
+        axis.axhline(known[task], color="black", linewidth=1, linestyle=":")
+        axis.text(known["bytes"] / 1024, known[task] + 0.015, "teacher", ha="right", fontsize=8)
+        for choice, (label, color, marker) in CHOICES.items():
+            for one in (one for one in every if one["choice"] == choice):
+                share = sum(one[task]) / len(one[task])
+                low, high = wilson_interval(share, len(one[task]))
+                axis.errorbar(
+                    one["bytes"] / 1024,
+                    share,
+                    [[share - low], [high - share]],
+                    color=color,
+                    marker=marker,
+                    markersize=7,
+                    fillstyle="full" if one["whole"] else "none",
+                    linewidth=0.8,
+                )
+                print(f"{title:10} {label:32} {'16M' if one['whole'] else '1.6M':>5} {one['bytes']:>6,} {share:.2f}")
+            axis.plot([], [], color=color, marker=marker, linestyle="none", label=label)
+        axis.set_xlim(0, known["bytes"] / 1024 + 1)
+        axis.set_ylim(-0.03, 1.03)
+        axis.set_xlabel("KV cache, KiB a token (bf16)")
+        axis.set_title(f"{title}, among 1,024 to 4,096 tokens", fontsize=10)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("needles found")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.suptitle(
+        "SmolLM2-135M, plain text; filled after 16M tokens of distillation, hollow after 1.6M", fontsize=10
+    )
+    save_picture(figure, PICTURE)
+    print(f"written: {PICTURE.relative_to(HERE.parent)}")
+
+
+if __name__ == "__main__":
+    main()
