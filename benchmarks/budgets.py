@@ -3,7 +3,8 @@ What a byte of KV cache buys: needles that students of SmolLM2-135M find, over t
 
     python benchmarks/budgets.py   # docs/budgets.png, and its points on the screen
 
-Rows of the study that differ in which heads they keep alone; RoPE kept, rows of 2,048 tokens, nothing finetuned.
+Rows of the study that differ only in which heads, and how many, they keep; RoPE kept, rows of 2,048 tokens, nothing
+finetuned. Alignments and GPUs differ; the prompts are the same.
 """
 
 import json
@@ -21,9 +22,10 @@ STUDIES = ("position-budget-16m", "choices-16m", "controls-tenth", "controls-3to
 LENGTHS = (1024, 2048, 4096)
 TASKS = {"niah_single_2": "one key", "niah_multikey_1": "four keys"}
 CHOICES = {  # by the options of `select`: what they choose, and its color and mark
-    '{"budget_unit": "kv_groups", "strategy": "global"}': ("KV groups by score", "tab:green", "s"),
+    '{"budget_unit": "kv_groups", "strategy": "global"}': ("KV groups by score, anywhere", "tab:green", "s"),
     '{"budget_unit": "kv_groups", "strategy": "layer"}': ("KV groups by score, one a layer", "tab:olive", "D"),
-    "{}": ("heads by score", "tab:blue", "o"),
+    "{}": ("heads by score, in every layer", "tab:blue", "o"),
+    '{"strategy": "global"}': ("heads by score, anywhere", "tab:cyan", "o"),
     '{"strategy": "layerwise"}': ("whole layers", "tab:orange", "^"),
     '{"strategy": "global-random"}': ("heads at random", "tab:gray", "v"),
 }
@@ -79,14 +81,15 @@ def main() -> None:
                     linewidth=0.8,
                 )
                 print(f"{title:10} {label:32} {'16M' if one['whole'] else '1.6M':>5} {one['bytes']:>6,} {share:.2f}")
-            axis.plot([], [], color=color, marker=marker, linestyle="none", label=label)
+            if any(one["choice"] == choice for one in every):
+                axis.plot([], [], color=color, marker=marker, linestyle="none", label=label)
         axis.set_xlim(0, known["bytes"] / 1024 + 1)
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("KV cache, KiB a token (bf16)")
         axis.set_title(f"{title}, among 1,024 to 4,096 tokens", fontsize=10)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("needles found")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.suptitle(
         "SmolLM2-135M, plain text; filled after 16M tokens of distillation, hollow after 1.6M", fontsize=10
     )

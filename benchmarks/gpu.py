@@ -441,7 +441,10 @@ class Generate:
     model: str
     tokens: int
     new_tokens: int = 128
-    caches: tuple[str, ...] = ("dynamic", "static")  # the second compiles the step
+    caches: tuple[str, ...] = (
+        "dynamic",
+        "static",
+    )  # the first is what it takes by default, the second compiles the step
     turns = 3
 
     @property

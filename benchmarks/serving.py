@@ -41,6 +41,7 @@ SPARE = 4 * K  # tokens that the first sequences may generate while the prompts 
 NEEDLES = {"task": "niah_single_2", "count": 24}
 BESIDE_OTHERS = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}  # where the GPU is shared
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "serving-cuda.json"  # of random weights
 
 
 def cells(kinds: list[str], tokens: list[int]) -> list[tuple[str, int]]:
@@ -188,19 +189,19 @@ def measure(name: str, model: str | None, todo: list[tuple[str, int]], output: P
     """A model's cells, in this process, into the file of results. Its weights are random where no `model` is named."""
     started, longest = time.perf_counter(), max(length for _, length in todo) + SPARE
     options = {"max_model_len": longest, "max_num_batched_tokens": 16 * K, "gpu_memory_utilization": 0.9}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as where:
         if model:
             from transformers import AutoConfig
 
             from hydrahead.convert.teachers import open_teacher
 
-            folder = open_teacher(model).fetch() if name == "teacher" else model
-            config = AutoConfig.from_pretrained(folder)
+            where = open_teacher(model).fetch() if name == "teacher" else model
+            config = AutoConfig.from_pretrained(where)
             how = {"hf_overrides": {"max_position_embeddings": max(longest, config.max_position_embeddings)}}
         else:
             config, how = config_of(name), {"load_format": "dummy"}
-            config.save_pretrained(folder)
-        llm = start(folder, config.architectures[0], skip_tokenizer_init=True, **how, **options)
+            config.save_pretrained(where)
+        llm = start(where, config.architectures[0], skip_tokenizer_init=True, **how, **options)
     of_all = {
         **({"model": Path(model).name} if model else {}),
         "options": options | {"max_num_seqs": MOST},
@@ -324,12 +325,14 @@ def main(words: list[str] | None = None) -> int:
     if "needles" in what and (options.model is None or len(options.tokens) != 1):
         parser.error("needles need --model FOLDER and the length of one prompt, --tokens 1K")
     real = {"teacher": options.teacher, "hybrid": options.model and str(options.model)}
+    if "needles" in what and len(what) > 1:
+        parser.error("needles are asked in a call of their own")
     if "needles" not in what and any(real.values()):
         if missing := [name for name in what if not real[name]]:
             parser.error(f"no real {missing[0]}: name both, --teacher and --model, or ask for the other alone")
-        if options.output is None:
+        if options.output is None or options.output.absolute() == RESULTS.absolute():
             parser.error("real models are none of serving-cuda.json: say with --output where to")
-    options.output = options.output or FOLDER / "serving-cuda.json"
+    options.output = options.output or RESULTS
     with one_line_errors():
         held = cells_in(options.output)
         if not options.output.absolute().parent.is_dir():
@@ -342,7 +345,12 @@ def main(words: list[str] | None = None) -> int:
     for name in what:
         todo = [] if name == "needles" else wanted
         if not options.again:
-            todo = [cell for cell in todo if f"{name} {cell[0]} {cell[1]}" not in held]
+            named = real.get(name) and Path(real[name]).name
+            todo = [
+                (kind, length)
+                for kind, length in todo
+                if (row := held.get(f"{name} {kind} {length}")) is None or row.get("model") != named
+            ]
         if options.here:
             measure(name, real[name], todo, options.output, deadline)
         elif todo or name == "needles":

@@ -101,7 +101,7 @@ CHOICES = {
     "receiver-sender": PAPER,
     "receiver": {"method": "receiver"},
     "attribution": {"method": "attribution-qk"},
-    "global": {"strategy": "global"},  # no head for every layer
+    "global": {"strategy": "global"},  # without the default's head in every layer
     "groups": GROUPS,
     "fixed": {"strategy": "fixed"},
     "layer-random": {"strategy": "layer-random"},
@@ -124,7 +124,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for choice in ("default", "random"):
         yield f"{choice}-7to1", Row(f"{choice}, 7:1", 0.125, CHOICES[choice])
     yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
-    for choice in ("replacement", "receiver-sender"):
+    for choice in ("replacement", "receiver-sender", "global", "groups"):
         for budget, ratio in BUDGETS.items():
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "nope-3to1", Row("default, 3:1, NoPE", student=NOPE)
@@ -145,9 +145,6 @@ def _rows() -> Iterator[tuple[str, Row]]:
             yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
     for name, student in STUDENTS.items():
         yield f"{name}-3to1-tenth", Row(f"default, 3:1, {name}", student=student, share=TENTH)
-    for choice in ("groups", "global"):
-        for budget, ratio in BUDGETS.items():
-            yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)
     yield "groups-third-tenth", Row("KV groups, 1/3", 1 / 3, GROUPS, share=TENTH)
     yield "layerwise-third-tenth", Row("layerwise, 1/3", 1 / 3, LAYERWISE, share=TENTH)  # as many KV bytes as that
