@@ -26,7 +26,7 @@ from ..provenance import environment
 from . import harness
 from .cells import Cells
 from .models import Model, facts
-from .needles import FIRST_SEED, PREFILL_CHUNK, answer, as_asked, same_vocabulary, score
+from .needles import FIRST_SEED, answer, as_asked, same_vocabulary, score
 from .report import build_report, write_report
 from .statistics import wilson_interval
 from .text import Window, count_windows, position_buckets, read_windows
@@ -169,7 +169,7 @@ class _Run:
                 cell = _NeedleCell(self, model, loaded, tokenizer, task, length, advance)
                 self.measure("needles", {"model": model.label, "task": task, "length": length}, cell)
         shortest = min(settings.lengths)
-        is_batched = self.prompt_tokens(shortest) >= 2 * shortest  # else nothing is answered beside anything
+        is_batched = self.prompt_tokens >= 2 * shortest  # else nothing is answered beside anything
         if is_batched and loaded.dtype != torch.float32 and self.todo("batching", model, [()]):
             cell = _BatchingCell(self, model, loaded, tokenizer, settings.tasks[0], shortest, lambda count: None)
             self.measure("batching", {"model": model.label}, cell)
@@ -228,14 +228,14 @@ class _Run:
         """Tokens of prompts that are answered, and of windows that are read, together."""
         return self.settings.batch_tokens or (GPU_TOKENS if torch.cuda.is_available() else 4096)
 
-    def prompt_tokens(self, length: int) -> int:
+    @property
+    def prompt_tokens(self) -> int:
         """
         Tokens of prompts that are answered together: answers are written token by token, so that few large batches
-        take a fraction of the time of many. What does not fit is divided (`needles.answer`). Prompts that are read in
-        chunks alone are not put together.
+        take a fraction of the time of many. What does not fit is divided (`needles.answer`).
         """
         on_gpu = self.settings.batch_tokens is None and torch.cuda.is_available()
-        return 4 * GPU_TOKENS if on_gpu and length <= PREFILL_CHUNK else self.batch_tokens
+        return 4 * GPU_TOKENS if on_gpu else self.batch_tokens
 
     def open(self, model: Model) -> PreTrainedModel:
         """A model on this process's device; what the report says of it is kept."""
@@ -307,7 +307,7 @@ class _NeedleCell:
 
     def do(self) -> list[tuple[int, str]]:
         places = self.run.share(range(len(self.prompts)))
-        return list(zip(places, self.answers(places, self.run.prompt_tokens(self.length))))
+        return list(zip(places, self.answers(places, self.run.prompt_tokens)))
 
     def finish(self, answers: list[str]) -> dict:
         scores = [score(answer, prompt.answers) for answer, prompt in zip(answers, self.prompts)]

@@ -63,7 +63,8 @@ def answer(
     """
     Continue every prompt by greedy generation.
 
-    A batch that does not fit into the GPU's memory is divided; prompts of different lengths are padded on the left.
+    A batch that does not fit into the GPU's memory is divided. Prompts of one length beyond `PREFILL_CHUNK` are read
+    together in chunks; of different lengths they are padded on the left and, beyond it, read one by one.
 
     Args:
         model: any causal language model; runs where its weights are.
@@ -82,6 +83,8 @@ def answer(
     longest = max(map(len, prompts), default=0)
     check_positions(model, longest + new_tokens)
     size = max(1, batch_tokens // max(1, longest))
+    if longest > PREFILL_CHUNK and not (can_go_on(model) and len(set(map(len, prompts))) == 1):
+        size = 1  # a batch that is read whole holds attention masks of its length squared
     answers: list[str] = []
     was_training = model.training
     model.eval()
@@ -121,7 +124,7 @@ def _continue(model, tokenizer, prompts: Sequence[Sequence[int]], new_tokens: in
     rows = [[pad_id or 0] * count + list(ids) for count, ids in zip(before, prompts)]
     mask = [[0] * count + [1] * (width - count) for count in before]
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "pad_token_id": pad_id}
-    if len(prompts) == 1 and width > PREFILL_CHUNK and can_go_on(model):
+    if width > PREFILL_CHUNK and not any(before) and can_go_on(model):
         options["prefill_chunk_size"] = PREFILL_CHUNK
     input_ids, mask = (torch.tensor(each, device=model.device) for each in (rows, mask))
     output = model.generate(input_ids=input_ids, attention_mask=mask, **options)

@@ -341,6 +341,21 @@ def test_a_long_prompt_is_read_in_chunks_with_the_same_answer(make, tokenizer, t
     assert rows[:5] == [64, 64, 64, 64, 44]
 
 
+@pytest.mark.parametrize("make", [make_student, lambda **options: make_teacher("qwen3-tied", **options)])
+def test_long_prompts_of_one_length_are_read_together_in_chunks(make, tokenizer, texts, monkeypatch):
+    model, text = make(**VOCAB), texts["library"].tolist()
+    prompts = [text[:300], text[300:600], text[600:900]]
+    alone = answer(model, tokenizer, prompts, 8)
+    monkeypatch.setattr("hydrahead.evaluation.needles.PREFILL_CHUNK", 64)
+    read = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(tuple(args[0].shape)))
+    assert answer(model, tokenizer, prompts, 8, batch_tokens=600) == alone
+    assert read[:5] == [(2, 64)] * 4 + [(2, 44)] and (1, 64) in read
+    read.clear()
+    assert answer(model, tokenizer, [text[:299], *prompts[1:]], 8, batch_tokens=600)[1:] == alone[1:]
+    assert {rows for rows, _ in read} == {1}, "padded, they would be read whole"
+
+
 def test_other_hybrids_are_read_whole(tokenizer, texts, monkeypatch):
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     mamba = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
