@@ -4,6 +4,7 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -338,3 +339,32 @@ def test_the_benchmark_fills_the_cache_and_compares_what_both_models_have():
     row = {"environment": {"hardware": "a GPU"}, "ms_per_token": 4.0, "tokens_per_second": 100.0}
     rows = {"teacher full 8192": row, "hybrid full 8192": row | {"tokens_per_second": 250.0}, "hybrid one 2048": row}
     assert benchmark.summary(rows) == ["full 8192: tokens_per_second 100.00 and 250.00, 2.50×"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hybrid", "needles", "--model", "student", "--tokens", "1K"],  # whose model it is would not be clear
+        ["--model", "student", "--output", "results.json"],
+        ["--model", "student", "--teacher", "teacher"],
+        ["--model", "student", "--teacher", "teacher", "--output", str(benchmark.RESULTS)],
+    ],
+)
+def test_real_models_are_not_measured_into_the_file_of_random_weights(words, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(words)
+    assert capsys.readouterr().err.count("error:") == 1
+
+
+def test_a_cell_of_another_model_is_measured_again(tmp_path, monkeypatch):
+    output, started = tmp_path / "results.json", []
+    cells = {"hybrid one 2048": {"model": "one"}, "teacher one 2048": {}}
+    output.write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(
+        benchmark.subprocess, "run", lambda words: started.append(words) or SimpleNamespace(returncode=0)
+    )
+    monkeypatch.setattr(benchmark, "summary", lambda cells: [])
+    for model in ("one", "two"):
+        words = ["hybrid", "--kind", "one", "--tokens", "2K", "--model", model, "--output", str(output)]
+        assert benchmark.main(words) == 0
+    assert [words[words.index("--model") + 1] for words in started] == ["two"]
