@@ -128,12 +128,13 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
 def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_rows():
     """And how the text of a student of YaRN holds beyond its teacher's own length."""
     page, folder = (ROOT / "docs" / "experiments.md").read_text(), ROOT / "benchmarks" / "smollm2"
+    keys = ("loss", "kl", "agreement")
     report = json.loads((folder / "domains.json").read_text())["report"]
     text = {(cell["model"], cell["domain"]): cell for cell in report["text"]}
     needles = {(cell["model"], cell["task"], cell["length"]): cell for cell in report["needles"]}
     for name in (model["label"] for model in report["models"]):
         cells = [text[name, domain] for domain in ("documents", "code")]
-        numbers = [f"{cell[key]:.3f}" if key in cell else "" for cell in cells for key in ("loss", "kl", "agreement")]
+        numbers = [f"{cell[key]:.3f}" if key in cell else "" for cell in cells for key in keys]
         assert f"| {name} | {' | '.join(numbers)} |" in page, name
         cells = [
             needles.get((name, task, length))
@@ -143,6 +144,11 @@ def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_
         if all(cells):
             found = [f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})" for cell in cells]
             assert f"| {name} | {' | '.join(found)} |" in page, name
+    report = json.loads((folder / "aligned-strategies.json").read_text())["report"]
+    for model, text in zip(report["models"], report["text"], strict=True):
+        found = [cell["accuracy"] for cell in report["needles"] if cell["model"] == model["label"]]
+        numbers = [f"{value:.2f}" for value in found] + [f"{text[key]:.3f}" if key in text else "" for key in keys]
+        assert f"| {model['label']} | {model['kv_bytes_per_token']:,} | {' | '.join(numbers)} |" in page
     text = json.loads((folder / "yarn-hybrid.json").read_text())["report"]["text"]
     for model, key, title in (
         ("teacher, yarn:4", "loss", "teacher, yarn:4: loss"),
