@@ -31,59 +31,56 @@ CHOICES = {  # by the options of `select`: what they choose, and its color and m
 }
 
 
-def points() -> list[dict]:
-    """Every student, with what it keeps, its tokens of distillation and KV bytes a token, and the scores it got."""
+def points() -> tuple[list[dict], dict]:
+    """
+    Every student, with what it keeps, whether it had all tokens of distillation, its KV bytes a token, and the scores
+    it got by task; and the teacher, as the last study asked it.
+    """
     found = []
     for study in (json.loads((HERE / "smollm2" / f"{name}.json").read_text()) for name in STUDIES):
         held = {model["label"]: model["kv_bytes_per_token"] for model in study["report"]["models"]}
+        cells = {(cell["model"], cell["task"], cell["length"]): cell["scores"] for cell in study["report"]["needles"]}
+        scores = {
+            name: {task: list(chain.from_iterable(cells[name, task, length] for length in LENGTHS)) for task in TASKS}
+            for name in held
+            if (name, "niah_single_2", LENGTHS[0]) in cells
+        }
         for name, row in study["rows"].items():
             choice = json.dumps(row["select"], sort_keys=True)
             if choice not in CHOICES or row["student"] or row["training"] or not row["share"]:
                 continue
-            cells = {
-                (cell["task"], cell["length"]): cell["scores"]
-                for cell in study["report"]["needles"]
-                if cell["model"] == name
-            }
-            scores = {task: list(chain.from_iterable(cells[task, length] for length in LENGTHS)) for task in TASKS}
-            found.append({"choice": choice, "whole": row["share"] == 1, "bytes": held[name], **scores})
-    return found
+            found.append({"choice": choice, "whole": row["share"] == 1, "bytes": held[name], **scores[name]})
+    return found, {"bytes": held["teacher"], **scores["teacher"]}
 
 
-def teacher() -> dict:
-    """Its share of needles by task, and its KV bytes a token."""
-    report = json.loads((HERE / "smollm2" / f"{STUDIES[-1]}.json").read_text())["report"]
-    cells = [cell for cell in report["needles"] if cell["model"] == "teacher"]
-    shares = {task: [cell["accuracy"] for cell in cells if cell["task"] == task] for task in TASKS}
-    return {task: sum(each) / len(each) for task, each in shares.items()} | {
-        "bytes": report["models"][0]["kv_bytes_per_token"]
-    }
+def share(one: dict, task: str) -> float:
+    return sum(one[task]) / len(one[task])
 
 
 def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    known, every = teacher(), points()
+    every, teacher = points()
     for axis, (task, title) in zip(axes, TASKS.items()):
-        axis.axhline(known[task], color="black", linewidth=1, linestyle=":")
-        axis.text(known["bytes"] / 1024, known[task] + 0.015, "teacher", ha="right", fontsize=8)
+        axis.axhline(share(teacher, task), color="black", linewidth=1, linestyle=":")
+        axis.text(teacher["bytes"] / 1024, share(teacher, task) + 0.015, "teacher", ha="right", fontsize=8)
         for choice, (label, color, marker) in CHOICES.items():
             for one in (one for one in every if one["choice"] == choice):
-                share = sum(one[task]) / len(one[task])
-                low, high = wilson_interval(share, len(one[task]))
+                found = share(one, task)
+                low, high = wilson_interval(found, len(one[task]))
                 axis.errorbar(
                     one["bytes"] / 1024,
-                    share,
-                    [[share - low], [high - share]],
+                    found,
+                    [[found - low], [high - found]],
                     color=color,
                     marker=marker,
                     markersize=7,
                     fillstyle="full" if one["whole"] else "none",
                     linewidth=0.8,
                 )
-                print(f"{title:10} {label:32} {'16M' if one['whole'] else '1.6M':>5} {one['bytes']:>6,} {share:.2f}")
+                print(f"{title:10} {label:32} {'16M' if one['whole'] else '1.6M':>5} {one['bytes']:>6,} {found:.2f}")
             if any(one["choice"] == choice for one in every):
                 axis.plot([], [], color=color, marker=marker, linestyle="none", label=label)
-        axis.set_xlim(0, known["bytes"] / 1024 + 1)
+        axis.set_xlim(0, teacher["bytes"] / 1024 + 1)
         axis.set_ylim(-0.03, 1.03)
         axis.set_xlabel("KV cache, KiB a token (bf16)")
         axis.set_title(f"{title}, among 1,024 to 4,096 tokens", fontsize=10)

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import gc
 import inspect
-import itertools
 import json
 import multiprocessing
 import os
@@ -37,6 +36,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -426,7 +426,7 @@ class Generation:
     def rows(self) -> list[dict]:
         found = []
         for cache, calls in self.calls.items():
-            steps = [after - before for call in calls for before, after in itertools.pairwise(call)]
+            steps = [after - before for call in calls for before, after in pairwise(call)]
             row = {"first_token_seconds": statistics.median(call[0] for call in calls)}
             row |= {"ms_per_token": 1e3 * statistics.median(steps), "new_tokens": self.job.new_tokens}
             row["tokens_per_second"] = len(steps) / sum(steps)
@@ -441,10 +441,7 @@ class Generate:
     model: str
     tokens: int
     new_tokens: int = 128
-    caches: tuple[str, ...] = (
-        "dynamic",
-        "static",
-    )  # the first is what it takes by default, the second compiles the step
+    caches: tuple[str, ...] = ("dynamic", "static")  # its default, and the one whose step it compiles
     turns = 3
 
     @property

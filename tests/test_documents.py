@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from hydrahead.benchmarks import outlook, report, students
+from hydrahead.benchmarks import budgets, outlook, report, students
 from hydrahead.cli import app
 from hydrahead.provenance import digest
 
@@ -176,6 +176,33 @@ def test_the_readme_says_what_the_larger_teachers_hybrids_find():
         ]
         unit, loss = " bytes" if name == "teacher" else "", steps[-1]["heldout_loss"]
         assert f"| {held:,}{unit} | {' | '.join(cells)} | {loss:.3f} |" in page, name
+
+
+def test_the_pages_say_what_a_byte_of_cache_buys():
+    every, teacher = budgets.points()
+    groups, layers = '{"budget_unit": "kv_groups", "strategy": "global"}', '{"strategy": "layerwise"}'
+    page = (ROOT / "docs" / "method.md").read_text()
+    for title, choice, held, is_whole in (
+        ("a quarter of the KV groups", groups, 5632, True),
+        ("whole layers, a quarter", layers, 6144, True),
+        ("an eighth of the KV groups", groups, 2816, True),
+        ("an eighth of the heads", "{}", 8192, True),
+        ("a third of the KV groups", groups, 7680, False),
+        ("an eighth of the KV groups", groups, 2816, False),
+    ):
+        (one,) = (s for s in every if (s["choice"], s["bytes"], s["whole"]) == (choice, held, is_whole))
+        shares = " | ".join(f"{budgets.share(one, task):.2f}" for task in budgets.TASKS)
+        assert f"| {title} | {held:,} | {'16M' if is_whole else '1.6M'} | {shares} |" in page
+    several = {}
+    for bytes_, is_whole in ((range(12288, 12545), True), (range(8192, 8193), False)):
+        ones = [s for s in every if s["choice"] == "{}" and s["bytes"] in bytes_ and s["whole"] == is_whole]
+        several[is_whole] = [sorted(f"{budgets.share(one, task):.2f}" for one in ones) for task in budgets.TASKS]
+    one, four = several[True]
+    assert len(one) == 3 and f"| 16M | {one[0]} to {one[-1]} | {four[0]} to {four[-1]} |" in page
+    one, four = several[False]
+    assert f"| 1.6M | {', '.join(one)} | {', '.join(four)} |" in page
+    shares = [f"{budgets.share(teacher, task):.2f}" for task in budgets.TASKS]
+    assert f"the teacher's {shares[0]} with one key and {shares[1]} among four" in " ".join(page.split())
 
 
 def test_what_is_extrapolated_is_what_the_pages_say():
