@@ -483,7 +483,7 @@ def parts_of(students: Sequence[str]) -> dict[str, list]:
         "prefill-128K": [Prefill(128 * K, 3, eager)],
         "prefill-32K": [Prefill(32 * K, 5, eager)],
         "prefill-4K": [Prefill(4 * K, 5, eager)],
-        "generate": [Generate(name, tokens * K) for tokens in (4, 32) for name in every],
+        **{f"generate-{tokens}K": [Generate(name, tokens * K) for name in every] for tokens in (4, 32)},
     }
 
 

@@ -302,7 +302,7 @@ REAL_ROWS = {
     (row["what"], row["tokens"], row["model"]): row | {"hardware": part["hardware"]}
     for name, part in REAL["parts"].items()
     for row in part["rows"]
-    if "error" not in row and name != "generate"  # which has two of a model
+    if "error" not in row and not name.startswith("generate")  # which have two of a model
 }
 REAL_TITLES = {
     TEACHER: "teacher as transformers compiles it",
@@ -521,6 +521,16 @@ def serving() -> str:
     return table((*header, "prompt tokens/s, thousands"), rows)
 
 
+def served_real() -> str:
+    """The 1.5B teacher and an eighth of its KV groups in vLLM, one sequence."""
+    held, rows = read("qwen2.5-coder/serving")["cells"], []
+    for tokens in (2 * K, 32 * K, 128 * K):
+        pair = [held[f"{name} one {tokens}"] for name in SERVED_MODELS]
+        keys = (("first_token_seconds", ".3f"), ("ms_per_token", ".2f"), ("ms_in_kernels", ".2f"))
+        rows.append((f"{tokens:,}", *(" / ".join(f"{one[key]:{form}}" for one in pair) for key, form in keys)))
+    return table(("tokens", "first token, s", "ms a step", "in kernels"), rows)
+
+
 def served_kernels() -> str:
     """The longest kernels of a step of one sequence in vLLM at 2K, of both models."""
     found: dict[str, list[float]] = {}
@@ -565,7 +575,7 @@ def predictions() -> str:
 TABLES = (
     targets, decoding, eager, batches, real_models, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
     operation_counts, shortlists, training, scaling, first_passes, predictions,
-    serving, served_kernels, served_tokens,
+    serving, served_real, served_kernels, served_tokens,
 )  # fmt: skip
 
 

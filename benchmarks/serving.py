@@ -39,7 +39,8 @@ STEPS = 64  # measured, after as many that are not
 PROFILED, NAMED = 8, 16  # steps of one sequence, and kernels that are named
 SPARE = 4 * K  # tokens that the first sequences may generate while the prompts of the last are read
 NEEDLES = {"task": "niah_single_2", "count": 24}
-BESIDE_OTHERS = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30}  # where the GPU is shared
+# Where the GPU is shared: vLLM wants room for the states of as many sequences as it may run.
+BESIDE_OTHERS = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 4 << 30, "max_num_seqs": NEEDLES["count"]}
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "serving-cuda.json"  # of random weights
 
@@ -173,7 +174,8 @@ def start(model: str | Path, architecture: str, **options):
     prepare_vllm(architecture)
     from vllm import LLM
 
-    return LLM(str(model), dtype="bfloat16", max_num_seqs=MOST, enable_prefix_caching=False, **options)
+    options = {"max_num_seqs": MOST, "enable_prefix_caching": False} | options
+    return LLM(str(model), dtype="bfloat16", **options)
 
 
 def surroundings() -> dict:

@@ -64,7 +64,7 @@ def _same_prompts(*reports: dict) -> bool:
 
 
 def tables(study: dict) -> str:
-    """Training, needles and text of every row, and what other choices do beside the default, in Markdown."""
+    """Training, needles and text of every row, and what other choices do beside heads in every layer, in Markdown."""
     report, lines = study["report"], ["# Students of one teacher", "", *_progress(study)]
     if report is None:  # all rows were interrupted
         return "\n".join(lines) + "\n"
@@ -96,7 +96,7 @@ def tables(study: dict) -> str:
         last = study["rows"][name]["steps"].get("distill", [])[-10:] if name in study["rows"] else []
         values += [f"{sum(step['kl'] for step in last) / len(last):.3f}" if last else ""]
         lines += [f"| {name} | {' | '.join(values)} |"]
-    return "\n".join([*lines, "", *_beside_default(study, needles, tasks, lengths)]) + "\n"
+    return "\n".join([*lines, "", *_beside_constrained(study, needles, tasks, lengths)]) + "\n"
 
 
 def curves(study: dict) -> dict[str, dict[str, list[tuple]]]:
@@ -151,8 +151,8 @@ def _needles_over_tokens(found: dict[str, dict[str, list[tuple]]]) -> list[str]:
     return [*lines, ""]
 
 
-def _beside_default(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
-    """What other students of the same budget and tokens find more than the default's, by the same prompts."""
+def _beside_constrained(study: dict, needles: dict, tasks: list[str], lengths: list[int]) -> list[str]:
+    """What students find more than those of heads with one in every layer, same budget and tokens, same prompts."""
     alike: dict[tuple, list[str]] = {}  # but for the seed
     partly = []
     for name, row in study["rows"].items():
@@ -168,27 +168,29 @@ def _beside_default(study: dict, needles: dict, tasks: list[str], lengths: list[
         found = [chain(*[needles[name, task, length]["scores"] for length in lengths]) for name in names]
         return [sum(each) / len(names) for each in zip(*found, strict=True)]
 
-    def is_default(about: str, name: str) -> bool:
-        changed = any(study["rows"][name].get(what) for what in ("select", "student", "training"))
-        return about.startswith("default,") and not changed
+    def is_reference(about: str, name: str) -> bool:
+        changed = any(study["rows"][name].get(what) for what in ("student", "training"))
+        return about.startswith(("constrained,", "default,")) and not changed  # the second in older files
 
-    defaults = {(ratio, read): names for (ratio, read, about), names in alike.items() if is_default(about, names[0])}
+    references = {
+        (ratio, read): names for (ratio, read, about), names in alike.items() if is_reference(about, names[0])
+    }
     lines = []
     for (ratio, read, about), names in alike.items():
-        default = defaults.get((ratio, read), names)
-        if default == names:
+        reference = references.get((ratio, read), names)
+        if reference == names:
             continue
-        gaps = [paired_difference(scores(names, task), scores(default, task)) for task in tasks]
+        gaps = [paired_difference(scores(names, task), scores(reference, task)) for task in tasks]
         cells = [f"{gap['difference']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})" for gap in gaps]
         trained = dict(read).get("distill", 0) / 1e6
-        lines += [f"| {about}, {trained:g}M | {len(names)}, {len(default)} | {' | '.join(cells)} |"]
+        lines += [f"| {about}, {trained:g}M | {len(names)}, {len(reference)} | {' | '.join(cells)} |"]
     if not lines:
         return []
     return [
-        "Less the default of the same budget and tokens, on the same prompts, the mean of seeds, all lengths as one,",
-        "95% bootstrap intervals over prompts:",
+        "Less heads by score with one in every layer, of the same budget and tokens, on the same prompts, the mean of",
+        "seeds, all lengths as one, 95% bootstrap intervals over prompts:",
         "",
-        f"| | seeds, of the default | `{'` | `'.join(tasks)}` |",
+        f"| | seeds, of those | `{'` | `'.join(tasks)}` |",
         "| --- | ---: " + "| ---: " * len(tasks) + "|",
         *lines,
         *(["", f"Not measured at every length, and left out: {', '.join(partly)}."] if partly else []),

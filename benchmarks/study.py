@@ -2,7 +2,7 @@
 Students of one teacher on the same text, row by row: which heads, budget, position and fusion, at how many tokens.
 
     python benchmarks/study.py smollm2-135m-3to1 data.name=plain.jsonl data.subset=null --output runs/study
-    python benchmarks/study.py smollm2-135m-3to1 … --rows default-3to1 random-3to1 --minutes 20
+    python benchmarks/study.py smollm2-135m-3to1 … --rows groups-3to1 random-3to1 --minutes 20
     python benchmarks/students.py runs/study/study.json students.md  # tables and pictures
 
 A row is an entry of ROWS. Rows with the same form of heads share one alignment and one score file; each then chooses
@@ -55,6 +55,14 @@ TENTH = 0.1
 WAIT = 5  # seconds, for what another call is making
 
 
+def _heads(strategy: str) -> dict:
+    """Options of `select` that count heads, as the paper does."""
+    return {"budget_unit": "heads", "strategy": strategy}
+
+
+CONSTRAINED = _heads("global-constrained")
+
+
 @dataclass(frozen=True)
 class Row:
     """
@@ -63,7 +71,7 @@ class Row:
     Attributes:
         about: what its row of the table says.
         ratio: of full attention, by `select`.
-        select: other options of `convert.masks.select_to_file`.
+        select: other options of `convert.masks.select_to_file`, all that matter: a file of results outlives defaults.
         student: overrides of the recipe that change the form of heads: rows that agree in them share their alignment.
         training: other overrides of the recipe.
         share: of the recipe's tokens; 0 for a student of aligned heads that nothing was trained of. Only the whole is
@@ -73,7 +81,7 @@ class Row:
 
     about: str
     ratio: float = 0.25
-    select: dict = field(default_factory=dict)
+    select: dict = field(default_factory=lambda: dict(CONSTRAINED))
     student: tuple[str, ...] = ()
     training: tuple[str, ...] = ()
     share: float = 1.0
@@ -82,7 +90,7 @@ class Row:
     @property
     def by_score(self) -> bool:
         """Whether the choice of heads needs scores; controls do not, and need not wait for them."""
-        return STRATEGIES[self.select.get("strategy", "global")].by_score
+        return STRATEGIES[self.select["strategy"]].by_score
 
     @property
     def forms(self) -> tuple[str, ...]:
@@ -90,21 +98,21 @@ class Row:
         return tuple(change for change in self.student if change != "student.fusion=gate")
 
 
-RANDOM, LAYERWISE = {"strategy": "global-random"}, {"strategy": "layerwise"}
-PAPER, GROUPS = {"method": "receiver+sender"}, {"budget_unit": "kv_groups", "strategy": "global"}
+RANDOM, LAYERWISE = _heads("global-random"), _heads("layerwise")
+GROUPS = {"budget_unit": "kv_groups", "strategy": "global"}
 NOPE = ("student.full_attention_position=nope",)
 CHOICES = {
-    "default": {},
-    "replacement": {"method": "replacement"},
+    "constrained": CONSTRAINED,  # the default until docs/experiments.md, 29, and so named in files older than that
+    "replacement": CONSTRAINED | {"method": "replacement"},
     "random": RANDOM,
     "layerwise": LAYERWISE,
-    "receiver-sender": PAPER,
-    "receiver": {"method": "receiver"},
-    "attribution": {"method": "attribution-qk"},
-    "global": {"strategy": "global"},  # without the default's head in every layer
-    "groups": GROUPS,
-    "fixed": {"strategy": "fixed"},
-    "layer-random": {"strategy": "layer-random"},
+    "receiver-sender": CONSTRAINED | {"method": "receiver+sender"},
+    "receiver": CONSTRAINED | {"method": "receiver"},
+    "attribution": CONSTRAINED | {"method": "attribution-qk"},
+    "global": _heads("global"),
+    "groups": GROUPS,  # the default
+    "fixed": _heads("fixed"),
+    "layer-random": _heads("layer-random"),
 }
 BUDGETS = {"3to1": 0.25, "7to1": 0.125}
 STUDENTS = {
@@ -118,23 +126,23 @@ STUDENTS = {
 
 def _rows() -> Iterator[tuple[str, Row]]:
     """In the order in which they are worth a GPU's minutes."""
-    whole = [("default", 0), ("random", 0), ("default", 1), ("random", 1), ("default", 2), ("random", 2)]
+    whole = [(choice, seed) for seed in range(3) for choice in ("constrained", "random")]
     for choice, seed in whole:
         yield f"{choice}-3to1" + (f"-{seed}" if seed else ""), Row(f"{choice}, 3:1", select=CHOICES[choice], seed=seed)
-    for choice in ("default", "random"):
+    for choice in ("constrained", "random"):
         yield f"{choice}-7to1", Row(f"{choice}, 7:1", 0.125, CHOICES[choice])
     yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
     for choice in ("replacement", "receiver-sender", "global", "groups"):
         for budget, ratio in BUDGETS.items():
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
-    yield "nope-3to1", Row("default, 3:1, NoPE", student=NOPE)
+    yield "nope-3to1", Row("constrained, 3:1, NoPE", student=NOPE)
     yield "nope-replacement-3to1", Row("replacement, 3:1, NoPE", select=CHOICES["replacement"], student=NOPE)
     for budget, ratio in BUDGETS.items():
         yield (
             f"concat-{budget}",
-            Row(f"default, {budget.replace('to', ':')}, concat", ratio, student=STUDENTS["concat"]),
+            Row(f"constrained, {budget.replace('to', ':')}, concat", ratio, student=STUDENTS["concat"]),
         )
-    yield "long-rows-3to1", Row("default, 3:1, rows of 8,192 tokens", training=("distill.length=8192",))
+    yield "long-rows-3to1", Row("constrained, 3:1, rows of 8,192 tokens", training=("distill.length=8192",))
     for budget, ratio in BUDGETS.items():
         for choice, select in CHOICES.items():
             words = f"{choice}, {budget.replace('to', ':')}"
@@ -144,7 +152,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
             words = f"random, {budget.replace('to', ':')}, aligned only"
             yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
     for name, student in STUDENTS.items():
-        yield f"{name}-3to1-tenth", Row(f"default, 3:1, {name}", student=student, share=TENTH)
+        yield f"{name}-3to1-tenth", Row(f"constrained, 3:1, {name}", student=student, share=TENTH)
     yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)
     yield "groups-third-tenth", Row("KV groups, 1/3", 1 / 3, GROUPS, share=TENTH)
     yield "layerwise-third-tenth", Row("layerwise, 1/3", 1 / 3, LAYERWISE, share=TENTH)  # as many KV bytes as that
@@ -183,7 +191,7 @@ class Study:
     def control(self, row: Row) -> dict:
         """What the file of a choice says that no score decides."""
         teacher, shape = self.teacher, ("num_layers", "num_heads", "num_kv_heads")
-        chosen = {"ratio": row.ratio, "budget_unit": "heads", "seed": row.seed, **row.select}
+        chosen = {"ratio": row.ratio, "seed": row.seed, **row.select}
         masks = select_heads(HeadScores.drawn(*(getattr(teacher.adapter, name) for name in shape)), **chosen)
         return {**teacher.identity, **chosen, "by_score": False, "kept": sum(map(sum, masks)), "masks": masks}
 

@@ -96,17 +96,13 @@ def score(
 def select(
     scores: Annotated[list[Path], typer.Argument(help="head_scores.json; several of one teacher are merged.")],
     output: Annotated[Path, typer.Option(help="JSON file of head masks to write; a picture goes beside it.")],
-    ratio: Annotated[float, typer.Option(help="Share of heads (or KV groups) that stay full attention.")] = 0.25,
+    ratio: Annotated[float, typer.Option(help="Share of KV groups (or heads) that stay full attention.")] = 0.25,
     strategy: Annotated[
-        str | None,
-        typer.Option(
-            help="; ".join(f"{name}: {strategy.about}" for name, strategy in STRATEGIES.items())
-            + ". Default: global-constrained, or global where the budget is smaller than the number of layers."
-        ),
-    ] = None,
+        str, typer.Option(help="; ".join(f"{name}: {strategy.about}" for name, strategy in STRATEGIES.items()))
+    ] = "global",
     budget_unit: Annotated[
-        str, typer.Option(help="heads, or kv_groups: ratio is then the share of the cache.")
-    ] = "heads",
+        str, typer.Option(help="kv_groups: ratio is the share of the cache; or heads, as the paper counts.")
+    ] = "kv_groups",
     method: Annotated[str | None, typer.Option(help="Rank by this method of the file instead of its first.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Heads to keep, as LAYER.HEAD,LAYER.HEAD.")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="Heads to convert, as LAYER.HEAD,LAYER.HEAD.")] = None,

@@ -15,7 +15,6 @@ from .selection import (
     BY_SCORE,
     STRATEGIES,
     Masks,
-    default_strategy,
     same_cache_in_other_unit,
     select_heads,
     selection_cost,
@@ -112,8 +111,8 @@ def select_to_file(
     files: Sequence[Path],
     output: Path,
     ratio: float,
-    strategy: str | None = None,
-    budget_unit: str = "heads",
+    strategy: str = "global",
+    budget_unit: str = "kv_groups",
     *,
     method: str | None = None,
     keep: Sequence[str] = (),
@@ -137,7 +136,7 @@ def select_to_file(
     """
     if output.suffix != ".json":
         raise ValueError(f"{output}: expected a name that ends in .json")
-    if exchange is not None and (tensor_parallel > 1 or not (strategy or "global").startswith("global")):
+    if exchange is not None and (tensor_parallel > 1 or not strategy.startswith("global")):
         raise ValueError(
             "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
             "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"
@@ -148,7 +147,6 @@ def select_to_file(
             raise ValueError(f"{path}: is a folder, expected a file to write")
     check_writable(output.parent)
     scores = read_scores(files, method, parse_weights(weights))
-    strategy = strategy or default_strategy(scores, ratio, budget_unit)
     kept, dropped = parse_heads(keep), parse_heads(drop)
     masks = select_heads(
         scores, ratio, strategy, budget_unit, seed, keep=kept, drop=dropped, tensor_parallel=tensor_parallel

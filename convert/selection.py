@@ -130,18 +130,11 @@ STRATEGIES = {
 BY_SCORE = tuple(name for name, strategy in STRATEGIES.items() if strategy.by_score)
 
 
-def default_strategy(scores: "HeadScores", ratio: float, budget_unit: str) -> str:
-    """`global-constrained` where the budget has a head or KV group for every layer, else `global`."""
-    layers, heads = len(scores.scores), len(scores.scores[0])
-    units = layers * (scores.num_key_value_heads if budget_unit == "kv_groups" else heads)
-    return "global-constrained" if round(ratio * units) >= layers else "global"
-
-
 def select_heads(
     scores: "HeadScores",
     ratio: float,
-    strategy: str | None = None,
-    budget_unit: str = "heads",
+    strategy: str = "global",
+    budget_unit: str = "kv_groups",
     seed: int = 0,
     *,
     keep: Iterable[Head] = (),
@@ -152,10 +145,10 @@ def select_heads(
     Choose the heads that stay full attention (docs/method.md §2). `scores.tie_break` orders heads of equal score.
 
     Args:
-        ratio: share of query heads (or KV groups) that stay full attention, in (0, 1].
-        strategy: a name in `STRATEGIES`; by default `default_strategy`.
-        budget_unit: `"heads"` counts query heads; `"kv_groups"` chooses whole KV groups by the sum of their heads'
-            scores, so that `ratio` is also the share of the KV cache that is kept.
+        ratio: share of KV groups (or query heads) that stay full attention, in (0, 1].
+        strategy: a name in `STRATEGIES`.
+        budget_unit: `"kv_groups"` chooses whole KV groups by the sum of their heads' scores, so that `ratio` is also
+            the share of the KV cache that is kept; `"heads"` counts query heads, as the paper does.
         seed: of the random controls.
         keep, drop: (layer, head) that must be, or must not be, full attention, whatever their score; in KV groups the
             head's whole group. Kept ones count towards the budget.
@@ -169,8 +162,6 @@ def select_heads(
         ValueError: an unknown strategy or unit, a head that does not exist, is both kept and dropped or has no score,
             or a budget that leaves no head, cannot give each layer one, or cannot hold what is to be kept.
     """
-    if strategy is None:
-        strategy = default_strategy(scores, ratio, budget_unit)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if budget_unit not in BUDGET_UNITS:

@@ -145,7 +145,7 @@ def test_real_models_are_measured_with_their_own_masks(tmp_path):
     (job,) = parts["prefill-4K"]
     found = {about["model"]: row["cache_bytes"] for about, row in zip(job.about, job.open(machine).rows())}
     assert found["one"] < found["two"] < found[TEACHER]
-    run = replace(parts["generate"][-1], new_tokens=4).open(machine)
+    run = replace(parts["generate-32K"][-1], new_tokens=4).open(machine)
     run.measure()
     assert [row["new_tokens"] for row in run.rows()] == [4, 4]
     assert [len(*calls) for calls in run.calls.values()] == [4, 4]

@@ -108,6 +108,8 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
         (25, "smollm2/controls-tenth", 31),
         (27, "smollm2/controls-3to1", 33),
         (26, "qwen2.5-coder/hybrids-6m", 10),
+        (29, "smollm2/units-strategies", 16),
+        (30, "qwen2.5-coder/groups-6m", 8),
     )
     for section, name, count in files:
         study = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
@@ -116,13 +118,15 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
             assert f"| {model['label']} | {model['kv_bytes_per_token']:,} |" in text
         text = re.sub(r"^(\| [\w-]+ \|) [\d,]+ \|", r"\1", text, flags=re.MULTILINE)
         rows = re.findall(r"^\| \S.* \(.*\|$", students.tables(study), flags=re.MULTILINE)
-        rows = [row for row in rows if "7:1, 6M" not in row]  # said in words
+        rows = [row for row in rows if ":1, 6M" not in row]  # said in words
         assert len(rows) == count and not [row for row in rows if row not in text]
-    for name, curve in students.curves(study).items():
-        learnt = zip(*(curve[task] for task in ("niah_single_2", "niah_multikey_1")))
-        assert f"| {name} | {' | '.join(f'{one[1]:.2f}, {four[1]:.2f}' for one, four in learnt)} |" in text
-        asked = [step["heldout_loss"] for step in study["rows"][name]["steps"]["distill"] if "heldout_loss" in step]
-        assert re.search(rf"^\| {name} \|.* {curve['kl'][-1][1]:.3f} \| {asked[-1]:.3f} \|$", text, re.MULTILINE)
+        for label, curve in students.curves(study).items() if "qwen" in name else ():
+            learnt = zip(*(curve[task] for task in ("niah_single_2", "niah_multikey_1")))
+            assert f"| {label} | {' | '.join(f'{one[1]:.2f}, {four[1]:.2f}' for one, four in learnt)} |" in text
+            asked = [
+                step["heldout_loss"] for step in study["rows"][label]["steps"]["distill"] if "heldout_loss" in step
+            ]
+            assert re.search(rf"^\| {label} \|.* {curve['kl'][-1][1]:.3f} \| {asked[-1]:.3f} \|$", text, re.MULTILINE)
 
 
 def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_rows():
@@ -144,6 +148,23 @@ def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_
         if all(cells):
             found = [f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})" for cell in cells]
             assert f"| {name} | {' | '.join(found)} |" in page, name
+    report = json.loads((folder.with_name("qwen2.5-coder") / "groups-beyond.json").read_text())["report"]
+    text = {(cell["model"], cell["domain"]): cell for cell in report["text"]}
+    for name in (model["label"] for model in report["models"]):
+        cells = [text[name, domain] for domain in ("documents", "code")]
+        numbers = [f"{cell[key]:.3f}" if key in cell else "" for cell in cells for key in keys]
+        numbers += [
+            f"{c['accuracy']:.2f} ({c['low']:.2f}–{c['high']:.2f})" for c in report["needles"] if c["model"] == name
+        ]
+        assert len(numbers) == 8 and f"| {name} | {' | '.join(numbers)} |" in page, name
+    report = json.loads((folder / "recipe-groups.json").read_text())["report"]
+    found = {(cell["model"], cell["task"], cell["length"]): f"{cell['accuracy']:.2f}" for cell in report["needles"]}
+    for model, title in zip(report["models"], ("teacher", "groups-3to1, 28M"), strict=True):
+        cells = [
+            f"{found[model['label'], 'niah_single_2', at]} / {found[model['label'], 'niah_multikey_1', at]}"
+            for at in (1024, 2048, 4096, 8192, 16384, 32768)
+        ]
+        assert f"| {title} | {model['kv_bytes_per_token']:,} | {' | '.join(cells)} |" in page
     report = json.loads((folder / "aligned-strategies.json").read_text())["report"]
     for model, text in zip(report["models"], report["text"], strict=True):
         found = [cell["accuracy"] for cell in report["needles"] if cell["model"] == model["label"]]
@@ -161,55 +182,52 @@ def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_
 
 def test_the_readme_says_what_the_larger_teachers_hybrids_find():
     page = (ROOT / "README.md").read_text()
-    study = json.loads((ROOT / "benchmarks" / "qwen2.5-coder" / "hybrids-6m.json").read_text())
-    found = {(cell["model"], cell["task"], cell["length"]): cell["accuracy"] for cell in study["report"]["needles"]}
-    teacher_loss = next(cell["loss"] for cell in study["report"]["text"] if cell["length"] == 4096)
-    for model in study["report"]["models"]:
-        name, held = model["label"], model["kv_bytes_per_token"]
-        steps = study["rows"][name]["steps"]["distill"] if name in study["rows"] else [{"heldout_loss": teacher_loss}]
-        cells = [
-            " / ".join(
-                f"{found[name, task, length]:.2f}" if (name, task, length) in found else "not measured"
-                for task in ("niah_single_2", "niah_multikey_1")
-            )
-            for length in (4096, 16384, 32768)
-        ]
-        unit, loss = " bytes" if name == "teacher" else "", steps[-1]["heldout_loss"]
-        assert f"| {held:,}{unit} | {' | '.join(cells)} | {loss:.3f} |" in page, name
+    for file in ("hybrids-6m", "groups-6m"):
+        study = json.loads((ROOT / "benchmarks" / "qwen2.5-coder" / f"{file}.json").read_text())
+        found = {(cell["model"], cell["task"], cell["length"]): cell for cell in study["report"]["needles"]}
+        teacher_loss = next(cell["loss"] for cell in study["report"]["text"] if cell["length"] == 4096)
+        for model in study["report"]["models"]:
+            name, held = model["label"], model["kv_bytes_per_token"]
+            if name.endswith("-1"):  # a second seed
+                continue
+            is_teacher = name == "teacher"
+            steps = [{"heldout_loss": teacher_loss}] if is_teacher else study["rows"][name]["steps"]["distill"]
+            cells = [
+                " / ".join(
+                    f"{found[name, task, length]['accuracy']:.2f}" if (name, task, length) in found else "not measured"
+                    for task in ("niah_single_2", "niah_multikey_1")
+                )
+                for length in (4096, 16384, 32768)
+            ]
+            unit, loss = " bytes" if is_teacher else "", steps[-1]["heldout_loss"]
+            assert f"| {held:,}{unit} | {' | '.join(cells)} | {loss:.3f} |" in page, name
 
 
 def test_the_pages_say_what_a_byte_of_cache_buys():
-    every, teacher = budgets.points()
-    groups, layers = '{"budget_unit": "kv_groups", "strategy": "global"}', '{"strategy": "layerwise"}'
+    """Each row of the table is a run's; none of those that chose anywhere by score is missing."""
     page = (ROOT / "docs" / "method.md").read_text()
-    for title, choice, held, is_whole in (
-        ("a quarter of the KV groups", groups, 5632, True),
-        ("whole layers, a quarter", layers, 6144, True),
-        ("an eighth of the KV groups", groups, 2816, True),
-        ("an eighth of the heads", "{}", 8192, True),
-        ("a third of the KV groups", groups, 7680, False),
-        ("an eighth of the KV groups", groups, 2816, False),
-    ):
-        (one,) = (s for s in every if (s["choice"], s["bytes"], s["whole"]) == (choice, held, is_whole))
-        shares = " | ".join(f"{budgets.share(one, task):.2f}" for task in budgets.TASKS)
-        assert f"| {title} | {held:,} | {'16M' if is_whole else '1.6M'} | {shares} |" in page
-    several = {}
-    for bytes_, is_whole in ((range(12288, 12545), True), (range(8192, 8193), False)):
-        ones = [s for s in every if s["choice"] == "{}" and s["bytes"] in bytes_ and s["whole"] == is_whole]
-        several[is_whole] = [sorted(f"{budgets.share(one, task):.2f}" for one in ones) for task in budgets.TASKS]
-    one, four = several[True]
-    assert len(one) == 3 and f"| 16M | {one[0]} to {one[-1]} | {four[0]} to {four[-1]} |" in page
-    one, four = several[False]
-    assert f"| 1.6M | {', '.join(one)} | {', '.join(four)} |" in page
-    shares = [f"{budgets.share(teacher, task):.2f}" for task in budgets.TASKS]
-    assert f"the teacher's {shares[0]} with one key and {shares[1]} among four" in " ".join(page.split())
+    table = page[page.index("| all of it: SmolLM2-135M") :].split("\n\n")[0].splitlines()
+    shares = {1 / 4: "a quarter", 1 / 8: "an eighth", 1 / 3: "a third"}
+    wanted, possible = set(), set()
+    for name in budgets.TEACHERS:
+        every, teacher = budgets.points(name)
+        for one in (teacher, *every):
+            title, tokens = f"all of it: {name}", ""
+            if one is not teacher:
+                title = f"{shares[one['ratio']]}, {one['kind']}"
+                tokens = f"{one['tokens']:g}M"
+            found = " | ".join(f"{budgets.share(one, task):.2f}" for task in budgets.TASKS)
+            possible.add(row := f"| {title} | {one['bytes']:,} | {tokens} | {found} |")
+            if one.get("kind") in ("KV groups by score", "heads by score"):
+                wanted.add(row)
+    assert wanted < set(table) <= possible
 
 
 def test_what_is_extrapolated_is_what_the_pages_say():
-    small, large = (
-        [outlook.point(*run) for run in outlook.RUNS[name, "7to1"]] for name in (outlook.SMALL, outlook.LARGE)
-    )
-    low, high = outlook.drawn_on(large[0], outlook.slopes(small), outlook.FAR)
+    points = {which: [outlook.point(*run) for run in runs] for which, runs in outlook.RUNS.items()}
+    powers = [power for budget in outlook.BUDGETS for power in outlook.slopes(points[outlook.SMALL, budget])]
+    large = points[outlook.LARGE, "7to1"]
+    low, high = outlook.drawn_on(large[0], powers, outlook.FAR)
     page = " ".join((ROOT / "docs" / "training.md").read_text().split())
     assert f"a KL of {large[0][1]:.2f} in the last steps" in page
     assert f"a KL of {low:.2f} or {high:.2f} at the recipe's billion tokens" in page

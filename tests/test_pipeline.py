@@ -209,7 +209,7 @@ def test_a_person_may_type_the_printed_commands_instead(recipe, finished, tmp_pa
             "score.method=[receiver]",
             "out/scores: made with another method ('combined', now 'receiver'); choose another output",
         ),
-        ("output=nowhere select.ratio=0.01", "keeps 0 of 16 heads"),
+        ("output=nowhere select.ratio=0.01", "keeps 0 of 8 kv_groups"),
         ("output=nowhere align=null", "align/head_forms.safetensors: no such file"),
         ("score=null", "the recipe has a section select and no section score"),
         ("score.length=100", "length 100 is too short"),

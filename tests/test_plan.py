@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from hydrahead import HydraHeadConfig, HydraHeadForCausalLM
 from hydrahead.benchmarks.measured import OUTPUT, measured, scaling
 from hydrahead.cli import app
+from hydrahead.convert import HeadScores, select_heads
 from hydrahead.convert.teachers import EMBEDDED_TEACHER
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, MIXED, make_student, student_fields
 from hydrahead.training import speed
@@ -92,7 +93,7 @@ def test_a_plan_counts_a_large_hybrid_as_it_would_be_built(size, folders, unit, 
         assert model["state_bytes"] == linear * (128 * 128 * 4 + 3 * 128 * 4 * 2)
     if unit == "kv_groups":
         assert hybrid["kv_heads"] == layers * 8 // 8
-        masks = [[int(head < heads // 8) for head in range(heads)]] * layers
+        masks = select_heads(HeadScores.drawn(layers, heads, 8), ratio)
         fields = {key: value for key, value in (QWEN3 | shape).items() if key != "model_type"}
         built = on_meta(HydraHeadConfig(**fields, head_masks=masks))
         assert hybrid["parameters"] == sum(parameter.numel() for parameter in built.parameters())

@@ -225,8 +225,8 @@ def test_an_effect_that_is_no_number_leaves_the_other_heads_their_scores(value, 
         assert found.scores[0] == pytest.approx([1, math.nan, 0], nan_ok=True)
     assert loaded.tie_break[0] == pytest.approx([1, math.nan, 3], nan_ok=True)
     with pytest.raises(ValueError, match=r"^head 0\.1 has no score"):
-        select_heads(loaded, 1 / 3, "global")
-    assert select_heads(loaded, 1 / 3, "global", drop=[(0, 1)]) == [[1, 0, 0]]
+        select_heads(loaded, 1 / 3, "global", "heads")
+    assert select_heads(loaded, 1 / 3, "global", "heads", drop=[(0, 1)]) == [[1, 0, 0]]
 
 
 def test_weights_decide_what_capabilities_count():

@@ -30,12 +30,12 @@ SCORES = make_scores([[0.9, 0.8, 0, 0], [0.7, 0, 0, 0.6], [0.0, 0, 0, 0.1]])
 
 
 def test_global_takes_the_best_and_breaks_ties_as_the_scores_say():
-    assert select_heads(SCORES, 3 / 12, "global") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
-    assert select_heads(make_scores([[0, 0, 0, 0]] * 2), 2 / 8, "global") == [[0, 0, 0, 1]] * 2
+    assert select_heads(SCORES, 3 / 12, budget_unit="heads") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert select_heads(make_scores([[0, 0, 0, 0]] * 2), 2 / 8, budget_unit="heads") == [[0, 0, 0, 1]] * 2
 
 
 def test_constrained_gives_every_layer_its_best_head_first():
-    assert select_heads(SCORES, 4 / 12, "global-constrained") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
+    assert select_heads(SCORES, 4 / 12, "global-constrained", "heads") == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 
 
 def test_kv_groups_are_kept_whole_by_the_sum_of_their_heads():
@@ -117,16 +117,18 @@ def test_a_head_without_a_score_is_refused_by_name_until_its_fate_is_said():
         with pytest.raises(ValueError, match=r"^head 0\.1 and 1 more heads have no score, [^\n]*$"):
             select_heads(scores, 0.5, "global", unit)
     wishes = {"keep": [(0, 1)], "drop": [(1, 2)]}
-    masks = select_heads(scores, 0.5, "global", **wishes)
+    masks = select_heads(scores, 0.5, "global", "heads", **wishes)
     assert masks == [[1, 1, 0, 0], [1, 0, 0, 1]]
     assert selection_cost(scores, masks, 16).without_evidence == 1
     assert same_cache_in_other_unit(scores, masks, "global", "heads")[0] == "kv_groups"
-    assert sum(map(sum, select_heads(scores, 0.5, "global-random"))) == 4, "the controls do not look at scores"
+    assert sum(map(sum, select_heads(scores, 0.5, "global-random", "heads"))) == 4, (
+        "the controls do not look at scores"
+    )
 
 
 def test_kept_heads_that_nothing_speaks_for_are_counted():
     scores = make_scores([[0.9, -0.1, 0, 0], [0.7, -0.3, -0.2, 0.6]])
-    masks = select_heads(scores, 6 / 8, "global")
+    masks = select_heads(scores, 6 / 8, "global", "heads")
     assert masks == [[1, 1, 1, 1], [1, 0, 0, 1]]
     assert selection_cost(scores, masks, 16).without_evidence == 3
     scores.head_dim = 16
@@ -136,11 +138,11 @@ def test_kept_heads_that_nothing_speaks_for_are_counted():
 
 
 def test_kept_and_dropped_heads_have_the_last_word():
-    masks = select_heads(SCORES, 3 / 12, "global", keep=[(2, 0)], drop=[(0, 0)])
+    masks = select_heads(SCORES, 3 / 12, "global", "heads", keep=[(2, 0)], drop=[(0, 0)])
     assert masks == [[0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]]
     groups = select_heads(SCORES, 2 / 6, "global", "kv_groups", keep=[(2, 0)])
     assert groups == [[1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]]
-    layer = select_heads(SCORES, 3 / 12, "layer", drop=[(0, 0), (0, 1)])
+    layer = select_heads(SCORES, 3 / 12, "layer", "heads", drop=[(0, 0), (0, 1)])
     assert [sum(row) for row in layer] == [1, 1, 1] and layer[0][:2] == [0, 0]
 
 
@@ -177,14 +179,17 @@ def test_tensor_parallel_layers_hold_equal_shares_within_the_budget(strategy, un
         ({"keep": [(0, 1)], "strategy": "fixed"}, "need a strategy by score"),
         ({"ratio": 1 / 4, "keep": [(0, h) for h in range(4)]}, "which does not fit"),
         ({"ratio": 0.9, "drop": [(0, 0), (0, 1)], "strategy": "global"}, "which does not fit"),
-        ({"ratio": 1 / 4, "keep": [(0, 2), (0, 3)]}, "needs a head in each of 3 layers"),
+        (
+            {"ratio": 1 / 4, "keep": [(0, 2), (0, 3)], "strategy": "global-constrained"},
+            "needs a head in each of 3 layers",
+        ),
         ({"tensor_parallel": 3}, "cannot be shared by 3 processes"),
-        ({"ratio": 1 / 4, "tensor_parallel": 2}, "multiples of 2"),
+        ({"ratio": 1 / 4, "tensor_parallel": 2, "strategy": "global-constrained"}, "multiples of 2"),
     ],
 )
 def test_wishes_that_cannot_be_met_are_refused_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=f"^[^\n]*{message}[^\n]*$"):
-        select_heads(SCORES, **{"ratio": 0.5} | arguments)
+        select_heads(SCORES, **{"ratio": 0.5, "budget_unit": "heads"} | arguments)
 
 
 @pytest.mark.parametrize("asked", [{"strategy": "layer"}, {"strategy": "global", "tensor_parallel": 2}])
@@ -212,12 +217,12 @@ def test_the_cost_of_a_choice_is_what_the_models_config_says():
 
 
 def test_heads_that_no_score_sets_apart_are_counted():
-    assert selection_cost(SCORES, select_heads(SCORES, 3 / 12, "global"), 16).decided_by_tie_break == 0
-    assert selection_cost(SCORES, select_heads(SCORES, 7 / 12, "global"), 16).decided_by_tie_break == 2
+    assert selection_cost(SCORES, select_heads(SCORES, 3 / 12, "global", "heads"), 16).decided_by_tie_break == 0
+    assert selection_cost(SCORES, select_heads(SCORES, 7 / 12, "global", "heads"), 16).decided_by_tie_break == 2
 
 
 def test_the_same_cache_buys_more_heads_in_groups_and_fewer_groups_in_heads():
-    heads = select_heads(SCORES, 3 / 12, "global")  # two KV heads of layer 0 and 1, 3 query heads
+    heads = select_heads(SCORES, 3 / 12, "global", "heads")  # two KV heads of layer 0 and 1, 3 query heads
     unit, groups = same_cache_in_other_unit(SCORES, heads, "global", "heads")
     assert unit == "kv_groups" and sum(map(sum, groups)) == 4
     unit, back = same_cache_in_other_unit(SCORES, groups, "global", "kv_groups")
@@ -234,16 +239,12 @@ def test_a_head_without_a_score_ranks_last_whatever_stands_beside_it():
         assert ranked[:3] == [0.3, 0.1, -0.2] and math.isnan(ranked[3])
 
 
-@pytest.mark.parametrize(
-    ("ratio", "budget_unit", "strategy"),
-    [
-        (1 / 4, "heads", "global-constrained"),
-        (1 / 8, "kv_groups", "global"),
-        (1 / 3, "kv_groups", "global-constrained"),
-    ],
-)
-def test_the_default_gives_every_layer_one_where_the_budget_can(ratio, budget_unit, strategy):
+@pytest.mark.parametrize("ratio", [1 / 8, 1 / 3])
+def test_a_ratio_is_a_share_of_the_kv_cache_if_nothing_else_is_said(ratio):
     scores = HeadScores.drawn(30, 9, 3)  # the heads of SmolLM2-135M
-    chosen = select_heads(scores, ratio, budget_unit=budget_unit)
-    assert chosen == select_heads(scores, ratio, strategy, budget_unit)
-    assert all(map(any, chosen)) == (strategy == "global-constrained")
+    masks = select_heads(scores, ratio)
+    cost = selection_cost(scores, masks, 64)
+    assert cost.kv_bytes_per_token / cost.teacher_kv_bytes_per_token == pytest.approx(ratio, abs=0.5 / 90)
+    assert masks == select_heads(scores, ratio, "global", "kv_groups")
+    single = HeadScores.drawn(30, 9, 9)  # without shared keys a group is a head
+    assert select_heads(single, ratio) == select_heads(single, ratio, budget_unit="heads")

@@ -20,7 +20,7 @@ SMALL = [
     *("distill.tokens=10240", "distill.batch_tokens=1024", "distill.length=256", "distill.warmup_steps=1"),
     *("finetune=null", "evaluate.lengths=[512]", "evaluate.prompts=2", "evaluate.text_tokens=1024"),
 ]
-NAMES = ["default-3to1", "random-3to1", "default-3to1-tenth", "default-3to1-aligned"]
+NAMES = ["groups-3to1", "random-3to1", "groups-3to1-tenth", "groups-3to1-aligned"]
 
 
 def run(folder, *rows: str, times: int = 1, status: int = 0) -> str:
@@ -38,7 +38,7 @@ def run(folder, *rows: str, times: int = 1, status: int = 0) -> str:
 def test_rows_share_what_they_can_and_go_on(tmp_path):
     write_short_teacher(tmp_path / "teacher")
     first = run(tmp_path, *NAMES[:2], times=2)
-    assert first.count("default, 3:1\n") == first.count("random, 3:1\n") == 1, "each by one of the two"
+    assert first.count("groups, 3:1\n") == first.count("random, 3:1\n") == 1, "each by one of the two"
     assert first.count("align 2/2") <= 1 and "| random-3to1 | 0.01024M |" in first
     # A row may be a folder of `hydrahead run`, which finetuned the student too.
     (tmp_path / "out" / NAMES[1] / "finetune").mkdir()
@@ -85,14 +85,15 @@ def test_controls_are_of_the_very_teacher_that_a_gguf_file_holds(tmp_path, monke
 
 
 def test_rows_are_named_by_what_they_are():
-    assert ROWS["default-3to1"].ratio == 0.25 and ROWS["fixed-7to1-tenth"].select == {"strategy": "fixed"}
+    assert ROWS["groups-3to1"].ratio == 0.25 and ROWS["fixed-7to1-tenth"].select["strategy"] == "fixed"
+    assert all({"budget_unit", "strategy"} <= row.select.keys() for row in ROWS.values()), "defaults may change"
     assert all((row.share == TENTH) == name.endswith("tenth") for name, row in ROWS.items())
     assert all((row.share == 0) == ("-aligned" in name) for name, row in ROWS.items())
     assert [ROWS[f"random-3to1{seed}"].seed for seed in ("", "-1", "-2")] == [0, 1, 2]
 
 
 def test_studies_that_asked_the_same_prompts_make_one_page():
-    """Beside the default of its budget and tokens, prompt by prompt, seeds as one."""
+    """Beside heads with one in every layer, of its budget and tokens, prompt by prompt, seeds as one."""
     lengths = (512, 1024)
 
     def student(name: str, scores: list[float], *, depth: float = 0.5, weights: str = "w", **changed) -> dict:
@@ -129,12 +130,12 @@ def test_studies_that_asked_the_same_prompts_make_one_page():
         )
     )
     assert "| default-1 | 1M | 0.50 (0.00–1.00) | 0.50 (0.00–1.00) |" in page
-    beside = page[page.index("Less the default") :]
+    beside = page[page.index("Less heads by score") :]
     assert "| fixed, 3:1, 1M | 1, 2 | +0.00 (+0.00 to +0.00) |" in beside, "alike on every single prompt"
     assert "| fixed, 3:1, 0.1M | 1, 1 | +0.75 (+0.25 to +1.00) |" in beside
     for about in ("default, 3:1, long rows", "mean of ranks, 3:1"):
         assert f"| {about}, 1M | 1, 2 | -0.50 " in beside
-    assert "7:1" not in beside and beside.count("\n| ") == 6, "the default of a budget is not beside itself"
+    assert "7:1" not in beside and beside.count("\n| ") == 6, "what others are held against is not held against itself"
     assert beside.rstrip().endswith("left out: partly.")
 
     same = student("same", [0.0] * 4, **fixed)

@@ -15,7 +15,7 @@ from ..configuration_hydrahead import HydraHeadConfig
 from ..convert.masks import parse_heads, read_masks
 from ..convert.options import student_config, teacher_config
 from ..convert.scoring.scores import HeadScores
-from ..convert.selection import STRATEGIES, Masks, default_strategy, select_heads
+from ..convert.selection import STRATEGIES, Masks, select_heads
 from ..convert.teachers import Teacher, TeacherAdapter, open_teacher
 from .cost import Cost, estimate, parameters, weight_bytes
 from .data import check_rows, stage_lengths
@@ -194,13 +194,11 @@ def notes_on_heads(recipe: Recipe, config: HydraHeadConfig) -> list[str]:
     if is_chosen(recipe):
         return []
     budget, layers, groups = recipe.select, config.num_hidden_layers, config.num_key_value_heads
-    drawn = HeadScores.drawn(layers, config.num_attention_heads, groups)
-    strategy = budget.strategy or default_strategy(drawn, budget.ratio, budget.budget_unit)
-    every_layer = STRATEGIES[strategy].every_layer
-    said = f"heads: {budget.ratio:.4g} of the {budget.budget_unit} by {strategy}, drawn at random"
+    every_layer = STRATEGIES[budget.strategy].every_layer
+    said = f"heads: {budget.ratio:.4g} of the {budget.budget_unit} by {budget.strategy}, drawn at random"
     heads, size = sum(map(sum, config.head_masks)), config.num_attention_heads // groups
     least, most = max(-(-heads // size), every_layer * layers), min(heads, layers * groups)
-    if budget.budget_unit == "kv_groups" or strategy == "layerwise" or least == most:
+    if budget.budget_unit == "kv_groups" or budget.strategy == "layerwise" or least == most:
         return [said]
     kept = sum(len(config.head_layout(layer).kv_heads) for layer in range(layers))
     return [

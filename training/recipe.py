@@ -122,8 +122,8 @@ class SelectSection:
     """Which heads stay full attention: the options of `hydrahead select`, by their names."""
 
     ratio: float = 0.25
-    strategy: str | None = None
-    budget_unit: str = "heads"
+    strategy: str = "global"
+    budget_unit: str = "kv_groups"
     method: str | None = None
     keep: list[str] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
