@@ -121,6 +121,7 @@ def draw_uuids(rng: np.random.Generator, count: int) -> list[str]:
     return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
 
 
+LEAST_TEXT = 4096  # tokens, of a text that goes round
 VARIABLE = "variable"
 VALUES = {"number": draw_values, "uuid": draw_uuids, VARIABLE: draw_values}
 """What a needle can hold, by RULER's word for it; a variable of a program, which is not RULER's, holds a number."""
@@ -154,7 +155,7 @@ def hide_needles(
 
     Raises:
         TooShort: `length` has no room for header and needles.
-        ValueError: the haystack is too short for `length`.
+        ValueError: the haystack is too short for `length`, and for going round.
     """
     head = tokenizer(header).input_ids if header else []
     pieces = [encode_needle(tokenizer, key, value, kind) for key, value in needles]
@@ -207,7 +208,7 @@ def make_niah(
 
     Args:
         tokenizer: A fast tokenizer.
-        haystack_ids: Token ids of the text to hide in (longer than `length`).
+        haystack_ids: Token ids of the text to hide in; where it is shorter than `length` it goes round.
         length: Tokens of prompt and expected answer together.
         num_keys: Different keys in the text; at least `num_queries`.
         num_queries: Keys asked for.
@@ -266,11 +267,15 @@ def least_length(tokenizer, num_keys: int) -> int:
 
 
 def _haystack_window(haystack_ids: Sequence[int], room: int, rng: np.random.Generator) -> np.ndarray:
+    """So many tokens from a random place on; a text that has fewer goes round, as RULER's essays do."""
     if room < 0:
         raise TooShort(f"{-room} tokens too few for the header, the needles and the question")
-    if len(haystack_ids) < room:
-        raise ValueError(f"the haystack has {len(haystack_ids)} tokens, this length needs {room} of it")
-    start = int(rng.integers(len(haystack_ids) - room + 1))
+    count = len(haystack_ids)
+    if count < min(room, LEAST_TEXT):
+        raise ValueError(f"the haystack has {count} tokens, this length needs {min(room, LEAST_TEXT)} of it")
+    if count < room:
+        return np.resize(np.roll(np.asarray(haystack_ids, dtype=np.int64), -int(rng.integers(count))), room)
+    start = int(rng.integers(count - room + 1))
     return np.asarray(haystack_ids[start : start + room], dtype=np.int64)
 
 

@@ -70,6 +70,19 @@ def test_impossible_prompts_are_refused(tokenizer, haystack):
         make_niah(tokenizer, haystack, 500, num_queries=2, seed=0)
 
 
+def test_a_text_that_is_shorter_than_a_prompt_goes_round(tokenizer, haystack):
+    """From a random place of it on, every token as often as any other, give or take one."""
+    text, length = haystack[:5000], 12_000
+    one, other = (make_niah(tokenizer, text, length, seed=seed).input_ids for seed in (0, 1))
+    assert one[:200] != other[:200] and len(one) > length - 20
+    counts = np.bincount(one, minlength=len(tokenizer)) / np.bincount(text, minlength=len(tokenizer)).clip(1)
+    common = np.bincount(text, minlength=len(tokenizer)) > 50
+    assert np.abs(counts[common] - length / len(text)).max() < 0.5
+    window = one[2000:2050]
+    first, again = (start for start in range(len(one) - 50) if one[start : start + 50] == window)
+    assert first == 2000 and 7000 <= again < 7050, "a needle between them, perhaps"
+
+
 @pytest.mark.parametrize("form", [{}, {"num_keys": 4}, {"kind": "uuid"}])
 def test_the_needle_asked_for_stands_at_the_depth_that_is_chosen(tokenizer, haystack, form):
     for depth in (0.0, 0.3, 0.9, 1.0):
