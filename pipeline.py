@@ -284,7 +284,6 @@ class Road:
 
         def check() -> None:
             made = {name: getattr(section, name) for name in ("ratio", "strategy", "budget_unit")}
-            made = {name: value for name, value in made.items() if value is not None}
             Record(recipe.chosen_masks).check(made | {"seed": recipe.run.seed}, f"{ANEW} {recipe.chosen_masks}")
             self.masks()
 

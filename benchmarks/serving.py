@@ -206,7 +206,7 @@ def measure(name: str, model: str | None, todo: list[tuple[str, int]], output: P
         llm = start(where, config.architectures[0], skip_tokenizer_init=True, **how, **options)
     of_all = {
         **({"model": Path(model).name} if model else {}),
-        "options": options | {"max_num_seqs": MOST},
+        "options": {"max_num_seqs": MOST} | options,
         "start_seconds": time.perf_counter() - started,
         "num_gpu_blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
         # vLLM has two, and gives a model with states the older one.

@@ -7,6 +7,7 @@ Tables and pictures of what `study.py` and `hydrahead run` made: how students le
 
 import argparse
 import json
+import re
 from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
@@ -159,7 +160,8 @@ def _beside_constrained(study: dict, needles: dict, tasks: list[str], lengths: l
         found = ["scores" in needles.get((name, task, length), {}) for task in tasks for length in lengths]
         if all(found):
             read = tuple(sorted((stage, float(tokens)) for stage, tokens in row["tokens"].items()))
-            alike.setdefault((row["ratio"], read, row["about"]), []).append(name)
+            about = re.sub(r"^default(, \d+:1)$", r"constrained\1", row["about"])  # as older files call it
+            alike.setdefault((row["ratio"], read, about), []).append(name)
         elif any(found):
             partly.append(name)
 
@@ -170,7 +172,7 @@ def _beside_constrained(study: dict, needles: dict, tasks: list[str], lengths: l
 
     def is_reference(about: str, name: str) -> bool:
         changed = any(study["rows"][name].get(what) for what in ("student", "training"))
-        return about.startswith(("constrained,", "default,")) and not changed  # the second in older files
+        return about.startswith("constrained,") and not changed
 
     references = {
         (ratio, read): names for (ratio, read, about), names in alike.items() if is_reference(about, names[0])
@@ -187,10 +189,10 @@ def _beside_constrained(study: dict, needles: dict, tasks: list[str], lengths: l
     if not lines:
         return []
     return [
-        "Less heads by score with one in every layer, of the same budget and tokens, on the same prompts, the mean of",
-        "seeds, all lengths as one, 95% bootstrap intervals over prompts:",
+        "Minus heads by score with one in every layer, of the same budget and tokens, on the same prompts, the mean",
+        "of seeds, all lengths as one, 95% bootstrap intervals over prompts:",
         "",
-        f"| | seeds, of those | `{'` | `'.join(tasks)}` |",
+        f"| | seeds, theirs | `{'` | `'.join(tasks)}` |",
         "| --- | ---: " + "| ---: " * len(tasks) + "|",
         *lines,
         *(["", f"Not measured at every length, and left out: {', '.join(partly)}."] if partly else []),

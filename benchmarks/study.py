@@ -111,6 +111,7 @@ CHOICES = {
     "attribution": CONSTRAINED | {"method": "attribution-qk"},
     "global": _heads("global"),
     "groups": GROUPS,  # the default
+    "random-groups": GROUPS | {"strategy": "global-random"},
     "fixed": _heads("fixed"),
     "layer-random": _heads("layer-random"),
 }
@@ -132,7 +133,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for choice in ("constrained", "random"):
         yield f"{choice}-7to1", Row(f"{choice}, 7:1", 0.125, CHOICES[choice])
     yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
-    for choice in ("replacement", "receiver-sender", "global", "groups"):
+    for choice in ("replacement", "receiver-sender", "global", "groups", "random-groups"):
         for budget, ratio in BUDGETS.items():
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "nope-3to1", Row("constrained, 3:1, NoPE", student=NOPE)
@@ -148,9 +149,10 @@ def _rows() -> Iterator[tuple[str, Row]]:
             words = f"{choice}, {budget.replace('to', ':')}"
             yield f"{choice}-{budget}-tenth", Row(words, ratio, select, share=TENTH)
             yield f"{choice}-{budget}-aligned", Row(f"{words}, aligned only", ratio, select, share=0)
-        for seed in (1, 2):
-            words = f"random, {budget.replace('to', ':')}, aligned only"
-            yield f"random-{budget}-aligned-{seed}", Row(words, ratio, RANDOM, share=0, seed=seed)
+        for choice in ("random", "random-groups"):
+            for seed in (1, 2):
+                words = f"{choice}, {budget.replace('to', ':')}, aligned only"
+                yield f"{choice}-{budget}-aligned-{seed}", Row(words, ratio, CHOICES[choice], share=0, seed=seed)
     for name, student in STUDENTS.items():
         yield f"{name}-3to1-tenth", Row(f"constrained, 3:1, {name}", student=student, share=TENTH)
     yield "groups-layer-tenth", Row("one KV group a layer", 1 / 3, GROUPS | {"strategy": "layer"}, share=TENTH)

@@ -101,7 +101,10 @@ def select(
         str, typer.Option(help="; ".join(f"{name}: {strategy.about}" for name, strategy in STRATEGIES.items()))
     ] = "global",
     budget_unit: Annotated[
-        str, typer.Option(help="kv_groups: ratio is the share of the cache; or heads, as the paper counts.")
+        str,
+        typer.Option(
+            help="kv_groups: ratio is the share of the cache, before vLLM pads it; or heads, as the paper counts."
+        ),
     ] = "kv_groups",
     method: Annotated[str | None, typer.Option(help="Rank by this method of the file instead of its first.")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="Heads to keep, as LAYER.HEAD,LAYER.HEAD.")] = None,

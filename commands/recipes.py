@@ -66,9 +66,9 @@ def plan(
     ] = None,
     overrides: Annotated[list[str] | None, OVERRIDES] = None,
     ratio: Annotated[
-        float | None, typer.Option(help="Share of heads (or KV groups) that stay full attention; else the recipe's.")
+        float | None, typer.Option(help="Share of KV groups (or heads) that stay full attention; else the recipe's.")
     ] = None,
-    budget_unit: Annotated[str | None, typer.Option(help="heads, or kv_groups; else the recipe's.")] = None,
+    budget_unit: Annotated[str | None, typer.Option(help="kv_groups, or heads; else the recipe's.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 131_072,
     batch: Annotated[int, typer.Option(help="Sequences that are prefilled and decoded together.")] = 1,
     gpus: Annotated[int, typer.Option(help="How many GPUs train.")] = 1,

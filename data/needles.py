@@ -121,7 +121,6 @@ def draw_uuids(rng: np.random.Generator, count: int) -> list[str]:
     return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
 
 
-LEAST_TEXT = 4096  # tokens, of a text that goes round
 VARIABLE = "variable"
 VALUES = {"number": draw_values, "uuid": draw_uuids, VARIABLE: draw_values}
 """What a needle can hold, by RULER's word for it; a variable of a program, which is not RULER's, holds a number."""
@@ -266,8 +265,14 @@ def least_length(tokenizer, num_keys: int) -> int:
     return header + num_keys * (needle + longest(["\n"])) + question
 
 
+LEAST_TEXT = 4096  # tokens
+
+
 def _haystack_window(haystack_ids: Sequence[int], room: int, rng: np.random.Generator) -> np.ndarray:
-    """So many tokens from a random place on; a text that has fewer goes round, as RULER's essays do."""
+    """
+    So many tokens from a random place on. A text that has fewer goes round, as RULER's essays do; one of less than
+    `LEAST_TEXT` would say the same so often that the needle is what stands out.
+    """
     if room < 0:
         raise TooShort(f"{-room} tokens too few for the header, the needles and the question")
     count = len(haystack_ids)

@@ -132,7 +132,8 @@ def evaluate(
     known = (cells.report or {}).get("heads")
     heads = known if heads is None else dict(heads)
     if state.is_main_process and (cells.news or cells.report is None or heads != known):
-        write_report(build_report(made | environment(), cells.all(), heads), output)
+        facts = made | ({"haystack_tokens": len(run.haystack.ids)} if "needles" in settings.suites else {})
+        write_report(build_report(facts | environment(), cells.all(), heads), output)
         cells.remove()
     state.wait_for_everyone()
 

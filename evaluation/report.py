@@ -4,6 +4,7 @@ The report of an evaluation: `report.json`, and what is made of it: `report.md`,
 `report.json` is what cards, pictures and the page read, and nothing else:
 
     text_name, prompts, depths, new_tokens, …           settings, as `evaluator.Settings` and its caller have them
+    haystack_tokens                                     of the text that needles are hidden in, where any are
     hardware, date, versions                            see `provenance.environment`
     models        one entry a column, the reference first: label; name, revision, weights (the start of a digest),
                   asked_dtype, rope_scaling, template: what was asked for; model_type, parameters, dtype,
@@ -127,6 +128,11 @@ def short_table(report: Mapping) -> list[list[str]]:
     return rows
 
 
+def goes_round(report: Mapping) -> bool:
+    """Whether a prompt is longer than the text that needles are hidden in."""
+    return 0 < report.get("haystack_tokens", 0) < max((cell["length"] for cell in report["needles"]), default=0)
+
+
 def _mean(values: Sequence[float | None], form: str) -> str:
     return "–" if None in values or not values else f"{sum(values) / len(values):{form}}"
 
@@ -142,6 +148,8 @@ def markdown(report: Mapping) -> str:
     ]
     if report["needles"]:
         words = f"{report['prompts']} prompts a cell, {asked}, greedy, {depths}; 95% Wilson intervals."
+        if goes_round(report):
+            words += f" The {report['haystack_tokens']:,} tokens of text go round in longer prompts."
         words += " The last columns: difference from the first model on the same prompts, with its 95% interval"
         words += " (bootstrap) and McNemar's exact p where every score is 0 or 1; seconds a prompt."
         parts += ["## Needles", words, table(needles_table(report))]

@@ -375,6 +375,9 @@ def test_score_and_select_go_from_a_teacher_to_masks(tmp_path):
     assert (without if file["without_evidence"] else "All 12 chosen heads score above 0.") in card
     assert masks[1][2] == masks[1][3] == masks[5][0] == masks[5][1] == 1 and sum(map(sum, masks)) == 12
     assert (tmp_path / "masks.png").is_file()
+    other = ["--budget-unit", "heads", "--strategy", "global-constrained", "--output", tmp_path / "other.json"]
+    assert hydrahead_here("select", tmp_path / "scores" / "head_scores.json", *other).exit_code == 0
+    assert all(map(any, read_masks(tmp_path / "other.json"))) and not all(map(any, masks))
 
 
 def test_a_student_that_cannot_be_is_refused_before_the_teacher_is_read(tmp_path):

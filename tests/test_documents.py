@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import typer
 
+from hydrahead import HydraHeadConfig
 from hydrahead.benchmarks import budgets, outlook, report, students
 from hydrahead.cli import app
+from hydrahead.evaluation.statistics import paired_difference
 from hydrahead.provenance import digest
+from hydrahead.serving.heads import Pages
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -221,6 +224,52 @@ def test_the_pages_say_what_a_byte_of_cache_buys():
             if one.get("kind") in ("KV groups by score", "heads by score"):
                 wanted.add(row)
     assert wanted < set(table) <= possible
+
+
+def test_the_experiments_say_by_how_much_units_and_strategies_differ():
+    """Pairs of students over all prompts of a task, in the words of the page."""
+    page = " ".join((ROOT / "docs" / "experiments.md").read_text().replace("−", "-").split())
+    section = {number: page[page.index(f"## {number}. ") :] for number in (29, 30)}
+    units, earlier = "smollm2/units-strategies", "smollm2/controls-3to1"
+    groups, heads = "qwen2.5-coder/groups-6m", "qwen2.5-coder/hybrids-6m"
+    for number, one, other in (
+        (29, (units, "global-3to1-tenth"), (earlier, "default-3to1-tenth")),
+        (29, (units, "global-7to1-tenth"), ("smollm2/controls-tenth", "default-7to1-tenth")),
+        (29, (units, "global-7to1"), ("smollm2/position-budget-16m", "default-7to1")),
+        (29, (units, "global-7to1"), ("smollm2/choices-16m", "layerwise-3to1")),
+        (29, (earlier, "groups-3to1"), (units, "global-3to1")),
+        (29, (units, "global-7to1"), (earlier, "groups-7to1")),
+        (29, (earlier, "groups-3to1"), (units, "global-7to1")),
+        (29, (earlier, "default-3to1-tenth"), (units, "norm-all-3to1-tenth")),
+        (30, (groups, "groups-3to1"), (groups, "default-3to1-1")),
+        (30, (groups, "groups-3to1"), (heads, "random-3to1")),
+        (30, (groups, "groups-7to1"), (heads, "default-7to1")),
+    ):
+        for task in ("niah_single_2", "niah_multikey_1"):
+            scores = []
+            for file, name in (one, other):
+                cells = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["report"]["needles"]
+                asked = [cell["scores"] for cell in cells if (cell["model"], cell["task"]) == (name, task)]
+                scores.append([score for each in asked for score in each])
+            gap = paired_difference(*scores)
+            words = f"{abs(gap['difference']):.2f} ({gap['low']:.2f} to {gap['high']:.2f})"
+            in_brackets = words.replace(" (", ", ").removesuffix(")")
+            assert words in section[number] or in_brackets in section[number], (one, other, task, words)
+
+
+def test_the_page_on_serving_says_what_uneven_masks_cost():
+    page = " ".join((ROOT / "docs" / "serving.md").read_text().split())
+    head_dims = {"smollm2": 64, "qwen2.5-coder": 128}
+    for file, name, groups, words in (
+        ("qwen2.5-coder/groups-6m", "groups-7to1", 2, "keeps {:,} bytes a token for {:,}, having one group"),
+        ("qwen2.5-coder/groups-6m", "groups-3to1", 2, "a quarter {:,} for {:,}"),
+        ("smollm2/controls-3to1", "groups-7to1", 3, "of SmolLM2-135M {:,} for {:,}"),
+        ("smollm2/controls-3to1", "groups-3to1", 3, "and {:,} for {:,}"),
+    ):
+        masks = json.loads((ROOT / "benchmarks" / f"{file}.json").read_text())["rows"][name]["masks"]
+        shape = {"num_hidden_layers": len(masks), "num_attention_heads": len(masks[0]), "num_key_value_heads": groups}
+        pages = Pages.of(HydraHeadConfig(**shape, head_dim=head_dims[file.split("/")[0]], head_masks=masks))
+        assert words.format(pages.kv_bytes_per_token, pages.kv_bytes_needed) in page, name
 
 
 def test_what_is_extrapolated_is_what_the_pages_say():

@@ -249,7 +249,9 @@ def test_a_length_that_cannot_be_read_says_so_and_the_others_stand(texts, tokeni
     assert "accuracy" in cells[200]
     assert cells[300]["error"] == "296 tokens, and the model has positions for 256"
     assert cells[30_000]["error"] == "29,996 tokens, and the model has positions for 256", "the text goes round"
-    assert "the model has positions for 256" in (tmp_path / "out" / "report.md").read_text()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "The 20,000 tokens of text go round in longer prompts." in page
+    assert "the model has positions for 256" in page
     assert is_measured(tmp_path / "out", "gpt2", settings.tasks, (200,))
     assert not is_measured(tmp_path / "out", "gpt2", settings.tasks, (200, 300)), "asked for again, it is tried again"
     assert not is_measured(tmp_path / "out", "other", settings.tasks, (200,)) and not is_measured(

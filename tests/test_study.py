@@ -113,7 +113,8 @@ def test_studies_that_asked_the_same_prompts_make_one_page():
         return {"recipe": "r", "rows": {name: row | changed}, "report": report}
 
     fixed = {"about": "fixed, 3:1", "select": {"strategy": "fixed"}}
-    default, seed = student("default", [1.0, 1.0, 0.0, 0.0]), student("default-1", [1.0, 0.0, 1.0, 0.0], seed=1)
+    default = student("default", [1.0, 1.0, 0.0, 0.0])
+    seed = student("default-1", [1.0, 0.0, 1.0, 0.0], about="constrained, 3:1", seed=1)  # as it is called by now
     page = tables(
         merged(
             [
@@ -130,7 +131,7 @@ def test_studies_that_asked_the_same_prompts_make_one_page():
         )
     )
     assert "| default-1 | 1M | 0.50 (0.00–1.00) | 0.50 (0.00–1.00) |" in page
-    beside = page[page.index("Less heads by score") :]
+    beside = page[page.index("Minus heads by score") :]
     assert "| fixed, 3:1, 1M | 1, 2 | +0.00 (+0.00 to +0.00) |" in beside, "alike on every single prompt"
     assert "| fixed, 3:1, 0.1M | 1, 1 | +0.75 (+0.25 to +1.00) |" in beside
     for about in ("default, 3:1, long rows", "mean of ranks, 3:1"):
