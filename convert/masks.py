@@ -205,6 +205,11 @@ def describe_choice(scores: HeadScores, masks: Masks, strategy: str, budget_unit
         f"cache: {cost.kv_bytes_per_token:,} bytes per token in bf16 (teacher {cost.teacher_kv_bytes_per_token:,}: "
         f"{cost.kv_bytes_per_token / cost.teacher_kv_bytes_per_token:.1%}), {cost.state_bytes:,} bytes of state",
     ]
+    if cost.padded_kv_bytes_per_token > cost.kv_bytes_per_token:
+        lines.append(
+            f"in vLLM, where every layer keeps as many KV heads as the fullest: {cost.padded_kv_bytes_per_token:,} "
+            f"bytes per token ({cost.padded_kv_bytes_per_token / cost.teacher_kv_bytes_per_token:.1%}), or more"
+        )
     if strategy in BY_SCORE:
         unit, other = same_cache_in_other_unit(scores, masks, strategy, budget_unit)
         count = sum(map(sum, other))

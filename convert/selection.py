@@ -270,6 +270,8 @@ class SelectionCost:
         full_attention_heads, heads: query heads that stay, and all.
         kv_heads, all_kv_heads: KV heads that are cached, and all.
         kv_bytes_per_token, teacher_kv_bytes_per_token: cache growth with each token.
+        padded_kv_bytes_per_token: the least in vLLM, where layers with a cache all keep as many KV heads as the one
+            with most, rounded up to a divisor of the teacher's (`serving.heads.Pages` has all of it).
         state_bytes: constant state of a sequence: recurrent states in fp32, the convolution's inputs in bf16.
         decided_by_tie_break: heads that stay although no score sets them above one that does not.
         without_evidence: heads that stay although their score is not above 0: no more speaks for them than against.
@@ -281,6 +283,7 @@ class SelectionCost:
     all_kv_heads: int
     kv_bytes_per_token: int
     teacher_kv_bytes_per_token: int
+    padded_kv_bytes_per_token: int
     state_bytes: int
     decided_by_tie_break: int
     without_evidence: int
@@ -297,10 +300,13 @@ def selection_cost(scores: "HeadScores", masks: Masks, head_dim: int | None = No
     if dim is None:
         raise ValueError("the score file does not hold the head size; pass head_dim")
     group = len(masks[0]) // scores.num_key_value_heads
-    kv_heads = sum(any(row[start : start + group]) for row in masks for start in range(0, len(row), group))
+    of_layers = [sum(any(row[start : start + group]) for start in range(0, len(row), group)) for row in masks]
+    kv_heads, fullest = sum(of_layers), max(of_layers)
+    total = scores.num_key_value_heads
+    even = next(count for count in range(max(fullest, 1), total + 1) if total % count == 0)
     full = [score for row, mask in zip(scores.scores, masks) for score, kept in zip(row, mask) if kept]
     linear = [score for row, mask in zip(scores.scores, masks) for score, kept in zip(row, mask) if not kept]
-    all_kv = len(masks) * scores.num_key_value_heads
+    all_kv = len(masks) * total
     bytes_per_kv_head = 2 * dim * 2
     return SelectionCost(
         full_attention_heads=len(full),
@@ -309,6 +315,7 @@ def selection_cost(scores: "HeadScores", masks: Masks, head_dim: int | None = No
         all_kv_heads=all_kv,
         kv_bytes_per_token=kv_heads * bytes_per_kv_head,
         teacher_kv_bytes_per_token=all_kv * bytes_per_kv_head,
+        padded_kv_bytes_per_token=sum(map(bool, of_layers)) * even * bytes_per_kv_head,
         state_bytes=len(linear) * dim * (4 * dim + 3 * CONVOLUTION * 2),
         decided_by_tie_break=sum(score in set(linear) for score in full),
         without_evidence=sum(not score > 0 for score in full),

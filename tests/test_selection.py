@@ -13,6 +13,7 @@ from hydrahead.convert import HeadScores, select_heads
 from hydrahead.convert.masks import Exchange, describe_choice, select_to_file
 from hydrahead.convert.scoring.evidence import ranking
 from hydrahead.convert.selection import BY_SCORE, STRATEGIES, same_cache_in_other_unit, selection_cost
+from hydrahead.serving.heads import Pages
 from hydrahead.tests.families import student_fields
 
 
@@ -124,6 +125,27 @@ def test_a_head_without_a_score_is_refused_by_name_until_its_fate_is_said():
     assert sum(map(sum, select_heads(scores, 0.5, "global-random", "heads"))) == 4, (
         "the controls do not look at scores"
     )
+
+
+@pytest.mark.parametrize(
+    ("masks", "heads"),
+    [
+        ([[1] * 4 + [0] * 4] + [[1] * 2 + [0] * 6] * 3, 8),  # four layers, two KV heads in the fullest
+        ([[1] * 6 + [0] * 2] + [[0] * 8] * 3, 4),  # three, which four are not divided by
+        ([[1] * 2 + [0] * 6] * 4, 4),
+        ([[0] * 8] * 4, 0),
+    ],
+)
+def test_a_choice_says_what_vllm_makes_of_uneven_layers(masks, heads):
+    scores = random_scores(0)
+    scores.head_dim = 32
+    config = HydraHeadConfig(
+        num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=32, head_masks=masks
+    )
+    cost, pages = selection_cost(scores, masks), Pages.of(config)
+    assert cost.padded_kv_bytes_per_token == heads * 128 == pages.kv_bytes_per_token
+    said = "\n".join(describe_choice(scores, masks, "global", "kv_groups"))
+    assert ("in vLLM" in said) == (pages.kv_bytes_per_token > pages.kv_bytes_needed)
 
 
 def test_kept_heads_that_nothing_speaks_for_are_counted():
