@@ -195,7 +195,7 @@ def test_a_student_of_a_file_says_so(tmp_path, masks):
     run("evaluate", path, tmp_path / "student", "--output", tmp_path / "report", *sizes)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert [model["name"] for model in report["models"]] == [path.name, "student"]
-    run("plan", path)
+    run("plan", path, "--ratio", 0.25)
 
 
 def test_a_file_without_a_licence_gives_a_card_without_one(tmp_path, masks):

@@ -54,7 +54,7 @@ COMMANDS = {
     "run": "run {recipe} output={out} teacher.name={teacher} data.name={corpus} score.text={text} "
     "score.probe=[{pairs}]",
     "demo": "demo --config {recipe} --teacher {teacher} output={out} data.name={corpus} score.probe=[{pairs}]",
-    "plan": "plan {teacher}",
+    "plan": "plan {teacher} --ratio 0.25",
     "plan, of a recipe": "plan {recipe} teacher.name={teacher} data.name={corpus} masks={masks} output={out}",
     "evaluate": "evaluate {student} --teacher {teacher} --text {text} --scores {scores} --lengths 200 "
     "--tasks niah_single_2 --prompts 1 --new-tokens 2 --text-tokens 192",
