@@ -20,7 +20,7 @@ SMALL = [
     *("distill.tokens=10240", "distill.batch_tokens=1024", "distill.length=256", "distill.warmup_steps=1"),
     *("finetune=null", "evaluate.lengths=[512]", "evaluate.prompts=2", "evaluate.text_tokens=1024"),
 ]
-NAMES = ["groups-3to1", "random-3to1", "groups-3to1-tenth", "groups-3to1-aligned"]
+NAMES = ["constrained-3to1", "random-3to1", "constrained-3to1-tenth", "constrained-3to1-aligned"]
 
 
 def run(folder, *rows: str, times: int = 1, status: int = 0) -> str:
@@ -38,7 +38,7 @@ def run(folder, *rows: str, times: int = 1, status: int = 0) -> str:
 def test_rows_share_what_they_can_and_go_on(tmp_path):
     write_short_teacher(tmp_path / "teacher")
     first = run(tmp_path, *NAMES[:2], times=2)
-    assert first.count("groups, 3:1\n") == first.count("random, 3:1\n") == 1, "each by one of the two"
+    assert first.count("constrained, 3:1\n") == first.count("random, 3:1\n") == 1, "each by one of the two"
     assert first.count("align 2/2") <= 1 and "| random-3to1 | 0.01024M |" in first
     # A row may be a folder of `hydrahead run`, which finetuned the student too.
     (tmp_path / "out" / NAMES[1] / "finetune").mkdir()
