@@ -112,6 +112,7 @@ CHOICES = {
     "global": _heads("global"),
     "groups": GROUPS,  # the default
     "random-groups": GROUPS | {"strategy": "global-random"},
+    "even-groups": GROUPS | {"strategy": "global-even"},  # which waste nothing in vLLM
     "fixed": _heads("fixed"),
     "layer-random": _heads("layer-random"),
 }
@@ -133,7 +134,7 @@ def _rows() -> Iterator[tuple[str, Row]]:
     for choice in ("constrained", "random"):
         yield f"{choice}-7to1", Row(f"{choice}, 7:1", 0.125, CHOICES[choice])
     yield "layerwise-3to1", Row("layerwise, 3:1", select=LAYERWISE)
-    for choice in ("replacement", "receiver-sender", "global", "groups", "random-groups"):
+    for choice in ("replacement", "receiver-sender", "global", "groups", "random-groups", "even-groups"):
         for budget, ratio in BUDGETS.items():
             yield f"{choice}-{budget}", Row(f"{choice}, {budget.replace('to', ':')}", ratio, CHOICES[choice])
     yield "nope-3to1", Row("constrained, 3:1, NoPE", student=NOPE)

@@ -136,7 +136,9 @@ def select_to_file(
     """
     if output.suffix != ".json":
         raise ValueError(f"{output}: expected a name that ends in .json")
-    if exchange is not None and (tensor_parallel > 1 or not strategy.startswith("global")):
+    if exchange is not None and (
+        tensor_parallel > 1 or not strategy.startswith("global") or strategy == "global-even"
+    ):
         raise ValueError(
             "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
             "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"

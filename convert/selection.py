@@ -59,6 +59,11 @@ class Candidates:
         share, rest = divmod(self.budget, len(self.values))
         return [share + (layer < rest) for layer in range(len(self.values))]
 
+    @property
+    def most(self) -> int:
+        """The equal share of a layer, rounded up."""
+        return -(-self.budget // len(self.values))
+
     def ranked(self, units: Iterable[Unit]) -> list[Unit]:
         """Units from the best to the worst: kept ones first, dropped ones not at all."""
         free = (unit for unit in units if unit not in self.dropped)
@@ -79,6 +84,17 @@ def _constrained(candidates: Candidates) -> list[Unit]:
         )
     others = (unit for unit in candidates.ranked(candidates.all) if unit not in forced)
     return [*forced, *others][: candidates.budget]
+
+
+def _even(candidates: Candidates) -> list[Unit]:
+    most, counts, chosen = candidates.most, [0] * len(candidates.values), []
+    for unit in candidates.ranked(candidates.all):
+        if len(chosen) < candidates.budget and counts[unit[0]] < most:
+            counts[unit[0]] += 1
+            chosen.append(unit)
+    if not candidates.kept <= set(chosen) or len(chosen) < candidates.budget:
+        raise ValueError(f"global-even gives no layer more than {most} units; keep or drop ask other")
+    return chosen
 
 
 def _layer(candidates: Candidates) -> list[Unit]:
@@ -121,6 +137,7 @@ class Strategy(NamedTuple):
 STRATEGIES = {
     "global": Strategy(_global, "the best of all layers", by_score=True),
     "global-constrained": Strategy(_constrained, "the same, one per layer at least", by_score=True, every_layer=True),
+    "global-even": Strategy(_even, "the same, no layer more than its equal share, rounded up", by_score=True),
     "layer": Strategy(_layer, "the best of each layer, equally many", by_score=True, every_layer=True),
     "fixed": Strategy(_fixed, "control: the same places in each layer", every_layer=True),
     "layer-random": Strategy(_layer_random, "control: at random, equally many of each layer", every_layer=True),
@@ -252,8 +269,9 @@ def _in_multiples(candidates: Candidates, multiple: int, strategy: str) -> list[
         bundle = rows[layer][counts[layer] : counts[layer] + multiple]
         return tuple(map(sum, zip(*(values[layer][unit] for _, unit in bundle))))
 
+    most = -(-candidates.most // multiple) * multiple if strategy == "global-even" else len(values[0])
     while sum(counts) + multiple <= budget:
-        open_layers = [layer for layer, row in enumerate(rows) if counts[layer] + multiple <= len(row)]
+        open_layers = [layer for layer, row in enumerate(rows) if counts[layer] + multiple <= min(most, len(row))]
         if strategy == "layer":
             fewest = min(counts[layer] for layer in open_layers)
             open_layers = [layer for layer in open_layers if counts[layer] == fewest]

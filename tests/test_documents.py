@@ -12,6 +12,7 @@ import typer
 from hydrahead import HydraHeadConfig
 from hydrahead.benchmarks import budgets, outlook, report, students
 from hydrahead.cli import app
+from hydrahead.convert import HeadScores, select_heads
 from hydrahead.evaluation.statistics import paired_difference
 from hydrahead.provenance import digest
 from hydrahead.serving.heads import Pages
@@ -270,6 +271,12 @@ def test_the_page_on_serving_says_what_uneven_masks_cost():
         shape = {"num_hidden_layers": len(masks), "num_attention_heads": len(masks[0]), "num_key_value_heads": groups}
         pages = Pages.of(HydraHeadConfig(**shape, head_dim=head_dims[file.split("/")[0]], head_masks=masks))
         assert words.format(pages.kv_bytes_per_token, pages.kv_bytes_needed) in page, name
+    scores = HeadScores.load(ROOT / "benchmarks" / "qwen2.5-coder" / "scores-4096.json")
+    masks = select_heads(scores, 1 / 4, "global-even")
+    shape = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128}
+    pages = Pages.of(HydraHeadConfig(**shape, head_masks=masks))
+    assert pages.kv_bytes_per_token == pages.kv_bytes_needed
+    assert f"a quarter of Qwen2.5-Coder-1.5B's then keeps its {pages.kv_bytes_needed:,}." in page
 
 
 def test_what_is_extrapolated_is_what_the_pages_say():

@@ -44,6 +44,28 @@ def test_kv_groups_are_kept_whole_by_the_sum_of_their_heads():
     assert masks == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
 
 
+@given(
+    unit=st.sampled_from(["heads", "kv_groups"]),
+    ratio=st.sampled_from([0.125, 0.25, 0.5, 0.6, 1.0]),
+    processes=st.sampled_from([1, 2]),
+    seed=st.integers(0, 9),
+)
+def test_an_even_choice_gives_no_layer_more_than_its_share_and_is_the_best_of_those(unit, ratio, processes, seed):
+    """Nothing that is left out scores more than what its layer, or one that has room, has."""
+    scores, size = random_scores(seed), 2 if unit == "kv_groups" else 1
+    masks = select_heads(scores, ratio, "global-even", unit, tensor_parallel=processes)
+    budget = round(ratio * 32 / size)
+    counts, most = [sum(row) // size for row in masks], math.ceil(math.ceil(budget / 4) / processes) * processes
+    assert max(counts) <= most and budget - processes < sum(counts) <= budget
+    values = [[sum(row[i : i + size]) for i in range(0, 8, size)] for row in scores.scores]
+    kept = [[value for value, full in zip(row, mask[::size]) if full] for row, mask in zip(values, masks)]
+    out = [[value for value, full in zip(row, mask[::size]) if not full] for row, mask in zip(values, masks)]
+    assert all(max(left, default=0) <= min(held, default=9) for left, held in zip(out, kept))
+    if processes == 1:
+        with_room = [max(left, default=0) for left, count in zip(out, counts) if count < most]
+        assert max(with_room, default=0) <= min(min(held, default=9) for held in kept)
+
+
 def test_layerwise_keeps_whole_layers():
     masks = select_heads(make_scores([[0.0] * 4] * 8), 0.25, "layerwise")
     assert [sum(row) for row in masks] == [0, 0, 0, 4, 0, 0, 0, 4]
@@ -180,7 +202,7 @@ def test_tensor_parallel_layers_hold_equal_shares_within_the_budget(strategy, un
     size = 2 if unit == "kv_groups" else 1
     budget = round(ratio * 32 / size)
     kept = [len({head // size for where, head in keep if where == layer}) for layer in range(4)]
-    least = [max(math.ceil(count / processes), strategy != "global") * processes for count in kept]
+    least = [max(math.ceil(count / processes), STRATEGIES[strategy].every_layer) * processes for count in kept]
     wanted = {"keep": keep, "tensor_parallel": processes}
     if sum(least) > budget:
         with pytest.raises(ValueError, match=r"^the budget of [^\n]* cannot give layers multiples of [^\n]*$"):
@@ -214,7 +236,9 @@ def test_wishes_that_cannot_be_met_are_refused_in_one_line(arguments, message):
         select_heads(SCORES, **{"ratio": 0.5, "budget_unit": "heads"} | arguments)
 
 
-@pytest.mark.parametrize("asked", [{"strategy": "layer"}, {"strategy": "global", "tensor_parallel": 2}])
+@pytest.mark.parametrize(
+    "asked", [{"strategy": "layer"}, {"strategy": "global-even"}, {"strategy": "global", "tensor_parallel": 2}]
+)
 def test_exchanges_that_would_undo_the_strategy_are_refused(asked, tmp_path):
     with pytest.raises(ValueError, match=r"^greedy exchange moves heads between layers: it cannot keep [^\n]*$"):
         select_to_file(
