@@ -86,6 +86,9 @@ def _constrained(candidates: Candidates) -> list[Unit]:
     return [*forced, *others][: candidates.budget]
 
 
+OVER_SHARE = "global-even gives no layer more than {} units; keep or drop ask other"
+
+
 def _even(candidates: Candidates) -> list[Unit]:
     most, counts, chosen = candidates.most, [0] * len(candidates.values), []
     for unit in candidates.ranked(candidates.all):
@@ -93,7 +96,7 @@ def _even(candidates: Candidates) -> list[Unit]:
             counts[unit[0]] += 1
             chosen.append(unit)
     if not candidates.kept <= set(chosen) or len(chosen) < candidates.budget:
-        raise ValueError(f"global-even gives no layer more than {most} units; keep or drop ask other")
+        raise ValueError(OVER_SHARE.format(most))
     return chosen
 
 
@@ -260,6 +263,9 @@ def _in_multiples(candidates: Candidates, multiple: int, strategy: str) -> list[
     counts = [-(-sum(unit in candidates.kept for unit in row) // multiple) * multiple for row in rows]
     if STRATEGIES[strategy].every_layer:
         counts = [max(count, multiple) for count in counts]
+    most = -(-candidates.most // multiple) * multiple if strategy == "global-even" else len(values[0])
+    if max(counts) > most:
+        raise ValueError(OVER_SHARE.format(most))
     if sum(counts) > budget or any(count > len(row) for count, row in zip(counts, rows)):
         raise ValueError(
             f"the budget of {budget} cannot give layers multiples of {multiple}: {sum(counts)} are needed"
@@ -269,9 +275,10 @@ def _in_multiples(candidates: Candidates, multiple: int, strategy: str) -> list[
         bundle = rows[layer][counts[layer] : counts[layer] + multiple]
         return tuple(map(sum, zip(*(values[layer][unit] for _, unit in bundle))))
 
-    most = -(-candidates.most // multiple) * multiple if strategy == "global-even" else len(values[0])
     while sum(counts) + multiple <= budget:
         open_layers = [layer for layer, row in enumerate(rows) if counts[layer] + multiple <= min(most, len(row))]
+        if not open_layers:  # what is to be dropped leaves no whole bundle
+            break
         if strategy == "layer":
             fewest = min(counts[layer] for layer in open_layers)
             open_layers = [layer for layer in open_layers if counts[layer] == fewest]

@@ -132,8 +132,9 @@ def evaluate(
     known = (cells.report or {}).get("heads")
     heads = known if heads is None else dict(heads)
     if state.is_main_process and (cells.news or cells.report is None or heads != known):
-        facts = made | ({"haystack_tokens": len(run.haystack.ids)} if "needles" in settings.suites else {})
-        write_report(build_report(facts | environment(), cells.all(), heads), output)
+        hides = "needles" in settings.suites
+        held = len(run.haystack.ids) if hides else (cells.report or {}).get("haystack_tokens", 0)
+        write_report(build_report(made | {"haystack_tokens": held} | environment(), cells.all(), heads), output)
         cells.remove()
     state.wait_for_everyone()
 

@@ -4,7 +4,7 @@ The report of an evaluation: `report.json`, and what is made of it: `report.md`,
 `report.json` is what cards, pictures and the page read, and nothing else:
 
     text_name, prompts, depths, new_tokens, …           settings, as `evaluator.Settings` and its caller have them
-    haystack_tokens                                     of the text that needles are hidden in, where any are
+    haystack_tokens                                     of the text that needles are hidden in; 0 where none are
     hardware, date, versions                            see `provenance.environment`
     models        one entry a column, the reference first: label; name, revision, weights (the start of a digest),
                   asked_dtype, rope_scaling, template: what was asked for; model_type, parameters, dtype,

@@ -209,6 +209,14 @@ def test_a_finished_report_takes_further_lengths_and_models_and_refuses_other_se
     assert {(c["model"], c["task"]) for c in after["needles"] if c["length"] == 400} > {
         ("two", "niah_single_2"), ("two", "niah_multikey_1")
     }  # fmt: skip
+    evaluate(
+        models,
+        Settings(**vars(FEW) | {"lengths": (250,), "suites": ("text",)}),
+        texts,
+        output,
+        {"text_name": "library"},
+    )
+    assert read_report(output)["haystack_tokens"] == before["haystack_tokens"] > 0, "needles are there, and not asked"
     with pytest.raises(ValueError, match="its report compares with one: name that model first"):
         evaluate(models[1:], more, texts, output, {"text_name": "library"})
     other = Settings(**vars(FEW) | {"prompts": 4})

@@ -44,6 +44,14 @@ def test_kv_groups_are_kept_whole_by_the_sum_of_their_heads():
     assert masks == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("strategy", BY_SCORE)
+def test_what_is_dropped_may_leave_no_whole_share_for_every_process(strategy):
+    """Seven heads of eight are left in each layer, for two processes six: the budget of 28 is not reached."""
+    dropped = [(layer, 0) for layer in range(4)]
+    masks = select_heads(random_scores(0), 28 / 32, strategy, "heads", drop=dropped, tensor_parallel=2)
+    assert [sum(row) for row in masks] == [6] * 4 and not any(row[0] for row in masks)
+
+
 @given(
     unit=st.sampled_from(["heads", "kv_groups"]),
     ratio=st.sampled_from([0.125, 0.25, 0.5, 0.6, 1.0]),
@@ -228,6 +236,11 @@ def test_tensor_parallel_layers_hold_equal_shares_within_the_budget(strategy, un
             "needs a head in each of 3 layers",
         ),
         ({"tensor_parallel": 3}, "cannot be shared by 3 processes"),
+        ({"keep": [(0, 0), (0, 1), (0, 2)], "strategy": "global-even"}, "no layer more than 2 units"),
+        (
+            {"keep": [(0, 0), (0, 1), (0, 2)], "strategy": "global-even", "tensor_parallel": 2},
+            "no layer more than 2 units",
+        ),
         ({"ratio": 1 / 4, "tensor_parallel": 2, "strategy": "global-constrained"}, "multiples of 2"),
     ],
 )
