@@ -240,31 +240,40 @@ def measure(name: str, model: str | None, todo: list[tuple[str, int]], output: P
 
 
 def needles(model: Path, length: int, output: Path) -> None:
-    """A checkpoint's share of answers found, of prompts that the evaluation makes, into the file of results."""
-    from transformers import AutoTokenizer
+    """
+    A checkpoint's share of answers found, of prompts that the evaluation makes, into the file of results; beside it
+    the share in transformers, of the same prompts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from vllm import SamplingParams, TokensPrompt
 
     from hydrahead.data.ruler import TASKS, Haystack, make_prompts
-    from hydrahead.evaluation.needles import FIRST_SEED, score
+    from hydrahead.evaluation.needles import FIRST_SEED, answer, score
 
     started, tokenizer = time.perf_counter(), AutoTokenizer.from_pretrained(model)
     text = "\n".join(file.read_text() for file in sorted((FOLDER.parent / "docs").glob("*.md")))
     haystack = Haystack(tokenizer, tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     prompts = make_prompts(haystack, NEEDLES["task"], length, NEEDLES["count"], FIRST_SEED)
+    asked, new_tokens = [prompt.input_ids for prompt in prompts], TASKS[NEEDLES["task"]].new_tokens
     llm = start(model, "HydraHeadForCausalLM", max_model_len=length + 256, **BESIDE_OTHERS)
-    options = SamplingParams(temperature=0.0, max_tokens=TASKS[NEEDLES["task"]].new_tokens)
-    outputs = llm.generate([TokensPrompt(prompt_token_ids=prompt.input_ids) for prompt in prompts], options)
-    answers = [output.outputs[0].text for output in outputs]
-    row = {
-        **NEEDLES,
-        "tokens": length,
-        "score": statistics.mean(score(answer, prompt.answers) for answer, prompt in zip(answers, prompts)),
-        "answers": answers,
-        "seconds": time.perf_counter() - started,
-        "environment": surroundings(),
-    }
-    keep(output, f"needles {model.name} {length}", row)
-    print(f"needles at {length} tokens: {row['score']:.2f}")
+    options = SamplingParams(temperature=0.0, max_tokens=new_tokens)
+    outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in asked], options)
+
+    def scored(answers: list[str]) -> dict:
+        found = (score(given, prompt.answers) for given, prompt in zip(answers, prompts))
+        return {"score": statistics.mean(found), "answers": answers}
+
+    row = {**NEEDLES, "tokens": length, **scored([output.outputs[0].text for output in outputs])}
+    row |= {"seconds": time.perf_counter() - started, "environment": surroundings()}
+    cell = f"needles {model.name} {length}"
+    keep(output, cell, row)
+    print(f"needles at {length} tokens: {row['score']:.2f}", flush=True)
+    beside = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda")
+    row["transformers"] = scored(answer(beside, tokenizer, asked, new_tokens, NEEDLES["count"] * length))
+    keep(output, cell, row)
+    same = sum(map(str.__eq__, row["answers"], row["transformers"]["answers"]))
+    print(f"in transformers: {row['transformers']['score']:.2f}, {same} of {len(asked)} answers equal")
 
 
 def summary(rows: dict) -> list[str]:
