@@ -327,7 +327,7 @@ class Study:
         """All that tables are made of."""
         found = {}
         for name, row in ROWS.items():
-            if not (self.student(name) / "config.json").is_file():
+            if not (self.output / name).is_dir() or not (self.student(name) / "config.json").is_file():
                 continue
             recipe, folder = self.student_recipe(name, row), self.output / name
             stages = [stage for stage in ("distill", "finetune") if getattr(recipe, stage)]

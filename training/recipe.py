@@ -315,7 +315,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         given = OmegaConf.load(io.StringIO(text))
         for values in (given, OmegaConf.from_dotlist(list(overrides))):
             for key, value in _plain(OmegaConf.to_container(values)).items():
-                recipe = OmegaConf.merge(recipe, {key: value})
+                recipe.merge_with({key: value})  # in place: `merge` copies the whole for every key
     except (yaml.YAMLError, OSError, RecursionError) as error:
         raise ValueError(f"{name}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     except TypeError as error:  # OmegaConf's, of a mapping where a list belongs
