@@ -42,6 +42,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_hydrahead import HydraHeadConfig
 from .ops_hydrahead import (
+    EVEN,
     HydraHeadPackedLinear,
     Packing,
     Padding,
@@ -881,6 +882,10 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
     def generate(self, *args, **kwargs):
         self.pack_projections()
         return super().generate(*args, **kwargs)
+
+    def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
+        # A prompt and its answer are hardly ever of a length that `attend_to_cache` can divide.
+        return super()._prepare_static_cache(*args, max_cache_len=-(-max_cache_len // EVEN) * EVEN, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         # Later, in its own thread, a failing forward would leave `generate_batch` with empty results.

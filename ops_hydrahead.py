@@ -51,6 +51,7 @@ logger = logging.get_logger(__name__)
 # cuDNN's attention makes a plan for every length: in generation, for every token.
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PIECES = 32  # of a cache, that a GPU reads beside each other
+EVEN = 8 * PIECES  # tokens: caches of a multiple of it divide into them, and a row of scores begins at 16 bytes
 
 # transformers wraps these two so that fla replaces them wherever it can be imported, even for tensors on the CPU,
 # where its kernels cannot run. The unwrapped functions are the plain PyTorch reference; we choose per call, by device.

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig
+from transformers.cache_utils import StaticLayer
 
+from hydrahead.ops_hydrahead import EVEN
 from hydrahead.tests.families import ALL_FULL, ALL_LINEAR, LAYERS, MIXED, VOCAB, make_student, random_ids
 from hydrahead.tests.modeling.checks import MASKS, NO_END, assert_close
 
@@ -174,6 +176,18 @@ def test_embeddings_begin_a_generation_that_goes_on_or_has_a_static_cache(masks)
         inputs_embeds=turn, past_key_values=first.past_key_values, **NO_END | {"max_new_tokens": 3}
     )
     assert torch.equal(torch.cat([first.sequences, rest], dim=1), expected)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_static_cache_has_a_length_that_a_compiled_step_divides(masks):
+    student, ids = make_student(head_masks=masks), random_ids(2, EVEN)
+    static = {"cache_implementation": "static", "disable_compile": True, "return_dict_in_generate": True}
+    options = NO_END | {"max_new_tokens": 5}
+    for prompt, length in ((ids[:, :6], EVEN), (ids, 2 * EVEN)):
+        found = student.generate(prompt, **static, **options)
+        assert torch.equal(found.sequences, student.generate(prompt, **options))
+        layers = [layer for layer in found.past_key_values.layers if isinstance(layer, StaticLayer)]
+        assert {layer.keys.shape[2] for layer in layers} == {length}
 
 
 @pytest.mark.parametrize("masks", MASKS)
