@@ -33,14 +33,21 @@ class Teacher(NamedTuple):
 TEACHERS = {
     "SmolLM2-135M": Teacher(
         "smollm2",
-        ("position-budget-16m", "choices-16m", "controls-tenth", "controls-3to1", "units-strategies"),
+        (
+            *("position-budget-16m", "choices-16m", "controls-tenth", "controls-3to1"),
+            *("units-strategies", "groups-random-tenth"),
+        ),
         (1024, 2048, 4096),
     ),
-    "Qwen2.5-Coder-1.5B": Teacher("qwen2.5-coder", ("hybrids-6m", "groups-6m"), (4096, 16384, 32768)),
+    "Qwen2.5-Coder-1.5B": Teacher(
+        "qwen2.5-coder", ("hybrids-6m", "groups-6m", "groups-controls"), (4096, 16384, 32768)
+    ),
 }
 KINDS = {  # of choices, each with its color and mark
     "KV groups by score": ("tab:green", "s"),
     "KV groups by score, one a layer": ("tab:olive", "D"),
+    "KV groups by score, evenly over layers": ("tab:brown", "P"),
+    "KV groups at random": ("tab:pink", "v"),
     "heads by score": ("tab:cyan", "o"),
     "heads by score, one a layer at least": ("tab:blue", "o"),
     "whole layers": ("tab:orange", "^"),
@@ -49,6 +56,8 @@ KINDS = {  # of choices, each with its color and mark
 STRATEGIES = {
     ("kv_groups", "global"): "KV groups by score",
     ("kv_groups", "layer"): "KV groups by score, one a layer",
+    ("kv_groups", "global-even"): "KV groups by score, evenly over layers",
+    ("kv_groups", "global-random"): "KV groups at random",
     ("heads", "global"): "heads by score",
     ("heads", "global-constrained"): "heads by score, one a layer at least",  # what older files call the default
     ("heads", "layerwise"): "whole layers",
@@ -110,7 +119,7 @@ def main() -> None:
                     fillstyle="full" if one["tokens"] == most else "none",
                     linewidth=0.8,
                 )
-                print(f"{name} {title:10} {one['kind']:36} {one['tokens']:4g}M {one['bytes']:>6,} {found:.2f}")
+                print(f"{name} {title:10} {one['kind']:38} {one['tokens']:4g}M {one['bytes']:>6,} {found:.2f}")
             axis.set_xlim(0, teacher["bytes"] / 1024 + 1)
             axis.set_ylim(-0.03, 1.06)
             axis.set_title(f"{name}, {title}, {lengths[0]:,} to {lengths[-1]:,} tokens", fontsize=9)

@@ -29,8 +29,14 @@ RUNS = {  # of KV groups by score, which the recipes choose
         ("smollm2/recipe-groups", "groups-3to1"),
     ],
     (SMALL, "7to1"): [("smollm2/controls-tenth", "groups-7to1-tenth"), ("smollm2/controls-3to1", "groups-7to1")],
-    (LARGE, "3to1"): [("qwen2.5-coder/groups-6m", "groups-3to1")],
-    (LARGE, "7to1"): [("qwen2.5-coder/groups-6m", "groups-7to1")],
+    (LARGE, "3to1"): [
+        ("qwen2.5-coder/groups-6m", "groups-3to1"),
+        ("qwen2.5-coder/groups-controls", "groups-3to1-again"),
+    ],
+    (LARGE, "7to1"): [
+        ("qwen2.5-coder/groups-6m", "groups-7to1"),
+        ("qwen2.5-coder/groups-controls", "groups-7to1-again"),
+    ],
 }
 FAR = 1e9  # tokens, to which the larger teacher's points are drawn on
 BUDGETS = {"3to1": BLUE, "7to1": RED}

@@ -350,6 +350,21 @@ def real_models() -> str:
     return table((*header, "prefill, s", "speed"), rows, names=2)
 
 
+def generation() -> str:
+    """`generate` with either cache, of the 1.5B teacher and its hybrids."""
+    rows = []
+    for tokens in (4 * K, 32 * K):
+        calls = {(one["model"], one["cache"]): one for one in REAL["parts"][f"generate-{tokens // K}K"]["rows"]}
+        for name, title in REAL_TITLES.items():
+            static, default = (calls[name, cache] for cache in ("static", "dynamic"))
+            first = f"{static['first_token_seconds']:.3f}"
+            each = (f"{static[key]:.{digits}f}" for key, digits in (("ms_per_token", 2), ("tokens_per_second", 0)))
+            once = f"{static['first_call_seconds']:.0f}"
+            rows.append((f"{tokens:,}", title, first, *each, once, f"{default['ms_per_token']:.1f}"))
+    header = ("tokens", "model", "first token, s", "ms a token", "tokens/s", "first call, s")
+    return table((*header, "ms a token, default cache"), rows, names=2)
+
+
 def chunks() -> str:
     """Prefill in chunks."""
     rows = []
@@ -531,6 +546,18 @@ def served_real() -> str:
     return table(("tokens", "first token, s", "ms a step", "in kernels"), rows)
 
 
+def served_needles() -> str:
+    """Needles that a trained student of the 1.5B teacher finds in vLLM and in transformers."""
+    rows = []
+    for name, one in read("qwen2.5-coder/serving")["cells"].items():
+        if name.startswith("needles"):
+            other = one["transformers"]
+            same = sum(answer == beside for answer, beside in zip(one["answers"], other["answers"], strict=True))
+            found = (f"{each['score'] * one['count']:.0f} of {one['count']}" for each in (one, other))
+            rows.append((f"{one['tokens']:,}", *found, f"{same} of {one['count']}"))
+    return table(("tokens", "found in vLLM", "in transformers", "answers equal"), rows)
+
+
 def served_kernels() -> str:
     """The longest kernels of a step of one sequence in vLLM at 2K, of both models."""
     found: dict[str, list[float]] = {}
@@ -573,9 +600,9 @@ def predictions() -> str:
 
 
 TABLES = (
-    targets, decoding, eager, batches, real_models, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
+    targets, decoding, eager, batches, real_models, generation, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
     operation_counts, shortlists, training, scaling, first_passes, predictions,
-    serving, served_real, served_kernels, served_tokens,
+    serving, served_real, served_needles, served_kernels, served_tokens,
 )  # fmt: skip
 
 

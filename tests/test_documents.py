@@ -114,6 +114,8 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
         (26, "qwen2.5-coder/hybrids-6m", 10),
         (29, "smollm2/units-strategies", 16),
         (30, "qwen2.5-coder/groups-6m", 8),
+        (31, "qwen2.5-coder/groups-controls", 10),
+        (31, "smollm2/groups-random-tenth", 6),
     )
     for section, name, count in files:
         study = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
@@ -161,6 +163,11 @@ def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_
             f"{c['accuracy']:.2f} ({c['low']:.2f}–{c['high']:.2f})" for c in report["needles"] if c["model"] == name
         ]
         assert len(numbers) == 8 and f"| {name} | {' | '.join(numbers)} |" in page, name
+    report = json.loads((folder.with_name("qwen2.5-coder") / "groups-far.json").read_text())["report"]
+    for name in (model["label"] for model in report["models"]):
+        cells = sorted((c for c in report["needles"] if c["model"] == name), key=lambda cell: cell["length"])
+        found = [f"{cell['accuracy']:.2f} ({cell['low']:.2f}–{cell['high']:.2f})" for cell in cells]
+        assert len(found) == 4 and f"| {name} | {' | '.join(found)} |" in page, name
     report = json.loads((folder / "recipe-groups.json").read_text())["report"]
     found = {(cell["model"], cell["task"], cell["length"]): f"{cell['accuracy']:.2f}" for cell in report["needles"]}
     for model, title in zip(report["models"], ("teacher", "groups-3to1, 28M"), strict=True):
@@ -186,13 +193,13 @@ def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_
 
 def test_the_readme_says_what_the_larger_teachers_hybrids_find():
     page = (ROOT / "README.md").read_text()
-    for file in ("hybrids-6m", "groups-6m"):
+    for file in ("hybrids-6m", "groups-6m", "groups-controls"):
         study = json.loads((ROOT / "benchmarks" / "qwen2.5-coder" / f"{file}.json").read_text())
         found = {(cell["model"], cell["task"], cell["length"]): cell for cell in study["report"]["needles"]}
         teacher_loss = next(cell["loss"] for cell in study["report"]["text"] if cell["length"] == 4096)
         for model in study["report"]["models"]:
             name, held = model["label"], model["kv_bytes_per_token"]
-            if name.endswith("-1"):  # a second seed
+            if name.endswith(("-1", "-again")):  # second runs
                 continue
             is_teacher = name == "teacher"
             steps = [{"heldout_loss": teacher_loss}] if is_teacher else study["rows"][name]["steps"]["distill"]
@@ -230,9 +237,10 @@ def test_the_pages_say_what_a_byte_of_cache_buys():
 def test_the_experiments_say_by_how_much_units_and_strategies_differ():
     """Pairs of students over all prompts of a task, in the words of the page."""
     page = " ".join((ROOT / "docs" / "experiments.md").read_text().replace("−", "-").split())
-    section = {number: page[page.index(f"## {number}. ") :] for number in (29, 30)}
+    section = {number: page[page.index(f"## {number}. ") :] for number in (29, 30, 31)}
     units, earlier = "smollm2/units-strategies", "smollm2/controls-3to1"
     groups, heads = "qwen2.5-coder/groups-6m", "qwen2.5-coder/hybrids-6m"
+    controls = "qwen2.5-coder/groups-controls"
     for number, one, other in (
         (29, (units, "global-3to1-tenth"), (earlier, "default-3to1-tenth")),
         (29, (units, "global-7to1-tenth"), ("smollm2/controls-tenth", "default-7to1-tenth")),
@@ -245,6 +253,12 @@ def test_the_experiments_say_by_how_much_units_and_strategies_differ():
         (30, (groups, "groups-3to1"), (groups, "default-3to1-1")),
         (30, (groups, "groups-3to1"), (heads, "random-3to1")),
         (30, (groups, "groups-7to1"), (heads, "default-7to1")),
+        (31, (controls, "groups-3to1-again"), (controls, "random-groups-3to1")),
+        (31, (controls, "groups-7to1-again"), (controls, "random-groups-3to1")),
+        (31, (controls, "groups-3to1-again"), (controls, "even-groups-3to1")),
+        (31, (controls, "even-groups-3to1"), (groups, "default-3to1-1")),
+        (31, (controls, "groups-7to1-again"), (groups, "groups-7to1")),
+        (31, (units, "groups-3to1-tenth"), ("smollm2/groups-random-tenth", "even-groups-3to1-tenth")),
     ):
         for task in ("niah_single_2", "niah_multikey_1"):
             scores = []
