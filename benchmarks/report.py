@@ -600,8 +600,8 @@ def predictions() -> str:
 
 
 TABLES = (
-    targets, decoding, eager, batches, real_models, generation, chunks, longest_kernels, measured_on, cpu_decoding, demo, scoring,
-    operation_counts, shortlists, training, scaling, first_passes, predictions,
+    targets, decoding, eager, batches, real_models, generation, chunks, longest_kernels, measured_on, cpu_decoding,
+    demo, scoring, operation_counts, shortlists, training, scaling, first_passes, predictions,
     serving, served_real, served_needles, served_kernels, served_tokens,
 )  # fmt: skip
 
