@@ -404,7 +404,7 @@ class Generation:
     def __init__(self, machine: Machine, job: "Generate"):
         self.job, self.model = job, machine.build(job.model)
         self.model.generation_config.eos_token_id = None  # it goes on to the last token
-        length = machine.tokens(job.tokens)
+        length = max(START, machine.tokens(job.tokens) - job.new_tokens + 1)
         self.ids = torch.randint(1, self.model.config.vocab_size, (1, length), device=self.model.device)
         self.calls = {cache: [] for cache in job.caches}
         self.measure()  # kernels compile, and the step over a static cache
@@ -436,11 +436,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class Generate:
-    """`generate` as it is called, of one sequence: the wait for the first token, and for each after it."""
+    """
+    `generate` as it is called, of one sequence: the wait for the first token, and for each after it. The last but one
+    fills a cache of `tokens`, a length that attention in pieces divides for every model.
+    """
 
     model: str
     tokens: int
-    new_tokens: int = 129  # whose cache divides into pieces for the teacher too
+    new_tokens: int = 129
     caches: tuple[str, ...] = ("dynamic", "static")  # its default, and the one whose step it compiles
     turns = 3
 

@@ -221,6 +221,8 @@ def measure(name: str, model: str | None, todo: list[tuple[str, int]], output: P
         if count == 0:
             print(f"{name}: the cache has no room for {length} tokens", flush=True)
             continue
+        if count > 1:  # how fast prompts of this length are read: short ones are read slowly
+            row = run_cell(llm, length, 1)
         if time.time() + count * length / row["prompt_tokens_per_second"] > deadline:
             print(f"{name}: the time is up before {kind} {length}", flush=True)
             return
