@@ -319,15 +319,16 @@ class HydraHeadPackedLinear(nn.Module):
 
     def holds(self, linears: list[nn.Linear]) -> bool:
         """Whether the product stands for these layers."""
-        if self.weight is None or not all(is_plain(linear) for linear in linears):
+        if self.weight is None or not all(map(is_plain, linears)):
             return False
         if torch.compiler.is_compiling():
             return True
         place = self.weight.data_ptr()
         for linear in linears:
-            if linear.weight.data_ptr() != place:
+            weight = linear.weight
+            if weight.data_ptr() != place:
                 return False
-            place += linear.weight.nbytes
+            place += weight.nbytes
         return True
 
     def forward(self, hidden_states: torch.Tensor, linears: list[nn.Linear]) -> torch.Tensor | None:
@@ -343,6 +344,7 @@ class HydraHeadPackedLinear(nn.Module):
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a layer computes what `nn.Linear` does, on a weight of its own, and nobody watches it."""
-    is_linear = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    is_watched = linear._forward_hooks or linear._forward_pre_hooks or hasattr(linear, "_hf_hook")
-    return is_linear and type(linear.weight) is nn.Parameter and not is_watched
+    own = linear.__dict__  # read directly: this is asked of every layer in every step, and a module's attributes are slow
+    is_linear = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and "forward" not in own
+    is_watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own
+    return is_linear and type(own["_parameters"].get("weight")) is nn.Parameter and not is_watched
