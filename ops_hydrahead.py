@@ -344,7 +344,7 @@ class HydraHeadPackedLinear(nn.Module):
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a layer computes what `nn.Linear` does, on a weight of its own, and nobody watches it."""
-    own = linear.__dict__  # read directly: this is asked of every layer in every step, and a module's attributes are slow
+    own = linear.__dict__  # directly: every layer is asked in every step, and attributes of modules are slow
     is_linear = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward and "forward" not in own
     is_watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own
     return is_linear and type(own["_parameters"].get("weight")) is nn.Parameter and not is_watched
