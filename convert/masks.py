@@ -14,6 +14,7 @@ from .scoring.settings import Exchange
 from .selection import (
     BY_SCORE,
     STRATEGIES,
+    Head,
     Masks,
     same_cache_in_other_unit,
     select_heads,
@@ -107,6 +108,48 @@ def read_scores(files: Sequence[Path], method: str | None, weights: Mapping[str,
     return scores.using(method or scores.method) if method or weights else scores
 
 
+def _picture_beside(output: Path) -> Path:
+    """The file of a choice's picture; raises where the two cannot be written."""
+    if output.suffix != ".json":
+        raise ValueError(f"{output}: expected a name that ends in .json")
+    picture = output.with_suffix(".png")
+    for path in (output, picture):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder, expected a file to write")
+    check_writable(output.parent)
+    return picture
+
+
+def _check_exchange(strategy: str, tensor_parallel: int) -> None:
+    is_bound = strategy in STRATEGIES and STRATEGIES[strategy].bounded
+    if tensor_parallel > 1 or not strategy.startswith("global") or is_bound:
+        raise ValueError(
+            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
+            "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"
+        )
+
+
+def _exchanged(
+    scores: HeadScores,
+    masks: Masks,
+    exchange: Exchange,
+    strategy: str,
+    budget_unit: str,
+    decided: set[Head],
+    seed: int,
+) -> tuple[Masks, list[str]]:
+    """Masks improved by greedy exchange, and what it found, line by line."""
+    from .search import exchange_heads
+
+    every_layer = STRATEGIES[strategy].every_layer
+    masks, history = exchange_heads(scores, masks, exchange, budget_unit, decided, seed, every_layer)
+    return masks, [
+        f"after {record['trials']} conversions: needles {record['accuracy']:.2f}, answer loss "
+        f"{record['answer_loss']:.3f}, text divergence {record['divergence']:.3f} (untrained)"
+        for record in (history[0], history[-1])
+    ]
+
+
 def select_to_file(
     files: Sequence[Path],
     output: Path,
@@ -134,20 +177,9 @@ def select_to_file(
     Raises:
         ValueError: see `read_scores`, `select_heads` and `exchange_heads`.
     """
-    if output.suffix != ".json":
-        raise ValueError(f"{output}: expected a name that ends in .json")
-    if exchange is not None and (
-        tensor_parallel > 1 or not strategy.startswith("global") or strategy == "global-even"
-    ):
-        raise ValueError(
-            "greedy exchange moves heads between layers: it cannot keep equal shares for tensor parallelism, nor "
-            "what a strategy by layers gives each; choose a global strategy and no tensor parallelism"
-        )
-    picture = output.with_suffix(".png")
-    for path in (output, picture):
-        if path.is_dir():
-            raise ValueError(f"{path}: is a folder, expected a file to write")
-    check_writable(output.parent)
+    picture = _picture_beside(output)
+    if exchange is not None:
+        _check_exchange(strategy, tensor_parallel)
     scores = read_scores(files, method, parse_weights(weights))
     kept, dropped = parse_heads(keep), parse_heads(drop)
     masks = select_heads(
@@ -155,16 +187,7 @@ def select_to_file(
     )
     lines = []
     if exchange is not None:
-        from .search import exchange_heads
-
-        masks, history = exchange_heads(
-            scores, masks, exchange, budget_unit, {*kept, *dropped}, seed, STRATEGIES[strategy].every_layer
-        )
-        lines = [
-            f"after {record['trials']} conversions: needles {record['accuracy']:.2f}, answer loss "
-            f"{record['answer_loss']:.3f}, text divergence {record['divergence']:.3f} (untrained)"
-            for record in (history[0], history[-1])
-        ]
+        masks, lines = _exchanged(scores, masks, exchange, strategy, budget_unit, {*kept, *dropped}, seed)
     lines += describe_choice(scores, masks, strategy, budget_unit)
     cost = selection_cost(scores, masks)
     facts = {

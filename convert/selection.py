@@ -59,11 +59,6 @@ class Candidates:
         share, rest = divmod(self.budget, len(self.values))
         return [share + (layer < rest) for layer in range(len(self.values))]
 
-    @property
-    def most(self) -> int:
-        """The equal share of a layer, rounded up."""
-        return -(-self.budget // len(self.values))
-
     def ranked(self, units: Iterable[Unit]) -> list[Unit]:
         """Units from the best to the worst: kept ones first, dropped ones not at all."""
         free = (unit for unit in units if unit not in self.dropped)
@@ -90,7 +85,7 @@ OVER_SHARE = "global-even gives no layer more than {} units; keep or drop ask ot
 
 
 def _even(candidates: Candidates) -> list[Unit]:
-    most, counts, chosen = candidates.most, [0] * len(candidates.values), []
+    most, counts, chosen = max(candidates.shares), [0] * len(candidates.values), []
     for unit in candidates.ranked(candidates.all):
         if len(chosen) < candidates.budget and counts[unit[0]] < most:
             counts[unit[0]] += 1
@@ -129,18 +124,24 @@ def _layerwise(candidates: Candidates) -> list[Unit]:
 
 
 class Strategy(NamedTuple):
-    """A way to choose: its function, its line of help, whether scores decide, and whether every layer gets its own."""
+    """
+    A way to choose: its function, its line of help, whether scores decide, whether every layer gets its own, and
+    whether none gets more than its equal share.
+    """
 
     choose: Callable[[Candidates], list[Unit]]
     about: str
     by_score: bool = False
     every_layer: bool = False
+    bounded: bool = False
 
 
 STRATEGIES = {
     "global": Strategy(_global, "the best of all layers", by_score=True),
     "global-constrained": Strategy(_constrained, "the same, one per layer at least", by_score=True, every_layer=True),
-    "global-even": Strategy(_even, "the same, no layer more than its equal share, rounded up", by_score=True),
+    "global-even": Strategy(
+        _even, "the same, no layer more than its equal share, rounded up", by_score=True, bounded=True
+    ),
     "layer": Strategy(_layer, "the best of each layer, equally many", by_score=True, every_layer=True),
     "fixed": Strategy(_fixed, "control: the same places in each layer", every_layer=True),
     "layer-random": Strategy(_layer_random, "control: at random, equally many of each layer", every_layer=True),
@@ -263,7 +264,8 @@ def _in_multiples(candidates: Candidates, multiple: int, strategy: str) -> list[
     counts = [-(-sum(unit in candidates.kept for unit in row) // multiple) * multiple for row in rows]
     if STRATEGIES[strategy].every_layer:
         counts = [max(count, multiple) for count in counts]
-    most = -(-candidates.most // multiple) * multiple if strategy == "global-even" else len(values[0])
+    bounded = STRATEGIES[strategy].bounded
+    most = -(-max(candidates.shares) // multiple) * multiple if bounded else len(values[0])
     if max(counts) > most:
         raise ValueError(OVER_SHARE.format(most))
     if sum(counts) > budget or any(count > len(row) for count, row in zip(counts, rows)):
