@@ -437,8 +437,8 @@ class Generation:
 @dataclass(frozen=True)
 class Generate:
     """
-    `generate` as it is called, of one sequence: the wait for the first token, and for each after it. The last but one
-    fills a cache of `tokens`, a length that attention in pieces divides for every model.
+    `generate` as it is called, of one sequence: the wait for the first token, and for each after it. Prompt and answer
+    together need a cache of `tokens`, which attention in pieces divides, for the teacher as for a student.
     """
 
     model: str
