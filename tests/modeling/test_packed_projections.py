@@ -72,6 +72,14 @@ def test_gradients_reach_every_projection(packed, gradients):
         assert all(linear.weight.grad is not None for linear in layer.self_attn.linears())
 
 
+def test_a_layer_whose_call_somebody_replaced_is_called(packed):
+    layer, seen = packed.model.layers[0].self_attn.linears()[0], []
+    forward = layer.forward
+    layer.forward = lambda x: seen.append(x) or forward(x)
+    packed.generate(random_ids(1, 5), max_new_tokens=3, **NO_END)
+    assert len(seen) == 3 and products(packed) == [False, True]
+
+
 def test_another_dtype_or_device_unpacks(packed):
     packed.double()
     assert all(layer.self_attn.projections.weight is None for layer in packed.model.layers)
