@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin, GenerationMode
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -47,15 +48,18 @@ from .ops_hydrahead import (
     Packing,
     Padding,
     attend_to_cache,
+    can_record,
     fuse_heads,
     gated_delta_rule,
     has_kernels,
     prepare_heads,
+    record,
 )
 
 logger = logging.get_logger(__name__)
 
 CACHES = (Cache, PagedAttentionCache)
+RECORDED = CompileConfig(backend="cudagraphs")  # for `generate`: the step as a graph, without a compiler
 OLD_CACHE_NAMES = ("past", "past_key_value", "layer_past", "cache_params")
 # transformers 5.24 renamed `past_key_values` to `cache`. A cache comes in under either name, on every release, and
 # goes out under the name that the release's outputs have.
@@ -851,6 +855,42 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         )
 
 
+class HydraHeadRecordedStep:
+    """
+    The step of one `generate` as a CUDA graph: what a processor would start kernel by kernel is recorded once, in the time
+    of a step, and replayed. Nothing is compiled. It holds the tensors of a cache, and so serves one cache.
+    """
+
+    WARM_UP = 2  # steps, in which kernels are compiled and libraries find their room
+
+    def __init__(self, model: "HydraHeadForCausalLM"):
+        self.model = model
+        self.steps = 0
+        self.replay: Callable[[], None] | None = None
+
+    def __call__(self, **inputs) -> CausalLMOutputWithPast:
+        self.steps += 1
+        if self.steps <= self.WARM_UP:
+            return self.model(**inputs)
+        given, form = tree_flatten(inputs)
+        if self.replay is None:
+            self.form, self.given = form, [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+            inputs = tree_unflatten(self.given, form)
+            self.outputs, self.replay = record(lambda: self.model(**inputs))
+        if form != self.form or [_kind(x) for x in given] != [_kind(x) for x in self.given]:
+            return self.model(**inputs)
+        for held, x in zip(self.given, given):
+            if isinstance(x, torch.Tensor):
+                held.copy_(x)
+        self.replay()
+        return self.outputs
+
+
+def _kind(x: object) -> object:
+    """What has to stay as it is from step to step: all but a tensor's contents."""
+    return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x
+
+
 class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ignore: TRF057
     """Language model whose attention layers mix full-attention and Gated DeltaNet heads."""
 
@@ -882,6 +922,30 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
     def generate(self, *args, **kwargs):
         self.pack_projections()
         return super().generate(*args, **kwargs)
+
+    def _records_steps(self, config: GenerationConfig, model_kwargs: dict, mode: GenerationMode) -> bool:
+        """Whether steps are recorded where the caller says nothing of caches and compilation."""
+        is_asked = config.cache_implementation or config.compile_config or config.disable_compile
+        is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.use_cache is not False
+        # What is given out, or goes on from somewhere, keeps the cache that others know.
+        is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None or config.prefill_chunk_size
+        if is_asked or not is_plain or is_kept or not can_record(self.device):
+            return False
+        is_spread = len({parameter.device for parameter in self.parameters()}) > 1 or hasattr(self, "hf_device_map")
+        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
+        return not (is_spread or is_watched)  # a replay calls nobody's hooks
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        if self._records_steps(generation_config, model_kwargs, generation_mode):
+            generation_config.cache_implementation = "static"
+            generation_config.compile_config = RECORDED
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        # CODEPATH: of one process's own steps; what a caller asks to be compiled is.
+        if compile_config is not None and compile_config.backend == RECORDED.backend:
+            return HydraHeadRecordedStep(self)
+        return super().get_compiled_call(compile_config)
 
     def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
         # A prompt and its answer are hardly ever of a length that `attend_to_cache` can divide.

@@ -15,6 +15,7 @@
 
 import inspect
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -269,6 +270,19 @@ def attend_to_cache(
     weights = (scores - scores.amax((2, 4), keepdim=True)).exp()
     output = matmul_fp32(weights.to(value.dtype), value).sum(2)
     return (output / weights.sum((2, 4)).unsqueeze(-1)).to(value.dtype)
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether `record` works where a model is."""
+    return device.type == "cuda"
+
+
+def record(call: Callable[[], object]) -> tuple[object, Callable[[], None]]:
+    """A CUDA graph of what a call starts, without running it: what the call gave, and what fills it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = call()
+    return outputs, graph.replay
 
 
 def matmul_fp32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -297,18 +297,33 @@ def test_left_padded_generation_equals_the_row_alone(models, ids):
 def test_static_cache_generates_the_same(models, ids):
     _, gpu = models
     prompt = ids[:, :50].cuda()
-    dynamic = gpu.generate(prompt, max_new_tokens=8, do_sample=False)
+    dynamic = gpu.generate(prompt, max_new_tokens=8, do_sample=False, cache_implementation="dynamic")
     static = gpu.generate(
         prompt, max_new_tokens=8, do_sample=False, cache_implementation="static", disable_compile=True
     )
     assert dynamic.tolist() == static.tolist()
 
 
+def test_a_recorded_step_generates_the_same(models, ids, monkeypatch):
+    """What `generate` does where nobody says anything of caches: a graph of the eager step, of padded rows too."""
+    _, gpu = models
+    graphs, record = [], modeling_hydrahead.record
+    monkeypatch.setattr(modeling_hydrahead, "record", lambda call: graphs.append(call) or record(call))
+    mask = torch.ones(2, 50, dtype=torch.long)
+    mask[0, :20] = 0
+    for rows, options in ((ids[:1, :50], {}), (ids[:, :50], {"attention_mask": mask.cuda()})):
+        options |= {"max_new_tokens": 14, "do_sample": False}
+        growing = gpu.generate(rows.cuda(), cache_implementation="dynamic", **options)
+        for _ in range(2):
+            assert gpu.generate(rows.cuda(), **options).tolist() == growing.tolist()
+    assert len(graphs) == 4
+
+
 def test_a_compiled_step_generates_the_same(models, ids):
     """What `generate` compiles by itself for a static cache: one graph, replayed for every token."""
     _, gpu = models
     prompt = ids[:, :50].cuda()
-    dynamic = gpu.generate(prompt, max_new_tokens=14, do_sample=False)
+    dynamic = gpu.generate(prompt, max_new_tokens=14, do_sample=False, cache_implementation="dynamic")
     compiled = gpu.generate(
         prompt,
         max_new_tokens=14,

@@ -1,0 +1,97 @@
+"""Steps of `generate` recorded once and replayed: when they are, and that tokens stay what they are."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+import hydrahead.modeling_hydrahead as modeling
+from hydrahead.tests.families import MIXED, make_student, random_ids
+from hydrahead.tests.modeling.checks import MASKS, NO_END
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list:
+    """The inputs of recorded steps; what a graph would replay is called again."""
+    found = []
+
+    def record(call):
+        outputs = modeling.CausalLMOutputWithPast()
+
+        def replay() -> None:
+            found.append(call)
+            outputs.logits = call().logits
+
+        return outputs, replay
+
+    monkeypatch.setattr(modeling, "record", record)
+    monkeypatch.setattr(modeling, "can_record", lambda device: True)
+    monkeypatch.setattr(modeling.RECORDED, "_compile_all_devices", True)
+    return found
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_tokens_are_those_of_a_growing_cache(masks, recorded):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    expected = student.generate(ids, cache_implementation="dynamic", max_new_tokens=9, **NO_END)
+    assert not recorded
+    for _ in range(2):
+        assert torch.equal(student.generate(ids, max_new_tokens=9, **NO_END), expected)
+    assert len(recorded) == 2 * (9 - 1 - modeling.HydraHeadRecordedStep.WARM_UP)
+    longer = random_ids(1, 11)
+    expected = student.generate(longer, cache_implementation="dynamic", max_new_tokens=5, **NO_END)
+    assert torch.equal(student.generate(longer, max_new_tokens=5, **NO_END), expected)
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_rows_that_are_padded_give_their_own_tokens(masks, recorded):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    options = NO_END | {"attention_mask": mask, "max_new_tokens": 9}
+    expected = student.generate(ids, cache_implementation="dynamic", **options)
+    assert torch.equal(student.generate(ids, **options), expected) and recorded
+
+
+def test_sampling_is_recorded_too(recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(2, 6)
+    options = NO_END | {"do_sample": True, "max_new_tokens": 9, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    expected = student.generate(ids, cache_implementation="dynamic", **options)
+    torch.manual_seed(0)
+    assert torch.equal(student.generate(ids, **options), expected) and recorded
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"return_dict_in_generate": True},
+        {"cache_implementation": "dynamic"},
+        {"disable_compile": True},
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"prefill_chunk_size": 3},
+    ],
+)
+def test_what_a_caller_asks_for_is_not_recorded(options, recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
+    found = student.generate(ids, max_new_tokens=5, **NO_END | options)
+    assert not recorded
+    if "return_dict_in_generate" in options:
+        assert type(found.past_key_values) is DynamicCache
+
+
+def test_hooks_see_every_step(recorded):
+    student, seen = make_student(head_masks=MIXED), []
+    handle = student.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    student.generate(random_ids(1, 6), max_new_tokens=6, **NO_END)
+    assert len(seen) == 6 and not recorded
+    handle.remove()
+    student.generate(random_ids(1, 6), max_new_tokens=6, **NO_END)
+    assert len(seen) == 6 and recorded
+
+
+def test_a_cache_that_is_handed_in_goes_on_growing(recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
+    cache = DynamicCache(config=student.config)
+    found = student.generate(ids, past_key_values=cache, max_new_tokens=5, **NO_END)
+    assert not recorded and not isinstance(cache, StaticCache)
+    assert torch.equal(found, student.generate(ids, max_new_tokens=5, **NO_END)) and recorded
