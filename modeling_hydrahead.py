@@ -857,8 +857,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
 
 class HydraHeadRecordedStep:
     """
-    The step of one `generate` as a CUDA graph: what a processor would start kernel by kernel is recorded once, in the time
-    of a step, and replayed. Nothing is compiled. It holds the tensors of a cache, and so serves one cache.
+    The step of one `generate` as a CUDA graph: what a processor would start kernel by kernel is recorded once, which
+    takes as long as a step, and replayed. Nothing is compiled. It holds the tensors of a cache, and so serves one.
     """
 
     WARM_UP = 2  # steps, in which kernels are compiled and libraries find their room
