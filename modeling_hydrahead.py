@@ -865,25 +865,37 @@ class HydraHeadRecordedStep:
 
     def __init__(self, model: "HydraHeadForCausalLM"):
         self.model = model
-        self.steps = 0
+        self.left = self.WARM_UP
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
-        self.steps += 1
-        if self.steps <= self.WARM_UP:
+        if self.left:
+            self.left -= 1
             return self.model(**inputs)
-        given, form = tree_flatten(inputs)
-        if self.replay is None:
-            self.form, self.given = form, [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
-            inputs = tree_unflatten(self.given, form)
-            self.outputs, self.replay = record(lambda: self.model(**inputs))
-        if form != self.form or [_kind(x) for x in given] != [_kind(x) for x in self.given]:
+        given, form = tree_flatten(inputs, is_leaf=lambda x: isinstance(x, Cache))
+        if self.replay is None and not self._record(given, form):
+            return self.model(**inputs)
+        if form != self.form or list(map(_kind, given)) != list(map(_kind, self.given)):
             return self.model(**inputs)
         for held, x in zip(self.given, given):
             if isinstance(x, torch.Tensor):
                 held.copy_(x)
         self.replay()
         return self.outputs
+
+    def _record(self, given: list, form) -> bool:
+        """Whether a step could be recorded: a kernel that waits for the GPU cannot be."""
+        self.form, self.given = form, [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
+        inputs = tree_unflatten(self.given, form)
+        try:
+            self.outputs, self.replay = record(lambda: self.model(**inputs))
+        except RuntimeError as error:
+            self.left = math.inf
+            reason = str(error).splitlines()[0]
+            logger.warning_once(
+                f"HydraHead: generate goes on kernel by kernel, its step cannot be recorded ({reason})"
+            )
+        return self.replay is not None
 
 
 def _kind(x: object) -> object:
@@ -932,8 +944,10 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         if is_asked or not is_plain or is_kept or not can_record(self.device):
             return False
         is_spread = len({parameter.device for parameter in self.parameters()}) > 1 or hasattr(self, "hf_device_map")
+        # A replay calls nobody's hooks, and what is compiled may be a graph already.
         is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        return not (is_spread or is_watched)  # a replay calls nobody's hooks
+        is_other = "forward" in self.__dict__ or self._compiled_call_impl is not None
+        return not (is_spread or is_watched or is_other)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         if self._records_steps(generation_config, model_kwargs, generation_mode):

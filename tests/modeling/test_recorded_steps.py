@@ -95,3 +95,26 @@ def test_a_cache_that_is_handed_in_goes_on_growing(recorded):
     found = student.generate(ids, past_key_values=cache, max_new_tokens=5, **NO_END)
     assert not recorded and not isinstance(cache, StaticCache)
     assert torch.equal(found, student.generate(ids, max_new_tokens=5, **NO_END)) and recorded
+
+
+def test_what_cannot_be_recorded_goes_on_step_by_step(recorded, monkeypatch):
+    def record(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(modeling, "record", record)
+    student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
+    expected = student.generate(ids, cache_implementation="dynamic", max_new_tokens=9, **NO_END)
+    assert torch.equal(student.generate(ids, max_new_tokens=9, **NO_END), expected)
+
+
+def test_a_step_of_other_shapes_is_not_replayed(recorded):
+    student = make_student(head_masks=MIXED)
+    step, calls = modeling.HydraHeadRecordedStep(student), []
+    cache = StaticCache(config=student.config, max_cache_len=32)
+    with torch.no_grad():
+        for count in (6, 1, 1, 1, 2, 1):
+            ids = random_ids(1, count, seed=count)
+            place = torch.arange(count)[None] + (cache.get_seq_length() if calls else 0)
+            found = step(input_ids=ids, position_ids=place, use_cache=True, **{modeling.CACHE: cache}).logits
+            calls.append((count, found.shape[1], len(recorded)))
+    assert calls == [(6, 6, 0), (1, 1, 0), (1, 1, 1), (1, 1, 2), (2, 2, 2), (1, 1, 3)]
