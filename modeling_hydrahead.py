@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import CompileConfig, GenerationConfig, GenerationMixin, GenerationMode
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
@@ -64,6 +64,13 @@ OLD_CACHE_NAMES = ("past", "past_key_value", "layer_past", "cache_params")
 # transformers 5.24 renamed `past_key_values` to `cache`. A cache comes in under either name, on every release, and
 # goes out under the name that the release's outputs have.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def takes_prompt(cache: Cache | None, tokens: int) -> bool:
+    """Whether a call of so many tokens fills an empty static cache. Not asked of a single one, and not in a graph."""
+    if not isinstance(cache, StaticCache) or tokens == 1 or torch.compiler.is_compiling():
+        return False
+    return int(cache.get_seq_length()) == 0
 
 
 class HydraHeadRMSNorm(Qwen3RMSNorm):
@@ -299,7 +306,11 @@ class HydraHeadFullAttention(nn.Module):
         if isinstance(cache, PagedAttentionCache) and CACHE == "past_key_values":
             kwargs["cache"] = cache  # before transformers 5.24 the attention function fills it
         elif cache is not None:
+            own = key, value
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one adds to kwargs
+            # CODEPATH: a prompt that an empty static cache takes in; all else reads the cache.
+            if self._is_prompt(query, attention_mask, cache):
+                key, value = own
 
         # CODEPATH: a later chunk of a prompt, whose mask against all before it would be larger than anything else.
         if self._is_chunk(query, key, attention_mask, cache):
@@ -319,6 +330,11 @@ class HydraHeadFullAttention(nn.Module):
         # The keys of a static cache are more than were read: their number says nothing.
         is_growing = isinstance(cache, DynamicCache) and key.shape[2] > query.shape[2]
         return is_growing and query.shape[2] > 1 and attention_mask is None and self._is_sdpa
+
+    def _is_prompt(self, query, attention_mask, cache) -> bool:
+        # The mask has columns for a prompt's own tokens only, see `HydraHeadModel._causal_mask`.
+        is_own = attention_mask is None or attention_mask.shape[-1] == query.shape[2]
+        return isinstance(cache, StaticCache) and query.shape[2] > 1 and is_own
 
     def _is_step(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         # The others keep their own kernels, whose single tokens are quick, or their attention weights.
@@ -772,6 +788,8 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
             is_whole = attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))
             if is_whole:  # see `_is_chunk`
                 return None
+        if takes_prompt(cache, inputs_embeds.shape[1]):
+            cache = None  # with it there would be columns for all the room that it has
         # By place: the cache's name is another one before transformers 5.24.
         return create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
 
@@ -898,6 +916,11 @@ class HydraHeadRecordedStep:
         return self.replay is not None
 
 
+def even_length(tokens: int) -> int:
+    """Room for so many tokens that `attend_to_cache` can divide; a prompt and its answer are hardly ever."""
+    return -(-tokens // EVEN) * EVEN
+
+
 def _kind(x: object) -> object:
     """What has to stay as it is from step to step: all but a tensor's contents."""
     return (x.shape, x.dtype, x.device) if isinstance(x, torch.Tensor) else x
@@ -927,9 +950,14 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
             seen, original = cache.get_seq_length(), rope["original_max_position_embeddings"]
             if 0 < seen <= original < input_ids.shape[1]:
                 cache = next_sequence_length = None
-        return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, cache, inputs_embeds=inputs_embeds, **kwargs
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        tokens = given.shape[1] if next_sequence_length is None else next_sequence_length
+        # A mask for a static cache is made here, and would have columns for all the room that it has.
+        is_prompt = takes_prompt(cache, tokens)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, None if is_prompt else cache, inputs_embeds=inputs_embeds, **kwargs
         )
+        return inputs | {CACHE: cache} if is_prompt else inputs
 
     def generate(self, *args, **kwargs):
         self.pack_projections()
@@ -941,29 +969,41 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.use_cache is not False
         # What is given out, or goes on from somewhere, keeps the cache that others know.
         is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None or config.prefill_chunk_size
-        if is_asked or not is_plain or is_kept or not can_record(self.device):
+        is_sdpa = self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
+        if is_asked or not is_plain or is_kept or not is_sdpa:
             return False
-        is_spread = len({parameter.device for parameter in self.parameters()}) > 1 or hasattr(self, "hf_device_map")
-        # A replay calls nobody's hooks, and what is compiled may be a graph already.
-        is_watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.modules())
-        is_other = "forward" in self.__dict__ or self._compiled_call_impl is not None
-        return not (is_spread or is_watched or is_other)
+        quantizer = getattr(self, "hf_quantizer", None)
+        is_fixed = quantizer is None or quantizer.is_compileable
+        is_spread = len({parameter.device for parameter in self.parameters()}) > 1
+        # A replay calls nobody's hooks (accelerate's replace a module's forward), and what is compiled may be a graph.
+        is_watched = any(
+            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+            for module in self.modules()
+        )
+        return is_fixed and not is_spread and not is_watched and self._compiled_call_impl is None
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
         if self._records_steps(generation_config, model_kwargs, generation_mode):
-            generation_config.cache_implementation = "static"
-            generation_config.compile_config = RECORDED
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+            length = even_length(max_cache_length)
+            rows = batch_size * generation_config.num_return_sequences
+            if can_record(self.device, rows * length * self.config.kv_bytes_per_token(self.dtype.itemsize)):
+                model_kwargs[CACHE] = StaticCache(config=self.config, max_cache_len=length)
+                generation_config.compile_config = RECORDED
+                return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-        # CODEPATH: of one process's own steps; what a caller asks to be compiled is.
-        if compile_config is not None and compile_config.backend == RECORDED.backend:
+        # CODEPATH: where nobody asked for anything; what a caller asks to be compiled is.
+        if compile_config is RECORDED:
             return HydraHeadRecordedStep(self)
         return super().get_compiled_call(compile_config)
 
     def _prepare_static_cache(self, *args, max_cache_len: int, **kwargs) -> Cache:
-        # A prompt and its answer are hardly ever of a length that `attend_to_cache` can divide.
-        return super()._prepare_static_cache(*args, max_cache_len=-(-max_cache_len // EVEN) * EVEN, **kwargs)
+        return super()._prepare_static_cache(*args, max_cache_len=even_length(max_cache_len), **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         # Later, in its own thread, a failing forward would leave `generate_batch` with empty results.

@@ -255,10 +255,12 @@ def attend_to_cache(
     """
     if not query.is_cuda:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    if not torch.compiler.is_compiling():
+    # PyTorch's kernels for masked attention leave a GPU's processors idle: one of them reads all keys of a head. In a
+    # graph nothing is lost by many small kernels, and who steps through a static cache would wait for that one longer.
+    is_static = attention_mask is not None and key.shape[2] % EVEN == 0
+    if not torch.compiler.is_compiling() and not is_static:
         with sdpa_kernel(WITHOUT_PLANS):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-    # PyTorch's kernels for masked attention leave a GPU's processors idle: one of them reads all keys of a head.
     length = key.shape[2]
     pieces = PIECES if length % PIECES == 0 else 1
     query = (query * query.shape[-1] ** -0.5).unsqueeze(2).expand(-1, -1, pieces, -1, -1)  # [B, G, p, n, d]
@@ -272,9 +274,12 @@ def attend_to_cache(
     return (output / weights.sum((2, 4)).unsqueeze(-1)).to(value.dtype)
 
 
-def can_record(device: torch.device) -> bool:
-    """Whether `record` works where a model is."""
-    return device.type == "cuda"
+def can_record(device: torch.device, cache_bytes: int) -> bool:
+    """Whether `record` works where a model is, and a cache of its full length takes no more than half of what is free."""
+    if device.type != "cuda":
+        return False
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return cache_bytes <= (torch.cuda.mem_get_info(device)[0] + reserved) / 2
 
 
 def record(call: Callable[[], object]) -> tuple[object, Callable[[], None]]:

@@ -319,6 +319,22 @@ def test_a_recorded_step_generates_the_same(models, ids, monkeypatch):
     assert len(graphs) == 4
 
 
+def test_a_step_that_waits_for_the_gpu_is_not_recorded(models, ids, monkeypatch):
+    _, gpu = models
+    attend = modeling_hydrahead.attend_to_cache
+
+    def waiting(*args):
+        torch.cuda.current_stream().synchronize()
+        return attend(*args)
+
+    monkeypatch.setattr(modeling_hydrahead, "attend_to_cache", waiting)
+    options = {"max_new_tokens": 14, "do_sample": False}
+    growing = gpu.generate(ids[:1, :50].cuda(), cache_implementation="dynamic", **options)
+    assert gpu.generate(ids[:1, :50].cuda(), **options).tolist() == growing.tolist()
+    monkeypatch.undo()
+    assert gpu.generate(ids[:1, :50].cuda(), **options).tolist() == growing.tolist()
+
+
 def test_a_compiled_step_generates_the_same(models, ids):
     """What `generate` compiles by itself for a static cache: one graph, replayed for every token."""
     _, gpu = models

@@ -1,10 +1,13 @@
 """Receivers, senders and comparators against whole forwards, on every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import cpu_offload
 
 from hydrahead.convert.hooks import Recording, record
+from hydrahead.convert.scoring import senders
 from hydrahead.convert.scoring.attribution import (
     attention_mass,
     attribution_effects,
@@ -14,7 +17,7 @@ from hydrahead.convert.scoring.attribution import (
 from hydrahead.convert.scoring.readout import answer_positions, first_change, needle_positions, readout_direction
 from hydrahead.convert.scoring.receivers import direct_effects, each_head_changed, output_change, receiver_effects
 from hydrahead.convert.scoring.recompute import HeadReader
-from hydrahead.convert.scoring.senders import PathPatching, sender_effects
+from hydrahead.convert.scoring.senders import HOPEFUL, PathPatching, sender_effects
 from hydrahead.tests.counterfactuals import (
     frozen_attention_drop,
     make_pair,
@@ -181,7 +184,27 @@ def test_senders_of_senders_are_found_round_by_round_and_the_shortlist_keeps_the
     kept = estimate.flatten().argsort(descending=True)[:4]
     assert set(short.flatten().nonzero().flatten().tolist()) <= set(kept.tolist())
     torch.testing.assert_close(short[:2].flatten()[kept], one_round[:2].flatten()[kept], rtol=0, atol=1e-5)
+    # As many, but that all others' estimates are below a tenth of the threshold.
+    high = estimate.flatten()[kept[1]].item() / scale / HOPEFUL
+    short = sender_effects(reader, [pair], [scale], receivers, threshold=high, rounds=1, shortlist=4)[0]
+    assert set(short.flatten().nonzero().flatten().tolist()) <= {kept[0].item()}
+    torch.testing.assert_close(short[:2].flatten()[kept[:1]], one_round[:2].flatten()[kept[:1]], rtol=0, atol=1e-5)
     assert (sender_effects(reader, [pair], [scale], [], threshold=0.01) == 0).all()
+
+
+@pytest.mark.parametrize("room", [0.25, 0.0])
+def test_pairs_are_recorded_once_where_there_is_room_and_tell_the_same(room, monkeypatch):
+    """Of two lengths, which rotate on their own."""
+    teacher, pairs, recorded = make_teacher("qwen3-tied", num_hidden_layers=3), [make_pair(), make_pair()], []
+    shorter = {"clean": pairs[1].clean[2:], "corrupt": pairs[1].corrupt[2:], "answer_start": pairs[1].answer_start - 2}
+    pairs[1] = replace(pairs[1], **shorter)
+    reader, receivers = HeadReader(teacher), [(2, 0), (2, 4)]
+    alone = [sender_effects(reader, [pair], [0.1], receivers, threshold=1e-6) for pair in pairs]
+    monkeypatch.setattr(senders, "record", lambda *args, **kwargs: recorded.append(1) or record(*args, **kwargs))
+    monkeypatch.setattr(senders._Recorded, "ROOM", room)
+    found = sender_effects(reader, pairs, [0.1, 0.1], receivers, threshold=1e-6)
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5)
+    assert len(recorded) == (4 if room else 8), "two rounds"
 
 
 def test_path_patching_without_receivers_is_refused():

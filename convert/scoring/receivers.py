@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..hooks import Recording, record
+from ..hooks import Recording, record, rms_norm
 from .probes import Pair
 from .readout import answer_positions, is_answer, readout, readout_direction
 
@@ -29,8 +29,8 @@ def _mlp(layer: nn.Module, states: torch.Tensor, dtype: torch.dtype) -> torch.Te
     """`[rows, P, D]` fp32 to the same after the layer's MLP, a bounded number of tokens at a time."""
 
     def block(tokens: torch.Tensor) -> torch.Tensor:
-        output = layer.mlp(layer.post_attention_layernorm(tokens).to(dtype))
-        return tokens + output.to(tokens.device).float()
+        output = layer.mlp(rms_norm(layer.post_attention_layernorm, tokens).to(dtype))
+        return tokens + output.to(tokens.device)
 
     run = block
     if torch.is_grad_enabled():
@@ -71,10 +71,10 @@ def carry(
         yield index, rows, reference
         first, change = changes.get(index, (0, rows[:0]))
         new = first + len(change) - len(rows)
-        states = torch.cat([reference[None], rows, reference.expand(max(0, new), -1, -1)]) + attention[index].float()
+        states = torch.cat([reference[None], rows, reference.expand(max(0, new), -1, -1)])
+        states += attention[index]
         if len(change):
-            before, touched, after = states.split([1 + first, len(change), len(states) - 1 - first - len(change)])
-            states = torch.cat([before, touched + change, after])
+            states[1 + first : 1 + first + len(change)] += change
         states = _mlp(layers[index], states, model.dtype)
         reference, rows = states[0], states[1:]
     yield last, rows, reference

@@ -6,7 +6,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
-from ..hooks import input_device
+from ..hooks import input_device, rms_norm
 from ..teachers import TeacherAttention, adapter_for, read_model
 
 
@@ -49,7 +49,7 @@ class HeadReader:
             positions: where in the text they stand.
         """
         weights = self.attention(layer)
-        normed = self.model.model.layers[layer].input_layernorm(states).to(states.device).float()
+        normed = rms_norm(self.model.model.layers[layer].input_layernorm, states)
         output = torch.einsum("bpD,hdD->bhpd", normed, getattr(weights, kind)[heads])
         bias = getattr(weights, f"{kind}_bias")
         if bias is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+from accelerate.utils import get_max_memory
 
 from ..hooks import TOKENS_AT_ONCE, Recording, record
 from ..selection import Head
@@ -12,6 +13,8 @@ from .readout import answer_positions, first_change, readout_direction
 from .receivers import Changes, carry, direct_effects, each_head_changed, output_change
 from .recompute import HeadReader
 from .scores import THRESHOLD
+
+HOPEFUL = 0.1  # of the threshold: what a head's estimate is above where it is worth measuring
 
 
 class PathPatching:
@@ -42,7 +45,7 @@ class PathPatching:
         positions = answer_positions(pair)
         self.answer = slice(positions.start - self.first, positions.stop - self.first)
         self.direction = readout_direction(model, pair)
-        self.reader = reader.for_length(self.length)
+        self.reader = reader
         self.residual = self.clean.residual[:, self.changed]  # [L, P, D]
 
     def _reread(self, layer: int, heads: list[int], rows: torch.Tensor, reference: torch.Tensor, queries: slice):
@@ -84,6 +87,7 @@ class PathPatching:
 
     def _drops(self, changes: Changes, hops: Sequence[Sequence[Head]], rows: int) -> torch.Tensor:
         """Drop of the readout `[rows]` when changes travel along `hops`."""
+        self.reader.for_length(self.length)
         everywhere = slice(0, self.length - self.first)
         for index, heads in enumerate(hops):
             changes = self._hop(changes, heads, self.answer if index == len(hops) - 1 else everywhere)
@@ -142,6 +146,28 @@ class PathPatching:
         return torch.stack(estimates).detach().cpu()
 
 
+class _Recorded:
+    """Path patching of pairs, which every round asks for: what finds room is recorded once."""
+
+    ROOM = 0.25  # of the memory that is free
+
+    def __init__(self, reader: HeadReader, pairs: Sequence[Pair]):
+        self.reader, self.pairs = reader, pairs
+        self.kept: dict[int, PathPatching] = {}
+        free, device = get_max_memory(), reader.device
+        self.room = self.ROOM * free.get("cpu" if device.type == "cpu" else device.index or 0, free["cpu"])
+
+    def __getitem__(self, index: int) -> PathPatching:
+        if index in self.kept:
+            return self.kept[index]
+        patching = PathPatching(self.reader, self.pairs[index])
+        size = patching.clean.nbytes + patching.corrupt.nbytes
+        if size <= self.room:
+            self.room -= size
+            self.kept[index] = patching
+        return patching
+
+
 @torch.no_grad()
 def sender_effects(
     reader: HeadReader,
@@ -157,11 +183,12 @@ def sender_effects(
 
     In the first round heads send to the receivers; those that pass the threshold on average are what the next round's
     heads send to, until nothing new appears. A head's effect is the largest of its rounds. Where a round has more than
-    `shortlist` candidates, those with the largest first-order estimate on the first two pairs are measured and the
-    others count as 0.
+    `shortlist` candidates, those with the largest first-order estimate on the first two pairs are measured, unless it
+    is below a tenth of the threshold, and the others count as 0.
 
-    Cost per round and pair: two forwards to record and at most `shortlist` passes through the MLPs below the last
-    receiver, from the first changed token on; three more passes on the first two pairs where estimates are needed.
+    Cost per pair: two forwards to record, in every round where memory does not hold all pairs; per round and pair at
+    most `shortlist` passes through the MLPs below the last receiver, from the first changed token on; three more passes
+    on the first two pairs where estimates are needed.
 
     Args:
         scales: for each pair the clean less the corrupt readout, which effects are divided by.
@@ -173,18 +200,20 @@ def sender_effects(
     adapter = reader.adapter
     best = torch.zeros(len(pairs), adapter.num_layers, adapter.num_heads)
     known, hops = set(receivers), [sorted(receivers)]
+    recorded = _Recorded(reader, pairs)
     for _ in range(rounds if receivers else 0):
         reach = max(layer for layer, _ in hops[0])
         candidates = [(layer, head) for layer in range(reach) for head in range(adapter.num_heads)]
         if len(candidates) > shortlist:
-            estimate = sum(PathPatching(reader, pair).estimate(hops).abs() for pair in pairs[:2])
-            candidates = sorted(candidates, key=lambda head: -float(estimate[head]))[:shortlist]
+            estimates = [recorded[index].estimate(hops).abs() / scale for index, scale in enumerate(scales[:2])]
+            estimate = torch.stack(estimates).mean(0)
+            hopeful = [head for head in candidates if estimate[head] > HOPEFUL * threshold]
+            candidates = sorted(hopeful, key=lambda head: -float(estimate[head]))[:shortlist]
         if not candidates:
             break
         found = torch.zeros_like(best)
-        for index, (pair, scale) in enumerate(zip(pairs, scales)):
-            drops = PathPatching(reader, pair).effects(candidates, hops)
-            for head, drop in zip(candidates, drops):
+        for index, scale in enumerate(scales):
+            for head, drop in zip(candidates, recorded[index].effects(candidates, hops)):
                 found[(index, *head)] = drop / scale
         best = torch.maximum(best, found)
         passed = found.clamp(0, 1).mean(0) > threshold

@@ -191,6 +191,28 @@ def test_a_static_cache_has_a_length_that_a_compiled_step_divides(masks):
 
 
 @pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_prompt_reads_itself_and_not_the_room_of_a_static_cache(masks, padding, monkeypatch):
+    student, ids = make_student(head_masks=masks), random_ids(2, 6)
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(query, key, *args, attn_mask=None, **kwargs):
+        seen.add((query.shape[2], key.shape[2], None if attn_mask is None else attn_mask.shape[-1]))
+        return attend(query, key, *args, attn_mask=attn_mask, **kwargs)
+
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    options = NO_END | {"max_new_tokens": 4, "attention_mask": mask}
+    expected = student.generate(ids, **options)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    static = student.generate(ids, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, expected)
+    prompts = {each for each in seen if each[0] == 6}
+    assert all(keys == 6 and columns == (6 if padding else None) for _, keys, columns in prompts)
+    assert bool(prompts) == student.model.has_full_attention
+
+
+@pytest.mark.parametrize("masks", MASKS)
 def test_guidance_keeps_a_cache_of_its_own(masks):
     student, ids = make_student(head_masks=masks), random_ids(2, 6)
     options = NO_END | {"max_new_tokens": 6, "guidance_scale": 1.5, "negative_prompt_ids": random_ids(2, 3, seed=5)}

@@ -24,7 +24,7 @@ def recorded(monkeypatch) -> list:
         return outputs, replay
 
     monkeypatch.setattr(modeling, "record", record)
-    monkeypatch.setattr(modeling, "can_record", lambda device: True)
+    monkeypatch.setattr(modeling, "can_record", lambda device, cache_bytes: True)
     monkeypatch.setattr(modeling.RECORDED, "_compile_all_devices", True)
     return found
 
@@ -49,6 +49,20 @@ def test_rows_that_are_padded_give_their_own_tokens(masks, recorded):
     options = NO_END | {"attention_mask": mask, "max_new_tokens": 9}
     expected = student.generate(ids, cache_implementation="dynamic", **options)
     assert torch.equal(student.generate(ids, **options), expected) and recorded
+
+
+def test_a_model_that_was_placed_whole_is_recorded(recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
+    student.hf_device_map = {"": "cpu"}  # what accelerate leaves where one device has room for all
+    student.generate(ids, max_new_tokens=5, **NO_END)
+    assert recorded
+
+
+def test_a_cache_that_would_not_fit_grows(recorded, monkeypatch):
+    student, ids, asked = make_student(head_masks=MIXED), random_ids(2, 6), []
+    monkeypatch.setattr(modeling, "can_record", lambda device, cache_bytes: asked.append(cache_bytes))
+    student.generate(ids, max_new_tokens=modeling.EVEN, num_return_sequences=3, **NO_END | {"do_sample": True})
+    assert not recorded and asked == [2 * 3 * 2 * modeling.EVEN * student.config.kv_bytes_per_token(4)]
 
 
 def test_sampling_is_recorded_too(recorded):
