@@ -275,7 +275,7 @@ def attend_to_cache(
 
 
 def can_record(device: torch.device, cache_bytes: int) -> bool:
-    """Whether `record` works where a model is, and a cache of its full length takes no more than half of what is free."""
+    """Whether `record` works where a model is, and half of what is free there has room for a cache of full length."""
     if device.type != "cuda":
         return False
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

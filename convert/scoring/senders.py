@@ -186,9 +186,9 @@ def sender_effects(
     `shortlist` candidates, those with the largest first-order estimate on the first two pairs are measured, unless it
     is below a tenth of the threshold, and the others count as 0.
 
-    Cost per pair: two forwards to record, in every round where memory does not hold all pairs; per round and pair at
-    most `shortlist` passes through the MLPs below the last receiver, from the first changed token on; three more passes
-    on the first two pairs where estimates are needed.
+    Cost per pair: two forwards to record, in every round for pairs that memory does not hold; per round at most
+    `shortlist` passes through the MLPs below the last receiver, from the first changed token on, and on the first two
+    pairs three more where estimates are needed.
 
     Args:
         scales: for each pair the clean less the corrupt readout, which effects are divided by.
