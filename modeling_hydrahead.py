@@ -66,11 +66,22 @@ OLD_CACHE_NAMES = ("past", "past_key_value", "layer_past", "cache_params")
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def takes_prompt(cache: Cache | None, tokens: int) -> bool:
-    """Whether a call of so many tokens fills an empty static cache. Not asked of a single one, and not in a graph."""
-    if not isinstance(cache, StaticCache) or tokens == 1 or torch.compiler.is_compiling():
-        return False
-    return int(cache.get_seq_length()) == 0
+def is_whole(attention_mask: torch.Tensor | dict | None) -> bool:
+    """Whether nothing is padding; a GPU is waited for."""
+    return attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))
+
+
+def keys_to_read(cache: Cache | None, tokens: int, attention_mask: torch.Tensor | dict | None, is_sdpa: bool):
+    """
+    How many keys of a static cache a call of several tokens reads: those that are written by then. `None` for any other
+    call, and where only a mask over all the room that a cache has can tell: in a graph, and for rows that are padded in
+    later pieces of a prompt.
+    """
+    is_eager = tokens > 1 and not torch.compiler.is_compiling()
+    if not is_eager or not isinstance(cache, StaticCache) or not (attention_mask is None or is_padding_mask(attention_mask)):
+        return None
+    seen = int(cache.get_seq_length())
+    return seen + tokens if seen == 0 or (is_sdpa and is_whole(attention_mask)) else None
 
 
 class HydraHeadRMSNorm(Qwen3RMSNorm):
@@ -282,12 +293,14 @@ class HydraHeadFullAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         projected: torch.Tensor | None = None,
+        keys_read: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `[B, T, D]` to head outputs `[B, T, |F|, d]`, in the order of `HeadLayout.full_heads`, and weights.
 
         Args:
+            keys_read: of those in a static cache, see `keys_to_read`.
             projected: what the `linears` make of `hidden_states`, behind each other, where that is known.
         """
         linears = self.linears()
@@ -306,14 +319,13 @@ class HydraHeadFullAttention(nn.Module):
         if isinstance(cache, PagedAttentionCache) and CACHE == "past_key_values":
             kwargs["cache"] = cache  # before transformers 5.24 the attention function fills it
         elif cache is not None:
-            own = key, value
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)  # a paged one adds to kwargs
-            # CODEPATH: a prompt that an empty static cache takes in; all else reads the cache.
-            if self._is_prompt(query, attention_mask, cache):
-                key, value = own
+            # CODEPATH: a prompt in a static cache; all else reads all of a cache.
+            if keys_read is not None:
+                key, value = key[:, :, :keys_read], value[:, :, :keys_read]
 
         # CODEPATH: a later chunk of a prompt, whose mask against all before it would be larger than anything else.
-        if self._is_chunk(query, key, attention_mask, cache):
+        if self._is_chunk(query, key, attention_mask, cache, keys_read):
             attention_mask = causal_lower_right(query.shape[2], key.shape[2])
         # CODEPATH: one token of generation, of which nobody wants attention weights or a gradient; else any call.
         attend = self._attend_once if self._is_step(query, attention_mask) else self._attend
@@ -326,15 +338,10 @@ class HydraHeadFullAttention(nn.Module):
     def _is_sdpa(self) -> bool:
         return self.whole.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
 
-    def _is_chunk(self, query, key, attention_mask, cache) -> bool:
-        # The keys of a static cache are more than were read: their number says nothing.
-        is_growing = isinstance(cache, DynamicCache) and key.shape[2] > query.shape[2]
+    def _is_chunk(self, query, key, attention_mask, cache, keys_read) -> bool:
+        # The keys of a static cache are more than were read: their number says nothing, but for those counted.
+        is_growing = (isinstance(cache, DynamicCache) or keys_read is not None) and key.shape[2] > query.shape[2]
         return is_growing and query.shape[2] > 1 and attention_mask is None and self._is_sdpa
-
-    def _is_prompt(self, query, attention_mask, cache) -> bool:
-        # The mask has columns for a prompt's own tokens only, see `HydraHeadModel._causal_mask`.
-        is_own = attention_mask is None or attention_mask.shape[-1] == query.shape[2]
-        return isinstance(cache, StaticCache) and query.shape[2] > 1 and is_own
 
     def _is_step(self, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
         # The others keep their own kernels, whose single tokens are quick, or their attention weights.
@@ -780,18 +787,22 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
             return None if attention_mask[:, -1].all() else attention_mask[:, -1:]
         return create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask, cache)
 
-    def _causal_mask(self, inputs_embeds, attention_mask, cache, position_ids) -> torch.Tensor | None:
+    def _causal_mask(self, inputs_embeds, attention_mask, cache, position_ids, keys_read) -> torch.Tensor | None:
         """The mask of full attention, or `None` where all before a token is seen and no mask has to say so."""
-        is_later = isinstance(cache, DynamicCache) and inputs_embeds.shape[1] > 1 and cache.get_seq_length() > 0
-        is_sdpa = self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
-        if is_later and is_sdpa and not torch.compiler.is_compiling():
-            is_whole = attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))
-            if is_whole:  # see `_is_chunk`
+        tokens = inputs_embeds.shape[1]
+        if keys_read is not None:
+            if keys_read > tokens:  # see `_is_chunk`
                 return None
-        if takes_prompt(cache, inputs_embeds.shape[1]):
             cache = None  # with it there would be columns for all the room that it has
+        is_later = isinstance(cache, DynamicCache) and tokens > 1 and cache.get_seq_length() > 0
+        if is_later and self._is_sdpa and not torch.compiler.is_compiling() and is_whole(attention_mask):
+            return None  # see `_is_chunk`
         # By place: the cache's name is another one before transformers 5.24.
         return create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+
+    @property
+    def _is_sdpa(self) -> bool:
+        return self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
 
     @merge_with_config_defaults
     @capture_outputs
@@ -837,6 +848,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         if position_ids is None:
             position_ids = self._default_position_ids(inputs_embeds, attention_mask, cache)
 
+        keys_read = keys_to_read(cache, inputs_embeds.shape[1], attention_mask, self._is_sdpa)
         if isinstance(attention_mask, dict):  # prepared by `generate`
             masks = attention_mask
         elif isinstance(cache, PagedAttentionCache):  # prepared by `generate_batch`
@@ -844,7 +856,9 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         else:
             masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}
             if self.has_full_attention:
-                masks["full_attention"] = self._causal_mask(inputs_embeds, attention_mask, cache, position_ids)
+                masks["full_attention"] = self._causal_mask(
+                    inputs_embeds, attention_mask, cache, position_ids, keys_read
+                )
         padding = None
         if self.has_linear_attention and masks.get("linear_attention") is not None:
             padding = Padding.of(masks["linear_attention"], self.config.short_conv_kernel_size)
@@ -866,6 +880,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
                 padding=padding,
                 packing=packing,
                 cache=cache,
+                keys_read=keys_read,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
@@ -887,6 +902,8 @@ class HydraHeadRecordedStep:
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
+        if inputs["input_ids"].shape[1] > 1:  # a piece of a prompt
+            return self.model(**inputs)
         if self.left:
             self.left -= 1
             return self.model(**inputs)
@@ -953,11 +970,11 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         given = input_ids if inputs_embeds is None else inputs_embeds
         tokens = given.shape[1] if next_sequence_length is None else next_sequence_length
         # A mask for a static cache is made here, and would have columns for all the room that it has.
-        is_prompt = takes_prompt(cache, tokens)
+        is_counted = keys_to_read(cache, tokens, kwargs.get("attention_mask"), self.model._is_sdpa) is not None
         inputs = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length, None if is_prompt else cache, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, next_sequence_length, None if is_counted else cache, inputs_embeds=inputs_embeds, **kwargs
         )
-        return inputs | {CACHE: cache} if is_prompt else inputs
+        return inputs | {CACHE: cache} if is_counted else inputs
 
     def generate(self, *args, **kwargs):
         self.pack_projections()
@@ -968,9 +985,8 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         is_asked = config.cache_implementation or config.compile_config or config.disable_compile
         is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.use_cache is not False
         # What is given out, or goes on from somewhere, keeps the cache that others know.
-        is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None or config.prefill_chunk_size
-        is_sdpa = self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
-        if is_asked or not is_plain or is_kept or not is_sdpa:
+        is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None
+        if is_asked or not is_plain or is_kept or not self.model._is_sdpa:
             return False
         quantizer = getattr(self, "hf_quantizer", None)
         is_fixed = quantizer is None or quantizer.is_compileable
