@@ -71,14 +71,17 @@ def is_whole(attention_mask: torch.Tensor | dict | None) -> bool:
     return attention_mask is None or (is_padding_mask(attention_mask) and bool(attention_mask.all()))
 
 
-def keys_to_read(cache: Cache | None, tokens: int, attention_mask: torch.Tensor | dict | None, is_sdpa: bool):
+def keys_to_read(
+    cache: Cache | None, tokens: int, attention_mask: torch.Tensor | dict | None, is_sdpa: bool
+) -> int | None:
     """
-    How many keys of a static cache a call of several tokens reads: those that are written by then. `None` for any other
-    call, and where only a mask over all the room that a cache has can tell: in a graph, and for rows that are padded in
-    later pieces of a prompt.
+    How many keys of a static cache a call of several tokens reads: those that are written by then.
+
+    `None` for any other call, and where only a mask over all the room that a cache has can tell: in a graph, and for
+    padded rows in later pieces of a prompt.
     """
-    is_eager = tokens > 1 and not torch.compiler.is_compiling()
-    if not is_eager or not isinstance(cache, StaticCache) or not (attention_mask is None or is_padding_mask(attention_mask)):
+    is_readable = attention_mask is None or is_padding_mask(attention_mask)
+    if tokens == 1 or not isinstance(cache, StaticCache) or not is_readable or torch.compiler.is_compiling():
         return None
     seen = int(cache.get_seq_length())
     return seen + tokens if seen == 0 or (is_sdpa and is_whole(attention_mask)) else None
@@ -719,6 +722,10 @@ class HydraHeadPreTrainedModel(PreTrainedModel):  # trf-ignore: TRF057
     # A recurrent state cannot be rolled back: assisted decoding refuses such models by this flag.
     _is_stateful = True
 
+    @property
+    def _is_sdpa(self) -> bool:
+        return self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
+
     def pack_projections(self) -> None:
         """
         Have each layer's projections computed in one product where no gradient is wanted; `generate` does it.
@@ -799,10 +806,6 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
             return None  # see `_is_chunk`
         # By place: the cache's name is another one before transformers 5.24.
         return create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
-
-    @property
-    def _is_sdpa(self) -> bool:
-        return self.config._attn_implementation == "sdpa"  # trf-ignore: TRF051
 
     @merge_with_config_defaults
     @capture_outputs
@@ -902,7 +905,8 @@ class HydraHeadRecordedStep:
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, **inputs) -> CausalLMOutputWithPast:
-        if inputs["input_ids"].shape[1] > 1:  # a piece of a prompt
+        ids = inputs.get("input_ids")
+        if ids is None or ids.shape[1] > 1:  # a piece of a prompt
             return self.model(**inputs)
         if self.left:
             self.left -= 1
@@ -923,7 +927,7 @@ class HydraHeadRecordedStep:
         self.form, self.given = form, [x.clone() if isinstance(x, torch.Tensor) else x for x in given]
         inputs = tree_unflatten(self.given, form)
         try:
-            self.outputs, self.replay = record(lambda: self.model(**inputs))
+            self.outputs, self.replay = record(lambda: self.model(**inputs), self.model.device)
         except RuntimeError as error:
             self.left = math.inf
             reason = str(error).splitlines()[0]
@@ -936,6 +940,12 @@ class HydraHeadRecordedStep:
 def even_length(tokens: int) -> int:
     """Room for so many tokens that `attend_to_cache` can divide; a prompt and its answer are hardly ever."""
     return -(-tokens // EVEN) * EVEN
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a replay would pass by what somebody has put around a module, accelerate for one, or a compiler."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None
 
 
 def _kind(x: object) -> object:
@@ -970,7 +980,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         given = input_ids if inputs_embeds is None else inputs_embeds
         tokens = given.shape[1] if next_sequence_length is None else next_sequence_length
         # A mask for a static cache is made here, and would have columns for all the room that it has.
-        is_counted = keys_to_read(cache, tokens, kwargs.get("attention_mask"), self.model._is_sdpa) is not None
+        is_counted = keys_to_read(cache, tokens, kwargs.get("attention_mask"), self._is_sdpa) is not None
         inputs = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, None if is_counted else cache, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -986,17 +996,14 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.use_cache is not False
         # What is given out, or goes on from somewhere, keeps the cache that others know.
         is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None
-        if is_asked or not is_plain or is_kept or not self.model._is_sdpa:
+        if is_asked or not is_plain or is_kept or not self._is_sdpa:
             return False
         quantizer = getattr(self, "hf_quantizer", None)
         is_fixed = quantizer is None or quantizer.is_compileable
+        # Frequencies that change with the length of the text are looked up by the processor.
+        is_fixed &= self.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
         is_spread = len({parameter.device for parameter in self.parameters()}) > 1
-        # A replay calls nobody's hooks (accelerate's replace a module's forward), and what is compiled may be a graph.
-        is_watched = any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-            for module in self.modules()
-        )
-        return is_fixed and not is_spread and not is_watched and self._compiled_call_impl is None
+        return is_fixed and not is_spread and not any(map(_is_watched, self.modules()))
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -1004,13 +1011,19 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         if self._records_steps(generation_config, model_kwargs, generation_mode):
             length = even_length(max_cache_length)
             rows = batch_size * generation_config.num_return_sequences
-            if can_record(self.device, rows * length * self.config.kv_bytes_per_token(self.dtype.itemsize)):
+            cache_bytes = rows * length * self.config.kv_bytes_per_token(self.dtype.itemsize)
+            if can_record(self.device, cache_bytes):
                 model_kwargs[CACHE] = StaticCache(config=self.config, max_cache_len=length)
                 generation_config.compile_config = RECORDED
                 return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # transformers turns off the tokenizers' threads, for a compiler that starts processes.
+        is_recorded = generation_config.compile_config is RECORDED
+        return is_recorded or super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         # CODEPATH: where nobody asked for anything; what a caller asks to be compiled is.

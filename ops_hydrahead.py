@@ -282,11 +282,12 @@ def can_record(device: torch.device, cache_bytes: int) -> bool:
     return cache_bytes <= (torch.cuda.mem_get_info(device)[0] + reserved) / 2
 
 
-def record(call: Callable[[], object]) -> tuple[object, Callable[[], None]]:
-    """A CUDA graph of what a call starts, without running it: what the call gave, and what fills it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = call()
+def record(call: Callable[[], object], device: torch.device) -> tuple[object, Callable[[], None]]:
+    """A CUDA graph of what a call starts on a GPU, without running it: what the call gave, and what fills it."""
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            outputs = call()
     return outputs, graph.replay
 
 

@@ -4,15 +4,17 @@ import importlib
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 
 from hydrahead import HydraHeadConfig
-from hydrahead.benchmarks import budgets, outlook, report, students
+from hydrahead.benchmarks import anatomy, budgets, outlook, report, students
 from hydrahead.cli import app
 from hydrahead.convert import HeadScores, select_heads
+from hydrahead.convert.scoring.scores import THRESHOLD
 from hydrahead.evaluation.statistics import paired_difference
 from hydrahead.provenance import digest
 from hydrahead.serving.heads import Pages
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 MADE = {"build", "dist", "runs"}  # by commands that documents name, such as `make demo`: not in a clone
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - MADE
+ALL_AGAIN = "all_32_recorded_again_s"
 COMMANDS = typer.main.get_command(app).commands
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -116,6 +119,8 @@ def test_the_experiments_say_what_controls_and_the_larger_teachers_hybrids_found
         (30, "qwen2.5-coder/groups-6m", 8),
         (31, "qwen2.5-coder/groups-controls", 10),
         (31, "smollm2/groups-random-tenth", 6),
+        (32, "qwen2.5-coder/groups-random-7to1", 4),
+        (32, "smollm2/groups-random-7to1-tenth", 4),
     )
     for section, name, count in files:
         study = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
@@ -193,7 +198,7 @@ def test_the_experiments_say_what_students_lose_by_domain_and_find_beyond_their_
 
 def test_the_readme_says_what_the_larger_teachers_hybrids_find():
     page = (ROOT / "README.md").read_text()
-    for file in ("hybrids-6m", "groups-controls"):
+    for file in ("hybrids-6m", "groups-controls", "groups-random-7to1"):
         study = json.loads((ROOT / "benchmarks" / "qwen2.5-coder" / f"{file}.json").read_text())
         found = {(cell["model"], cell["task"], cell["length"]): cell for cell in study["report"]["needles"]}
         teacher_loss = next(cell["loss"] for cell in study["report"]["text"] if cell["length"] == 4096)
@@ -235,10 +240,12 @@ def test_the_pages_say_what_a_byte_of_cache_buys():
 def test_the_experiments_say_by_how_much_units_and_strategies_differ():
     """Pairs of students over all prompts of a task, in the words of the page."""
     page = " ".join((ROOT / "docs" / "experiments.md").read_text().replace("−", "-").split())
-    section = {number: page[page.index(f"## {number}. ") :].split(f" ## {number + 1}. ")[0] for number in (29, 30, 31)}
+    section = {
+        number: page[page.index(f"## {number}. ") :].split(f" ## {number + 1}. ")[0] for number in (29, 30, 31, 32)
+    }
     units, earlier = "smollm2/units-strategies", "smollm2/controls-3to1"
     groups, heads = "qwen2.5-coder/groups-6m", "qwen2.5-coder/hybrids-6m"
-    controls = "qwen2.5-coder/groups-controls"
+    controls, eighth = "qwen2.5-coder/groups-controls", ("qwen2.5-coder/groups-random-7to1", "random-groups-7to1")
     for number, one, other in (
         (29, (units, "global-3to1-tenth"), (earlier, "default-3to1-tenth")),
         (29, (units, "global-7to1-tenth"), ("smollm2/controls-tenth", "default-7to1-tenth")),
@@ -259,6 +266,9 @@ def test_the_experiments_say_by_how_much_units_and_strategies_differ():
         (31, (controls, "groups-3to1-again"), (groups, "groups-3to1")),
         (31, (heads, "random-3to1"), (controls, "random-groups-3to1")),
         (31, (units, "groups-3to1-tenth"), ("smollm2/groups-random-tenth", "even-groups-3to1-tenth")),
+        (32, (groups, "groups-7to1"), eighth),
+        (32, (controls, "groups-7to1-again"), eighth),
+        (32, (controls, "random-groups-3to1"), eighth),
     ):
         for task in ("niah_single_2", "niah_multikey_1"):
             scores = []
@@ -315,6 +325,48 @@ def test_the_experiments_say_what_the_heads_of_the_larger_teacher_are_like():
         halves = row["stability"]["8"]["rho"]
         cells = f"| {row['critical']:.1%} | {row['convertible']:.1%} | {row['gini']:.2f} | {halves:.2f} |"
         assert cells in section
+
+
+def test_the_experiments_say_how_rankings_hold_at_four_times_the_length():
+    """Of the probes that both lengths have; the last column is said of seconds."""
+    page, folder = (ROOT / "docs" / "experiments.md").read_text(), ROOT / "benchmarks" / "qwen2.5-coder"
+    section, short = page[page.index("## 32. ") :], HeadScores.load(folder / "scores-4096.json")
+    for file in ("scores-16384-8", "replacement-16384-8"):
+        long = HeadScores.load(folder / f"{file}.json")
+        asked = {(probe.name, probe.counterfactual) for probe in long.probes}
+        same = replace(short, probes=[each for each in short.probes if (each.name, each.counterfactual) in asked])
+        for method in long.methods():
+            one, other = same.using(method), long.using(method)
+            agreed, (before, after) = anatomy.agreement(one, other), map(anatomy.few, (one, other))
+            halves = " | ".join(f"{each['stability']['8']['rho']:.2f}" for each in (before, after))
+            shares = f"{after['critical']:.1%} | {after['convertible']:.1%} | {after['gini']:.2f}"
+            row = f"| {method} | {agreed['rho']:.2f} | {agreed['overlap']:.0%} | {halves} | {shares} |"
+            assert row in section, row
+
+
+def test_the_experiments_say_what_senders_cost_and_which_are_missed():
+    page, file = (ROOT / "docs" / "experiments.md").read_text(), ROOT / "benchmarks" / "qwen2.5-coder" / "senders.json"
+    section, rows = " ".join(page[page.index("## 32. ") :].split()), json.loads(file.read_text())["rows"]
+    needles = [row for row in rows if "every" in row]
+    after, before = ([sum(row[key] for row in part) for part in (rows, needles)] for key in ("sender_s", ALL_AGAIN))
+    assert (
+        f"{after[0]:.0f} s for {before[0]:.0f} with all 32 recorded again, {after[1]:.0f} for {before[1]:.0f}"
+        in section
+    )
+    whole = [total + sum(row["receiver_s"] for row in part) for total, part in zip(after, (rows, needles))]
+    assert f"With receivers {whole[0]:.0f} s for ten sets, {whole[1]:.0f} for the four of needles" in section
+    for row in rows:
+        assert not [new for new, old in effects(row, "new", "old") if new <= THRESHOLD < old]
+    missed = [
+        [every for new, every in effects(row, "new_on_3", "every") if new <= THRESHOLD < every] for row in needles
+    ]
+    senders = [sum(every > THRESHOLD for _, every in effects(row, "new_on_3", "every")) for row in needles]
+    assert (senders, [len(each) for each in missed]) == ([6, 6, 33, 24], [0, 0, 7, 4])
+    assert f"the largest at {max(missed[2]):.3f} and {max(missed[3]):.3f}" in section
+
+
+def effects(row: dict, *names: str) -> list[tuple[float, ...]]:
+    return [heads for layers in zip(*(row[name] for name in names)) for heads in zip(*layers)]
 
 
 def test_the_experiments_say_what_the_demos_teachers_and_hybrids_find():

@@ -308,7 +308,7 @@ def test_a_recorded_step_generates_the_same(models, ids, monkeypatch):
     """What `generate` does where nobody says anything of caches: a graph of the eager step, of padded rows too."""
     _, gpu = models
     graphs, record = [], modeling_hydrahead.record
-    monkeypatch.setattr(modeling_hydrahead, "record", lambda call: graphs.append(call) or record(call))
+    monkeypatch.setattr(modeling_hydrahead, "record", lambda call, *at: graphs.append(call) or record(call, *at))
     mask = torch.ones(2, 50, dtype=torch.long)
     mask[0, :20] = 0
     for rows, options in ((ids[:1, :50], {}), (ids[:, :50], {"attention_mask": mask.cuda()})):
@@ -317,6 +317,14 @@ def test_a_recorded_step_generates_the_same(models, ids, monkeypatch):
         for _ in range(2):
             assert gpu.generate(rows.cuda(), **options).tolist() == growing.tolist()
     assert len(graphs) == 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_step_is_recorded_on_the_gpu_of_its_model(models, ids):
+    there = copy.deepcopy(models[1]).to("cuda:1")
+    options = {"max_new_tokens": 14, "do_sample": False}
+    growing = there.generate(ids[:1, :50].to("cuda:1"), cache_implementation="dynamic", **options)
+    assert there.generate(ids[:1, :50].to("cuda:1"), **options).tolist() == growing.tolist()
 
 
 def test_a_step_that_waits_for_the_gpu_is_not_recorded(models, ids, monkeypatch):

@@ -1,5 +1,7 @@
 """Steps of `generate` recorded once and replayed: when they are, and that tokens stay what they are."""
 
+import os
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -14,7 +16,7 @@ def recorded(monkeypatch) -> list:
     """The inputs of recorded steps; what a graph would replay is called again."""
     found = []
 
-    def record(call):
+    def record(call, device):
         outputs = modeling.CausalLMOutputWithPast()
 
         def replay() -> None:
@@ -25,7 +27,6 @@ def recorded(monkeypatch) -> list:
 
     monkeypatch.setattr(modeling, "record", record)
     monkeypatch.setattr(modeling, "can_record", lambda device, cache_bytes: True)
-    monkeypatch.setattr(modeling.RECORDED, "_compile_all_devices", True)
     return found
 
 
@@ -60,6 +61,32 @@ def test_rows_that_are_padded_give_their_own_tokens(masks, recorded):
     options = NO_END | {"attention_mask": mask, "max_new_tokens": 9}
     expected = student.generate(ids, cache_implementation="dynamic", **options)
     assert torch.equal(student.generate(ids, **options), expected) and recorded
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_change_with_the_text_are_not_recorded(kind, recorded):
+    student = make_student(head_masks=MIXED)
+    student.config.rope_parameters |= {"rope_type": kind, "original_max_position_embeddings": 64}
+    student.generate(random_ids(1, 6), max_new_tokens=6, **NO_END)
+    assert not recorded
+
+
+def test_what_is_compiled_or_replaced_is_not_recorded(recorded):
+    for change in ("compiled", "replaced"):
+        student = make_student(head_masks=MIXED)
+        layer = student.model.layers[1]
+        if change == "compiled":
+            layer._compiled_call_impl = layer._call_impl
+        else:
+            layer.forward = layer.forward
+        student.generate(random_ids(1, 6), max_new_tokens=6, **NO_END)
+    assert not recorded
+
+
+def test_tokenizers_keep_their_threads(recorded, monkeypatch):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    make_student(head_masks=MIXED).generate(random_ids(1, 6), max_new_tokens=6, **NO_END)
+    assert recorded and "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_a_model_that_was_placed_whole_is_recorded(recorded):
@@ -122,7 +149,7 @@ def test_a_cache_that_is_handed_in_goes_on_growing(recorded):
 
 
 def test_what_cannot_be_recorded_goes_on_step_by_step(recorded, monkeypatch):
-    def record(call):
+    def record(call, device):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(modeling, "record", record)
