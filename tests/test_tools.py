@@ -137,6 +137,11 @@ def test_text_arrives_in_pieces(workplace, capsys):
     assert expected == "def read(path):" + found["text"]
 
 
+def test_a_cache_by_name_gives_the_same_answer(workplace):
+    found = run("On a GPU")
+    assert torch.equal(found["recorded"], found["by_kernels"])
+
+
 def test_the_decoder_gives_the_states_that_the_head_reads(workplace):
     found = run("The decoder alone")
     ids = found["tokenizer"]("def read(path):", return_tensors="pt")["input_ids"]
