@@ -11,10 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hydrahead.benchmarks import anatomy, decode, gpu, report
+from hydrahead.benchmarks import anatomy, decode, gpu, report, senders
 from hydrahead.benchmarks.decode import TEACHER
+from hydrahead.convert.scoring.probes import built_in_probes
+from hydrahead.convert.scoring.recompute import HeadReader
+from hydrahead.convert.scoring.scores import THRESHOLD
+from hydrahead.convert.teachers import open_teacher
+from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.tests.workshop import run_command, write_short_teacher
 
+ALL_AGAIN = "all_32_recorded_again_s"
 SHAPE = gpu.TINY | {"num_hidden_layers": 8}
 
 
@@ -150,6 +156,18 @@ def test_real_models_are_measured_with_their_own_masks(tmp_path):
     assert [row["new_tokens"] for row in run.rows()] == [4, 4, 4]
     assert [len(*calls) for calls in run.calls.values()] == [4, 4, 4]
     assert gpu.Results(tmp_path / "results.json", machine).shape == {"models": names, "dtype": "float32"}
+
+
+def test_what_estimates_leave_out_of_senders_is_below_the_threshold():
+    opened = open_teacher("demo")
+    tokenizer, reader = opened.tokenizer(), HeadReader(opened.load("float32"))
+    text = encode_corpus(tokenizer, load_corpus("train"))
+    (probe,) = built_in_probes(tokenizer, text, 256, 4, only=["niah-4-keys.value"])
+    row = senders.measure(reader, probe, every=True)
+    new, old, few, every = (np.array(row[name]) for name in ("new", "old", "new_on_3", "every"))
+    assert row["pairs"] == 4 and every.max() > THRESHOLD
+    assert abs(new - old).max() <= THRESHOLD and abs(few - every).max() <= THRESHOLD
+    assert {key for key in row if key.endswith("_s")} == {"receiver_s", "sender_s", ALL_AGAIN, "every_s"}
 
 
 @torch.no_grad()
