@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.ticker import LogLocator
 
 from hydrahead.benchmarks.decode import BEST_TEACHER, LAYERWISE, TEACHER
@@ -21,6 +22,7 @@ from hydrahead.benchmarks.decode import MODELS as CPU_MODELS
 from hydrahead.benchmarks.measured import OUTPUT, measured
 from hydrahead.benchmarks.serving import LENGTHS as SERVED_LENGTHS
 from hydrahead.benchmarks.serving import MODELS as SERVED_MODELS
+from hydrahead.convert.scoring.scores import THRESHOLD
 from hydrahead.evaluation import markdown
 from hydrahead.evaluation.figures import BLUE, GREEN, GREY, RED, plt, save_picture
 from hydrahead.evaluation.report import short_table
@@ -448,6 +450,19 @@ def operation_counts() -> str:
     )
 
 
+def real_senders() -> str:
+    """What senders of the 1.5B teacher cost, and which are left out."""
+    rows = []
+    for one in read("qwen2.5-coder/senders")["rows"]:
+        above = {key: np.array(one[key]) > THRESHOLD for key in ("old", "new_on_3", "every") if key in one}
+        missed = f"{(above['every'] & ~above['new_on_3']).sum()} of {above['every'].sum()}" if "every" in above else ""
+        seconds = (f"{one[key]:.1f}" for key in ("receiver_s", "sender_s", "all_32_recorded_again_s"))
+        counts = (str(one["receivers"]), str(above["old"].sum()))
+        rows.append((f"{one['probe']}, {one['counterfactual']}", *counts, *seconds, missed))
+    header = ("probe, counterfactual", "receivers", "senders", "receivers, s", "senders, s", "before, s")
+    return table((*header, "left out by the shortlist"), rows)
+
+
 def shortlists() -> str:
     errors = FILES["scoring_cpu"]["shortlist_errors"]
     rows = []
@@ -616,7 +631,7 @@ def predictions() -> str:
 
 TABLES = (
     targets, decoding, eager, batches, real_models, generation, chunks, longest_kernels, measured_on, cpu_decoding,
-    demo, scoring, operation_counts, shortlists, training, scaling, first_passes, predictions,
+    demo, scoring, operation_counts, shortlists, real_senders, training, scaling, first_passes, predictions,
     serving, served_real, served_full, served_needles, served_kernels, served_tokens,
 )  # fmt: skip
 
