@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -930,10 +931,9 @@ class HydraHeadRecordedStep:
             self.outputs, self.replay = record(lambda: self.model(**inputs), self.model.device)
         except RuntimeError as error:
             self.left = math.inf
-            reason = str(error).splitlines()[0]
-            logger.warning_once(
-                f"HydraHead: generate goes on kernel by kernel, its step cannot be recorded ({reason})"
-            )
+            self.model.can_be_recorded = False
+            reason = str(error).partition("\n")[0]
+            logger.warning(f"HydraHead: generate goes kernel by kernel, its step cannot be recorded: {reason}")
         return self.replay is not None
 
 
@@ -944,8 +944,10 @@ def even_length(tokens: int) -> int:
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether a replay would pass by what somebody has put around a module, accelerate for one, or a compiler."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__ or module._compiled_call_impl is not None
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # Of a call that asked for hidden states transformers leaves its own behind.
+    is_hooked = any(getattr(hook, "__module__", None) != capture_outputs.__module__ for hook in hooks)
+    return is_hooked or "forward" in module.__dict__ or module._compiled_call_impl is not None
 
 
 def _kind(x: object) -> object:
@@ -958,6 +960,7 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    can_be_recorded = True  # until a recording has failed: each that fails loses memory
 
     def __init__(self, config: HydraHeadConfig):
         super().__init__(config)
@@ -988,6 +991,11 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
 
     def generate(self, *args, **kwargs):
         self.pack_projections()
+        # Somebody else's loop, and one that goes on where a row of another process does, take a cache that grows.
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        is_named = getattr(config or self.generation_config, "cache_implementation", None)
+        if (callable(kwargs.get("custom_generate")) or kwargs.get("synced_gpus")) and not is_named:
+            kwargs.setdefault("cache_implementation", "dynamic")
         return super().generate(*args, **kwargs)
 
     def _records_steps(self, config: GenerationConfig, model_kwargs: dict, mode: GenerationMode) -> bool:
@@ -996,14 +1004,18 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
         is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.use_cache is not False
         # What is given out, or goes on from somewhere, keeps the cache that others know.
         is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None
-        if is_asked or not is_plain or is_kept or not self._is_sdpa:
+        # Frequencies that change with the length of the text are looked up by the processor, and of single tokens only
+        # a growing cache can tell a padded prompt's.
+        is_changing = self.config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+        if is_asked or not is_plain or is_kept or is_changing or config.prefill_chunk_size == 1:
             return False
         quantizer = getattr(self, "hf_quantizer", None)
-        is_fixed = quantizer is None or quantizer.is_compileable
-        # Frequencies that change with the length of the text are looked up by the processor.
-        is_fixed &= self.config.rope_parameters["rope_type"] not in ("dynamic", "longrope")
+        is_fixed = self.can_be_recorded and self._is_sdpa and (quantizer is None or quantizer.is_compileable)
         is_spread = len({parameter.device for parameter in self.parameters()}) > 1
-        return is_fixed and not is_spread and not any(map(_is_watched, self.modules()))
+        # A replay passes by whoever watches what is called, and PEFT's virtual tokens come in where inputs are made.
+        is_other = "prepare_inputs_for_generation" in self.__dict__ or torch._C._len_torch_dispatch_stack() > 0
+        is_other = is_other or bool(_has_any_global_hook())
+        return is_fixed and not is_spread and not is_other and not any(map(_is_watched, self.modules()))
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

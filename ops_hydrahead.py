@@ -16,7 +16,8 @@
 import inspect
 import os
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ logger = logging.get_logger(__name__)
 
 # cuDNN's attention makes a plan for every length: in generation, for every token.
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+RECORDING = Lock()  # of one thread at a time
 PIECES = 32  # of a cache, that a GPU reads beside each other
 EVEN = 8 * PIECES  # tokens: caches of a multiple of it divide into them, and a row of scores begins at 16 bytes
 
@@ -268,7 +270,8 @@ def attend_to_cache(
     scores = matmul_fp32(query, key.transpose(-1, -2))
     if attention_mask is not None:
         mask = attention_mask.unflatten(-1, (pieces, -1)).transpose(2, 3)  # [B, 1, p, 1, S / p]
-        scores = scores.masked_fill(~mask, -torch.inf)
+        # Finite, as PyTorch's own: a row that sees nothing is no number otherwise.
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = (scores - scores.amax((2, 4), keepdim=True)).exp()
     output = matmul_fp32(weights.to(value.dtype), value).sum(2)
     return (output / weights.sum((2, 4)).unsqueeze(-1)).to(value.dtype)
@@ -282,12 +285,29 @@ def can_record(device: torch.device, cache_bytes: int) -> bool:
     return cache_bytes <= (torch.cuda.mem_get_info(device)[0] + reserved) / 2
 
 
+@cache
+def _recording_stream(device: torch.device) -> "torch.cuda.Stream":
+    """One for all recordings of a GPU: libraries keep room of their own for every stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
 def record(call: Callable[[], object], device: torch.device) -> tuple[object, Callable[[], None]]:
-    """A CUDA graph of what a call starts on a GPU, without running it: what the call gave, and what fills it."""
-    with torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
-            outputs = call()
+    """
+    A CUDA graph of what a call starts on a GPU, without running it: what the call gave, and what fills it.
+
+    Raises:
+        RuntimeError: it does what no graph can hold, such as to wait for the GPU. What it has taken is lost.
+    """
+    with RECORDING, torch.cuda.device(device):
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local"):
+                outputs = call()
+        except RuntimeError as error:
+            # What went wrong first: to end the recording fails too, and says no more than that.
+            raise RuntimeError(str(error.__context__ or error)) from error
+        finally:
+            torch.cuda.set_stream(before)  # which PyTorch leaves where a recording fails
     return outputs, graph.replay
 
 

@@ -304,11 +304,22 @@ def test_static_cache_generates_the_same(models, ids):
     assert dynamic.tolist() == static.tolist()
 
 
+def counted_recordings(monkeypatch) -> list:
+    """What `record` gives, of recordings that do not fail."""
+    graphs, record = [], modeling_hydrahead.record
+
+    def counted(*arguments):
+        graphs.append(record(*arguments))
+        return graphs[-1]
+
+    monkeypatch.setattr(modeling_hydrahead, "record", counted)
+    return graphs
+
+
 def test_a_recorded_step_generates_the_same(models, ids, monkeypatch):
     """What `generate` does where nobody says anything of caches: a graph of the eager step, of padded rows too."""
     _, gpu = models
-    graphs, record = [], modeling_hydrahead.record
-    monkeypatch.setattr(modeling_hydrahead, "record", lambda call, *at: graphs.append(call) or record(call, *at))
+    graphs = counted_recordings(monkeypatch)
     mask = torch.ones(2, 50, dtype=torch.long)
     mask[0, :20] = 0
     for rows, options in ((ids[:1, :50], {}), (ids[:, :50], {"attention_mask": mask.cuda()})):
@@ -320,11 +331,12 @@ def test_a_recorded_step_generates_the_same(models, ids, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_step_is_recorded_on_the_gpu_of_its_model(models, ids):
+def test_a_step_is_recorded_on_the_gpu_of_its_model(models, ids, monkeypatch):
+    graphs = counted_recordings(monkeypatch)
     there = copy.deepcopy(models[1]).to("cuda:1")
     options = {"max_new_tokens": 14, "do_sample": False}
     growing = there.generate(ids[:1, :50].to("cuda:1"), cache_implementation="dynamic", **options)
-    assert there.generate(ids[:1, :50].to("cuda:1"), **options).tolist() == growing.tolist()
+    assert there.generate(ids[:1, :50].to("cuda:1"), **options).tolist() == growing.tolist() and len(graphs) == 1
 
 
 def test_a_step_that_waits_for_the_gpu_is_not_recorded(models, ids, monkeypatch):
@@ -335,12 +347,25 @@ def test_a_step_that_waits_for_the_gpu_is_not_recorded(models, ids, monkeypatch)
         torch.cuda.current_stream().synchronize()
         return attend(*args)
 
-    monkeypatch.setattr(modeling_hydrahead, "attend_to_cache", waiting)
+    graphs, stream = counted_recordings(monkeypatch), torch.cuda.current_stream()
     options = {"max_new_tokens": 14, "do_sample": False}
-    growing = gpu.generate(ids[:1, :50].cuda(), cache_implementation="dynamic", **options)
-    assert gpu.generate(ids[:1, :50].cuda(), **options).tolist() == growing.tolist()
-    monkeypatch.undo()
-    assert gpu.generate(ids[:1, :50].cuda(), **options).tolist() == growing.tolist()
+    prompt = ids[:1, :50].cuda()
+    growing = gpu.generate(prompt, cache_implementation="dynamic", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_hydrahead, "attend_to_cache", waiting)
+        assert gpu.generate(prompt, **options).tolist() == growing.tolist()
+    assert not graphs and not gpu.can_be_recorded and torch.cuda.current_stream() == stream
+    del gpu.can_be_recorded
+    assert gpu.generate(prompt, **options).tolist() == growing.tolist() and len(graphs) == 1
+
+
+def test_recordings_leave_no_memory_behind(models, ids):
+    _, gpu = models
+    held = []
+    for _ in range(8):
+        gpu.generate(ids[:1, :50].cuda(), max_new_tokens=8, do_sample=False)
+        held.append(torch.cuda.memory_allocated())
+    assert held[-1] <= held[1]
 
 
 def test_a_compiled_step_generates_the_same(models, ids):

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import psutil
 import torch
-from accelerate.utils import get_max_memory
 
 from ..hooks import TOKENS_AT_ONCE, Recording, record
 from ..selection import Head
@@ -154,8 +154,9 @@ class _Recorded:
     def __init__(self, reader: HeadReader, pairs: Sequence[Pair]):
         self.reader, self.pairs = reader, pairs
         self.kept: dict[int, PathPatching] = {}
-        free, device = get_max_memory(), reader.device
-        self.room = self.ROOM * free.get("cpu" if device.type == "cpu" else device.index or 0, free["cpu"])
+        on_gpu = reader.device.type == "cuda"
+        free = torch.cuda.mem_get_info(reader.device)[0] if on_gpu else psutil.virtual_memory().available
+        self.room = self.ROOM * free
 
     def __getitem__(self, index: int) -> PathPatching:
         if index in self.kept:

@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache, StaticCache
 
 import hydrahead.modeling_hydrahead as modeling
@@ -120,6 +122,7 @@ def test_sampling_is_recorded_too(recorded):
         {"disable_compile": True},
         {"num_beams": 2},
         {"use_cache": False},
+        {"prefill_chunk_size": 1},
     ],
 )
 def test_what_a_caller_asks_for_is_not_recorded(options, recorded):
@@ -148,14 +151,70 @@ def test_a_cache_that_is_handed_in_goes_on_growing(recorded):
     assert torch.equal(found, student.generate(ids, max_new_tokens=5, **NO_END)) and recorded
 
 
-def test_what_cannot_be_recorded_goes_on_step_by_step(recorded, monkeypatch):
+def test_what_cannot_be_recorded_goes_on_step_by_step_and_is_not_tried_again(recorded, monkeypatch, caplog):
+    tried = []
+
     def record(call, device):
+        tried.append(call)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(modeling, "record", record)
+    monkeypatch.setattr(modeling.logger, "propagate", True)
     student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
     expected = student.generate(ids, cache_implementation="dynamic", max_new_tokens=9, **NO_END)
-    assert torch.equal(student.generate(ids, max_new_tokens=9, **NO_END), expected)
+    for _ in range(2):
+        assert torch.equal(student.generate(ids, max_new_tokens=9, **NO_END), expected)
+    assert len(tried) == 1 and caplog.text.count("cannot be recorded: operation not permitted when stream is cap") == 1
+
+
+def test_virtual_tokens_are_not_recorded(recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(2, 6)
+    peft = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    options = NO_END | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
+    expected = peft.generate(cache_implementation="dynamic", **options)
+    assert torch.equal(peft.generate(**options), expected) and not recorded
+
+
+def test_adapters_are_recorded(recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
+    peft = get_peft_model(student, LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    expected = peft.generate(input_ids=ids, cache_implementation="dynamic", max_new_tokens=6, **NO_END)
+    assert torch.equal(peft.generate(input_ids=ids, max_new_tokens=6, **NO_END), expected) and recorded
+
+
+def test_hidden_states_that_were_asked_for_once_leave_nothing_behind(recorded):
+    student, ids = make_student(head_masks=MIXED), random_ids(1, 6)
+    assert len(student(ids, output_hidden_states=True).hidden_states) == 3
+    student.generate(ids, max_new_tokens=6, **NO_END)
+    assert recorded
+
+
+def test_steps_that_wait_for_other_processes_are_not_recorded(recorded, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **kwargs: None)
+    make_student(head_masks=MIXED).generate(random_ids(1, 6), synced_gpus=True, max_new_tokens=5, **NO_END)
+    assert not recorded
+
+
+def test_a_loop_of_ones_own_gets_a_cache_that_grows(recorded):
+    caches = []
+
+    def loop(model, input_ids, generation_config=None, **kwargs):
+        caches.append(kwargs.get(modeling.CACHE))
+        return input_ids
+
+    student = make_student(head_masks=MIXED)
+    student.generate(random_ids(1, 6), custom_generate=loop, max_new_tokens=5, **NO_END)
+    assert [type(cache) for cache in caches] == [DynamicCache]
+
+
+def test_hooks_of_all_modules_see_every_step(recorded):
+    student, seen = make_student(head_masks=MIXED), []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module is student))
+    try:
+        student.generate(random_ids(1, 6), max_new_tokens=6, **NO_END)
+    finally:
+        handle.remove()
+    assert sum(seen) == 6 and not recorded
 
 
 def test_a_step_of_other_shapes_is_not_replayed(recorded):
