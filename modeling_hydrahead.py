@@ -998,16 +998,16 @@ class HydraHeadForCausalLM(HydraHeadPreTrainedModel, GenerationMixin):  # trf-ig
             kwargs.setdefault("cache_implementation", "dynamic")
         return super().generate(*args, **kwargs)
 
-    def _records_steps(self, config: GenerationConfig, model_kwargs: dict, mode: GenerationMode) -> bool:
+    def _records_steps(self, wanted: GenerationConfig, model_kwargs: dict, mode: GenerationMode) -> bool:
         """Whether steps are recorded where the caller says nothing of caches and compilation."""
-        is_asked = config.cache_implementation or config.compile_config or config.disable_compile
-        is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and config.use_cache is not False
+        is_asked = wanted.cache_implementation or wanted.compile_config or wanted.disable_compile
+        is_plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and wanted.use_cache is not False
         # What is given out, or goes on from somewhere, keeps the cache that others know.
-        is_kept = config.return_dict_in_generate or model_kwargs.get(CACHE) is not None
+        is_kept = wanted.return_dict_in_generate or model_kwargs.get(CACHE) is not None
         # Frequencies that change with the length of the text are looked up by the processor, and of single tokens only
         # a growing cache can tell a padded prompt's.
         is_changing = self.config.rope_parameters["rope_type"] in ("dynamic", "longrope")
-        if is_asked or not is_plain or is_kept or is_changing or config.prefill_chunk_size == 1:
+        if is_asked or not is_plain or is_kept or is_changing or wanted.prefill_chunk_size == 1:
             return False
         quantizer = getattr(self, "hf_quantizer", None)
         is_fixed = self.can_be_recorded and self._is_sdpa and (quantizer is None or quantizer.is_compileable)
