@@ -367,7 +367,16 @@ def generation() -> str:
             for one in (default, static):
                 row += [f"{one['ms_per_token']:.1f}", f"{one['tokens_per_second']:.0f}"]
             rows.append([*row, f"{static['first_call_seconds']:.0f}", f"{dynamic['ms_per_token']:.1f}"])
-    header = ("tokens", "model", "first token, s", "ms a token", "tokens/s", "compiled: ms", "tokens/s", "first call, s")
+    header = (
+        "tokens",
+        "model",
+        "first token, s",
+        "ms a token",
+        "tokens/s",
+        "compiled: ms",
+        "tokens/s",
+        "first call, s",
+    )
     return table((*header, "by kernels, ms"), rows, names=2)
 
 
