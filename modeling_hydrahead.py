@@ -808,6 +808,17 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
         # By place: the cache's name is another one before transformers 5.24.
         return create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
 
+    def _masks(self, inputs_embeds, attention_mask, cache, position_ids, keys_read) -> dict[str, torch.Tensor | None]:
+        """The masks of either kind of head."""
+        if isinstance(attention_mask, dict):  # prepared by `generate`
+            return attention_mask
+        if isinstance(cache, PagedAttentionCache):  # prepared by `generate_batch`
+            return {"full_attention": attention_mask}
+        masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}
+        if self.has_full_attention:
+            masks["full_attention"] = self._causal_mask(inputs_embeds, attention_mask, cache, position_ids, keys_read)
+        return masks
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(  # trf-ignore: TRF057
@@ -853,16 +864,7 @@ class HydraHeadModel(HydraHeadPreTrainedModel):  # trf-ignore: TRF057
             position_ids = self._default_position_ids(inputs_embeds, attention_mask, cache)
 
         keys_read = keys_to_read(cache, inputs_embeds.shape[1], attention_mask, self._is_sdpa)
-        if isinstance(attention_mask, dict):  # prepared by `generate`
-            masks = attention_mask
-        elif isinstance(cache, PagedAttentionCache):  # prepared by `generate_batch`
-            masks = {"full_attention": attention_mask}
-        else:
-            masks = {"linear_attention": self._local_padding_mask(inputs_embeds, attention_mask, cache)}
-            if self.has_full_attention:
-                masks["full_attention"] = self._causal_mask(
-                    inputs_embeds, attention_mask, cache, position_ids, keys_read
-                )
+        masks = self._masks(inputs_embeds, attention_mask, cache, position_ids, keys_read)
         padding = None
         if self.has_linear_attention and masks.get("linear_attention") is not None:
             padding = Padding.of(masks["linear_attention"], self.config.short_conv_kernel_size)

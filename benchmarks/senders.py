@@ -2,24 +2,22 @@
 
     python benchmarks/senders.py TEACHER --output FILE.json    # a Hub id, a folder, a GGUF file; on a GPU where one is
 
-Eight pairs of each built-in probe in both counterfactuals, and with `--only` others. Each set is measured as `score`
-does it, and once more with all of the shortlist in every round and pairs that are recorded each time; with `--every`,
-the first three pairs of the sets of needles without a shortlist too. Effects are means over pairs, clamped to 0 … 1.
+Eight pairs of each built-in probe in both counterfactuals, or of those that `--only` names. Each set is measured as
+`score` does it, and once more with all of the shortlist in every round and pairs that are recorded each time; with
+`--every`, the first three pairs of the needles without a shortlist too. Effects are means over pairs, clamped to 0 … 1.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from hydrahead.convert.scoring import senders
-from hydrahead.convert.scoring.measure import MIN_READOUT_CHANGE
-from hydrahead.convert.scoring.probes import Pair, Probe, built_in_probes
-from hydrahead.convert.scoring.receivers import receiver_effects
-from hydrahead.convert.scoring.recompute import HeadReader
-from hydrahead.convert.scoring.scores import THRESHOLD
+from hydrahead.convert.scoring.measure import score_heads
+from hydrahead.convert.scoring.probes import Probe, built_in_probes
+from hydrahead.convert.scoring.scores import THRESHOLD, HeadScores
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
 from hydrahead.kernels import use_tuned_kernels
@@ -30,52 +28,34 @@ BEFORE = {"hopeful": 0.0, "room": 0.0}
 FEW = 3  # pairs that are measured without a shortlist
 
 
-def clock(call: Callable[[], object]) -> tuple[object, float]:
-    """What it gives, and seconds."""
-    started = time.perf_counter()
-    result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - started
+def scored(teacher: PreTrainedModel, probe: Probe, hopeful: float, room: float, shortlist: int = 32) -> HeadScores:
+    senders.HOPEFUL, senders._Recorded.ROOM = hopeful, room
+    return score_heads(teacher, None, [probe], methods=["sender"], sender_shortlist=shortlist)
 
 
-class Set:
-    """The pairs of a probe that the teacher tells apart, and the receivers on them."""
-
-    def __init__(self, reader: HeadReader, probe: Probe):
-        found, self.seconds = clock(lambda: [receiver_effects(reader.model, pair) for pair in probe.pairs])
-        kept = [
-            (pair, one, one.clean - one.corrupt)
-            for pair, one in zip(probe.pairs, found)
-            if one.clean - one.corrupt >= MIN_READOUT_CHANGE and one.clean > 0
-        ]
-        self.reader, self.pairs, self.scales = reader, [pair for pair, *_ in kept], [scale for *_, scale in kept]
-        self.receivers: list[tuple[int, int]] = []
-        if kept:
-            shares = torch.stack([one.drops / scale for _, one, scale in kept]).clamp(0, 1).mean(0)
-            self.receivers = [tuple(place) for place in (shares > THRESHOLD).nonzero().tolist()]
-
-    def measured(self, hopeful: float, room: float, pairs: int | None = None, shortlist: int = 32):
-        """Mean effects `[L][H]` of the first pairs, and seconds."""
-        senders.HOPEFUL, senders._Recorded.ROOM = hopeful, room
-        used: list[Pair] = self.pairs[:pairs]
-        arguments = (self.reader, used, self.scales[:pairs], self.receivers, THRESHOLD, shortlist)
-        effects, seconds = clock(lambda: senders.sender_effects(*arguments))
-        return [[round(value, 5) for value in layer] for layer in effects.clamp(0, 1).mean(0).tolist()], seconds
+def effects(scores: HeadScores) -> list[list[float]]:
+    """Mean effects of senders `[L][H]`."""
+    return scores.probes[0].effect("sender").round(5).tolist()
 
 
-def measure(reader: HeadReader, probe: Probe, every: bool) -> dict:
-    """A row of the results."""
-    asked = Set(reader, probe)
-    row = {"probe": probe.name, "counterfactual": probe.counterfactual, "receiver_s": asked.seconds}
-    if not asked.pairs:
-        return row
-    row |= {"pairs": len(asked.pairs), "receivers": len(asked.receivers)}
-    row["new"], row["sender_s"] = asked.measured(**AS_IT_IS)
-    row["old"], row["all_32_recorded_again_s"] = asked.measured(**BEFORE)
+def measure(teacher: PreTrainedModel, probe: Probe, every: bool) -> dict:
+    """
+    A row of the results.
+
+    Raises:
+        ValueError: the teacher tells no pair apart.
+    """
+    new, old = (scored(teacher, probe, **way) for way in (AS_IT_IS, BEFORE))
+    (result,) = new.probes
+    row = {"probe": probe.name, "counterfactual": probe.counterfactual, "pairs": result.used}
+    row |= {"receivers": int((result.effect("receiver") > THRESHOLD).sum()), "receiver_s": new.seconds["receiver"]}
+    row |= {"new": effects(new), "sender_s": new.seconds["sender"]}
+    row |= {"old": effects(old), "all_32_recorded_again_s": old.seconds["sender"]}
     if every and probe.name.startswith("niah"):
-        row["new_on_3"], _ = asked.measured(**AS_IT_IS, pairs=FEW)
-        row["every"], row["every_s"] = asked.measured(**AS_IT_IS, pairs=FEW, shortlist=10**9)
+        few = replace(probe, pairs=probe.pairs[:FEW])
+        whole = scored(teacher, few, **AS_IT_IS, shortlist=10**9)
+        row |= {"new_on_3": effects(scored(teacher, few, **AS_IT_IS))}
+        row |= {"every": effects(whole), "every_s": whole.seconds["sender"]}
     return row
 
 
@@ -92,17 +72,19 @@ def main() -> None:
     if device == "cuda":
         use_tuned_kernels()
     opened = open_teacher(arguments.teacher)
-    tokenizer, reader = (
-        opened.tokenizer(),
-        HeadReader(opened.load("bfloat16" if device == "cuda" else "float32", device)),
-    )
+    tokenizer, teacher = opened.tokenizer(), opened.load("bfloat16" if device == "cuda" else "float32", device)
     text = encode_corpus(tokenizer, load_corpus("train"))
     probes = built_in_probes(tokenizer, text, arguments.length, arguments.pairs, 0, arguments.only or ())
-    warm = Set(reader, probes[0])
-    warm.measured(**AS_IT_IS, pairs=2)  # kernels are chosen when they first run
+    scored(
+        teacher, replace(probes[0], pairs=probes[0].pairs[:2]), **AS_IT_IS
+    )  # kernels are chosen when they first run
     rows = []
     for probe in probes:
-        rows.append(measure(reader, probe, arguments.every))
+        try:
+            rows.append(measure(teacher, probe, arguments.every))
+        except ValueError as error:
+            print(error)
+            continue
         print({key: value for key, value in rows[-1].items() if not isinstance(value, list)}, flush=True)
         report = {"teacher": opened.public_name, "length": arguments.length, "rows": rows, **environment(device)}
         Record(arguments.output).write(report)

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from hydrahead.benchmarks import anatomy, decode, gpu, report, senders
 from hydrahead.benchmarks.decode import TEACHER
 from hydrahead.convert.scoring.probes import built_in_probes
-from hydrahead.convert.scoring.recompute import HeadReader
 from hydrahead.convert.scoring.scores import THRESHOLD
 from hydrahead.convert.teachers import open_teacher
 from hydrahead.data.corpus import encode_corpus, load_corpus
@@ -160,10 +159,10 @@ def test_real_models_are_measured_with_their_own_masks(tmp_path):
 
 def test_what_estimates_leave_out_of_senders_is_below_the_threshold():
     opened = open_teacher("demo")
-    tokenizer, reader = opened.tokenizer(), HeadReader(opened.load("float32"))
+    tokenizer, teacher = opened.tokenizer(), opened.load("float32")
     text = encode_corpus(tokenizer, load_corpus("train"))
     (probe,) = built_in_probes(tokenizer, text, 256, 4, only=["niah-4-keys.value"])
-    row = senders.measure(reader, probe, every=True)
+    row = senders.measure(teacher, probe, every=True)
     new, old, few, every = (np.array(row[name]) for name in ("new", "old", "new_on_3", "every"))
     assert row["pairs"] == 4 and every.max() > THRESHOLD
     assert abs(new - old).max() <= THRESHOLD and abs(few - every).max() <= THRESHOLD
