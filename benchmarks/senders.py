@@ -4,7 +4,7 @@
 
 Eight pairs of each built-in probe in both counterfactuals, or of those that `--only` names. Each set is measured as
 `score` does it, and once more with all of the shortlist in every round and pairs that are recorded each time; with
-`--every`, the first three pairs of the needles without a shortlist too. Effects are means over pairs, clamped to 0 … 1.
+`--every`, the first three pairs of needles without a shortlist too. Effects are means over pairs, clamped to 0 … 1.
 """
 
 import argparse
